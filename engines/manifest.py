@@ -1,0 +1,147 @@
+"""What ``manifest.json`` holds: the contract between the exporter, the runtimes and every later tool.
+
+``docs/bundle.md`` is the prose specification; ``docs/manifest.schema.json`` is generated from these classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+FORMAT = 1
+
+Task = Literal[
+    "feature-extraction", "sequence-classification", "token-classification", "question-answering"
+]
+
+
+class Record(BaseModel):
+    """Base of all manifest entries: unknown keys are refused, values are not changed after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileEntry(Record):
+    """Size and content hash of one file; the key in ``Manifest.files`` is its path in the bundle."""
+
+    size_bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class TensorSpec(Record):
+    """A graph input or output. Dynamic axes are names ("batch", "sequence"), static ones numbers."""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+
+
+class Parity(Record):
+    """How a graph compared with PyTorch before it was written."""
+
+    max_abs: float
+    tolerance: float
+    shapes: list[tuple[int, int]]
+
+
+class Cost(Record):
+    """Multiply-accumulates of one sequence of S tokens, padding included:
+
+    ``fixed + per_token * S + per_group * ceil(S / group) + per_pair * S * S``
+    """
+
+    fixed: int = 0
+    per_token: int = 0
+    per_group: int = 0
+    group: int = Field(default=1, ge=1)
+    per_pair: int = 0
+
+    def macs(self, length: int) -> int:
+        """MACs of one sequence of ``length`` tokens."""
+        groups = -(-length // self.group)
+        return (
+            self.fixed
+            + self.per_token * length
+            + self.per_group * groups
+            + self.per_pair * length * length
+        )
+
+
+class Graph(Record):
+    """One ONNX file. ``key`` is the hash of everything it was made from, for incremental rebuilds."""
+
+    path: str
+    opset: int
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    cost: Cost
+    parity: Parity
+    key: str
+
+
+class Variant(Record):
+    """One member of the family. ``graphs`` maps a role ("encoder"; later "decoder", "segment-0") to a graph."""
+
+    method: str
+    ratio: float = Field(ge=1)
+    precision: Literal["fp32", "fp16", "bf16", "int8"]
+    graphs: dict[str, str]
+    params: int
+    extra_params: int
+    flops_ratio: float
+    untrained: bool = False
+    settings: dict[str, Any] = {}
+
+
+class Engine(Record):
+    """A graph built for one backend and device; valid for exactly that ``backend_version`` and ``device``."""
+
+    graph: str
+    backend: str
+    backend_version: str
+    device: str
+    path: str
+    files: list[str]
+    key: str
+    settings: dict[str, Any] = {}
+
+
+class Tokenizer(Record):
+    """How text becomes ids. ``inputs`` are the graph inputs the tokenizer feeds, in their order."""
+
+    path: str
+    max_length: int
+    pad_id: int
+    pad_type_id: int = 0
+    inputs: list[str]
+
+
+class Backbone(Record):
+    """The model the family was made from."""
+
+    name: str
+    architecture: str
+    model_type: str
+    sha256: str
+    params: int
+    hidden_size: int
+    layers: int
+
+
+class Manifest(Record):
+    """The whole of ``manifest.json``."""
+
+    format: Literal[1] = FORMAT
+    backbone: Backbone
+    method: str
+    task: Task
+    labels: list[str] = []
+    pooling: str | None = None
+    tokenizer: Tokenizer | None = None
+    variants: dict[str, Variant]
+    graphs: dict[str, Graph]
+    engines: dict[str, Engine] = {}
+    files: dict[str, FileEntry]
+    versions: dict[str, str]
+    command: str

@@ -1,0 +1,43 @@
+"""Fixtures shared by all tests. The default run needs neither a GPU nor the network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# No test may download, and two workers share two cores: set before any heavy library is imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``tiny("tiny-bert", "question-answering")``: the model's folder, made once per session. Do not write into it."""
+    from tests import models
+
+    made: dict[tuple[str, str], Path] = {}
+
+    def get(name: str = "tiny-bert", task: str = "feature-extraction") -> Path:
+        if (name, task) not in made:
+            folder = tmp_path_factory.mktemp("models") / f"{name}-{task}"
+            made[name, task] = models.make(name, folder, task)
+        return made[name, task]
+
+    return get
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip GPU tests, saying why, where ONNX Runtime has no CUDA provider."""
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu:
+        return
+    import onnxruntime
+
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        reason = "no CUDA execution provider here: needs a CUDA device and onnxruntime-gpu"
+        for item in gpu:
+            item.add_marker(pytest.mark.skip(reason=reason))

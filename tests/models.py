@@ -1,0 +1,156 @@
+"""Tiny named models with random weights, saved as ordinary Hugging Face folders with a real tokenizer.
+
+``make("tiny-bert", folder)`` is all a test needs; the ``tiny`` fixture of ``conftest.py`` makes each folder only once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HIDDEN = 32
+LAYERS = 2
+HEADS = 4
+FFN = 64
+MAX_LENGTH = 160  # tokens, special ones included
+LABELS = {
+    "sequence-classification": ["negative", "positive"],
+    "token-classification": ["O", "PER", "LOC"],
+}
+HEAD_CLASSES = {
+    "feature-extraction": "Model",
+    "sequence-classification": "ForSequenceClassification",
+    "token-classification": "ForTokenClassification",
+    "question-answering": "ForQuestionAnswering",
+}
+TEXTS = [
+    "a fine film with a quiet heart",
+    "the plot is thin and the actors look bored",
+    "we loved every minute of it",
+    "Return the value of the named option, or the default.",
+    "opens a file and reads it line by line",
+    "what a waste of two hours!",
+    "the camera moves slowly over the old town",
+    "an error is raised when the path does not exist",
+]
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """One named model: the prefix of its transformers classes, its config values, and its kind of tokenizer."""
+
+    prefix: str
+    config: dict[str, Any]
+    tokenizer: Callable[[], Any]
+
+
+def _wordpiece() -> Any:
+    """A BERT tokenizer: letters, their continuations and the words of ``TEXTS``."""
+    from tokenizers import BertWordPieceTokenizer
+
+    letters = [chr(code) for code in range(33, 127)]
+    words = sorted({word for text in TEXTS for word in text.lower().replace(",", "").split()})
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + x for x in letters), *words]
+    return BertWordPieceTokenizer(vocab={token: i for i, token in enumerate(dict.fromkeys(tokens))})
+
+
+def _byte_level() -> Any:
+    """A RoBERTa tokenizer: byte-level BPE with a few merges learnt from ``TEXTS``."""
+    from tokenizers import ByteLevelBPETokenizer
+    from tokenizers.processors import RobertaProcessing
+
+    tokenizer = ByteLevelBPETokenizer()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    tokenizer.train_from_iterator(TEXTS, vocab_size=320, special_tokens=special, show_progress=False)
+    tokenizer._tokenizer.post_processor = RobertaProcessing(("</s>", 2), ("<s>", 0))
+    return tokenizer
+
+
+_SIZES = {
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "intermediate_size": FFN,
+    "max_position_embeddings": MAX_LENGTH,
+}
+MODELS = {
+    "tiny-bert": Tiny("Bert", _SIZES, _wordpiece),
+    # RoBERTa numbers positions from pad_token_id + 1, so its table is two rows longer than its limit.
+    "tiny-roberta": Tiny(
+        "Roberta",
+        {**_SIZES, "max_position_embeddings": MAX_LENGTH + 2, "type_vocab_size": 1, "pad_token_id": 1},
+        _byte_level,
+    ),
+    "tiny-distilbert": Tiny(
+        "DistilBert",
+        {
+            "dim": HIDDEN,
+            "n_layers": LAYERS,
+            "n_heads": HEADS,
+            "hidden_dim": FFN,
+            "max_position_embeddings": MAX_LENGTH,
+        },
+        _wordpiece,
+    ),
+    "tiny-electra": Tiny("Electra", {**_SIZES, "embedding_size": 16}, _wordpiece),
+}
+
+
+def make(
+    name: str, folder: Path, task: str = "feature-extraction", *, pooling: str | None = "mean", seed: int = 0
+) -> Path:
+    """Write the model ``name`` for ``task`` to ``folder`` as Hugging Face saves it, and return ``folder``.
+
+    ``pooling`` ("mean", "cls" or None) adds what a sentence-transformers folder says; feature-extraction only.
+    """
+    import torch
+    import transformers
+
+    tiny = MODELS[name]
+    tokenizer = tiny.tokenizer()
+    config = getattr(transformers, f"{tiny.prefix}Config")(
+        **{"initializer_range": 0.2, "vocab_size": tokenizer.get_vocab_size(), **tiny.config}
+    )
+    if labels := LABELS.get(task):
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: i for i, label in enumerate(labels)}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = getattr(transformers, tiny.prefix + HEAD_CLASSES[task])(config)
+    model.save_pretrained(folder)
+    _save_tokenizer(tokenizer, folder)
+    if task == "feature-extraction" and pooling is not None:
+        _save_pooling(folder, pooling)
+    return folder
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"model_max_length": MAX_LENGTH, "tokenizer_class": "PreTrainedTokenizerFast"}
+    ids = {token: tokenizer.token_to_id(token) for token in ("[PAD]", "<pad>")}
+    settings |= {"pad_token": next(token for token, index in ids.items() if index is not None)}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def _save_pooling(folder: Path, pooling: str) -> None:
+    kinds = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(kinds)
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(
+        json.dumps(
+            {
+                "word_embedding_dimension": HIDDEN,
+                "pooling_mode_cls_token": pooling == "cls",
+                "pooling_mode_mean_tokens": pooling == "mean",
+                "pooling_mode_max_tokens": False,
+                "pooling_mode_mean_sqrt_len_tokens": False,
+            }
+        )
+    )
