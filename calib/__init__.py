@@ -1,1 +1,1 @@
-"""Whatever is fitted or measured on data: plugins, quality."""
+"""Whatever is fitted or measured on data."""

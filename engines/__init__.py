@@ -1,1 +1,1 @@
-"""Everything about a built family: the bundle, its engines, the choice among them. No torch, no transformers."""
+"""Reading, selecting and running bundles. Imports neither torch nor transformers."""

@@ -1,1 +1,1 @@
-"""From a PyTorch model to checked ONNX graphs of every ratio, in one bundle."""
+"""From a PyTorch model to checked ONNX graphs."""

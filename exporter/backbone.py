@@ -1,0 +1,262 @@
+"""Loading a model folder: weights, task, labels, pooling, tokenizer. safetensors only, never a pickle, no network."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from compexport.errors import InputError, describe
+from exporter.hosts import Host, host_of
+
+# Suffix of the class named in config.json -> task, and the transformers class that loads it.
+TASKS = {
+    "ForSequenceClassification": ("sequence-classification", "AutoModelForSequenceClassification"),
+    "ForTokenClassification": ("token-classification", "AutoModelForTokenClassification"),
+    "ForQuestionAnswering": ("question-answering", "AutoModelForQuestionAnswering"),
+    "Model": ("feature-extraction", "AutoModel"),
+}
+AUTO_CLASSES = dict(TASKS.values())
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How a sentence-transformers folder turns token vectors into one vector."""
+
+    mode: str
+    normalize: bool
+
+    def __str__(self) -> str:
+        return f"{self.mode}+normalize" if self.normalize else self.mode
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A loaded model folder. ``model`` is the Hugging Face model, in eval mode, fp32, never modified by us."""
+
+    folder: Path
+    model: nn.Module
+    host: Host
+    task: str
+    labels: list[str]
+    pooling: Pooling | None
+    max_length: int
+    input_names: tuple[str, ...]
+    config: Any = field(repr=False)
+
+    @property
+    def encoder(self) -> nn.Module:
+        return self.host.encoder(self.model)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.host.layers(self.encoder)
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self._normalized.hidden_size)
+
+    @property
+    def num_layers(self) -> int:
+        return int(self._normalized.num_layers)
+
+    @property
+    def feed_forward_size(self) -> int:
+        name = "hidden_dim" if self.config.model_type == "distilbert" else "intermediate_size"
+        return int(getattr(self.config, name))
+
+    @property
+    def params(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @cached_property
+    def _normalized(self) -> Any:
+        from optimum.utils import NormalizedConfigManager
+
+        return NormalizedConfigManager.get_normalized_config_class(self.config.model_type)(self.config)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the weights and of the files that give them meaning; the identity of the backbone."""
+        digest = hashlib.sha256()
+        for name in ("config.json", "tokenizer.json", "modules.json", "1_Pooling/config.json"):
+            path = self.folder / name
+            digest.update(path.read_bytes() if path.exists() else b"")
+        for path in sorted(self.folder.glob("*.safetensors")):
+            if path.name.startswith("model"):
+                with path.open("rb") as stream:
+                    digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return digest.hexdigest()
+
+    @cached_property
+    def tokenizer_json(self) -> str:
+        """The fast tokenizer as text; converted from a slow one where the folder has no ``tokenizer.json``."""
+        path = self.folder / "tokenizer.json"
+        if path.exists():
+            return path.read_text(encoding="utf-8")
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+            text: str = tokenizer.backend_tokenizer.to_str()
+        except Exception as error:
+            raise InputError(
+                describe(f"{self.folder}: no usable tokenizer", got=_first_line(error), expected="tokenizer.json")
+            ) from error
+        return text
+
+
+def load_backbone(folder: str | Path, task: str | None = None, *, attention: str = "eager") -> Backbone:
+    """Load a Hugging Face folder.
+
+    ``task`` overrides what ``config.json`` says. ``attention`` is transformers' attention implementation: "eager"
+    traces to plain MatMul and Softmax, "sdpa" is faster to train with.
+
+    Raises InputError for a folder without a model, an unsupported architecture or task, or pickled weights.
+    """
+    folder = Path(folder)
+    config = _config(folder)
+    host = host_of(config.model_type, folder)
+    task = task or _task(config, folder)
+    if task not in AUTO_CLASSES:
+        raise InputError(describe(f"{folder}: unknown task", got=repr(task), expected=", ".join(AUTO_CLASSES)))
+    _require_safetensors(folder)
+    model = _load_model(folder, AUTO_CLASSES[task], attention)
+    labels = [config.id2label[i] for i in range(config.num_labels)] if task.endswith("classification") else []
+    return Backbone(
+        folder=folder,
+        model=model,
+        host=host,
+        task=task,
+        labels=labels,
+        pooling=_pooling(folder) if task == "feature-extraction" else None,
+        max_length=_max_length(folder, config, host),
+        input_names=_input_names(config),
+        config=config,
+    )
+
+
+def _config(folder: Path) -> Any:
+    if not (folder / "config.json").is_file():
+        found = "no such folder" if not folder.is_dir() else "no config.json in it"
+        raise InputError(
+            describe(f"{folder}: not a model", got=found, expected="a Hugging Face folder (config.json, model.safetensors)")
+        )
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (ValueError, OSError, KeyError) as error:
+        model_type = _read_json(folder / "config.json").get("model_type")
+        host_of(str(model_type), folder)
+        raise InputError(describe(f"{folder}/config.json: unreadable", got=_first_line(error))) from error
+
+
+def _task(config: Any, folder: Path) -> str:
+    architecture = (config.architectures or ["Model"])[0]
+    for suffix, (task, _) in TASKS.items():
+        if architecture.endswith(suffix):
+            return task
+    if architecture.endswith(("ForMaskedLM", "ForPreTraining")):
+        return "feature-extraction"  # the pre-training head is of no use to a service
+    raise InputError(
+        describe(f"{folder}: unsupported task head", got=architecture, expected=" or ".join(f"*{s}" for s in TASKS))
+    )
+
+
+def _require_safetensors(folder: Path) -> None:
+    if any(folder.glob("model*.safetensors")):
+        return
+    pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in {".bin", ".pt", ".pth", ".pkl", ".ckpt"}]
+    raise InputError(
+        describe(
+            f"{folder}: no safetensors weights",
+            got=f"the pickle {pickles[0]}" if pickles else "no weights",
+            expected="model.safetensors",
+            hint="pickles are never opened; write the model again with save_pretrained" if pickles else "",
+        )
+    )
+
+
+def _load_model(folder: Path, auto_class: str, attention: str) -> nn.Module:
+    import transformers
+
+    from exporter.quiet import quiet_transformers
+
+    try:
+        with quiet_transformers():
+            model = getattr(transformers, auto_class).from_pretrained(
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                dtype=torch.float32,
+                attn_implementation=attention,
+            )
+    except Exception as error:  # transformers raises many kinds for a cut or foreign file
+        raise InputError(describe(f"{folder}: cannot load the model", got=_first_line(error))) from error
+    loaded: nn.Module = model.eval().requires_grad_(False)
+    return loaded
+
+
+def _pooling(folder: Path) -> Pooling | None:
+    """Read sentence-transformers' ``modules.json``: a Transformer, a Pooling, optionally a Normalize."""
+    modules = folder / "modules.json"
+    if not modules.exists():
+        return None
+    kinds = {str(entry["type"]).rsplit(".", 1)[-1]: str(entry["path"]) for entry in _read_json(modules)}
+    unknown = set(kinds) - {"Transformer", "Pooling", "Normalize"}
+    if unknown:
+        raise InputError(
+            describe(f"{modules}: unsupported module", got=", ".join(sorted(unknown)), expected="Pooling, Normalize")
+        )
+    if "Pooling" not in kinds:
+        return None
+    settings = _read_json(folder / kinds["Pooling"] / "config.json")
+    return Pooling(_pooling_mode(settings, folder), "Normalize" in kinds)
+
+
+def _pooling_mode(settings: dict[str, Any], folder: Path) -> str:
+    names = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_max_tokens": "max"}
+    if isinstance(settings.get("pooling_mode"), str):
+        modes = [settings["pooling_mode"]]
+    else:
+        modes = [names.get(key, key) for key, on in settings.items() if key.startswith("pooling_mode_") and on]
+    if len(modes) != 1 or modes[0] not in names.values():
+        raise InputError(
+            describe(f"{folder}: unsupported pooling", got=", ".join(modes) or "none", expected="one of cls, mean, max")
+        )
+    return str(modes[0])
+
+
+def _max_length(folder: Path, config: Any, host: Host) -> int:
+    limits = [int(config.max_position_embeddings) - host.position_offset]
+    sentence = folder / "sentence_bert_config.json"
+    if sentence.exists():
+        limits.append(int(_read_json(sentence).get("max_seq_length") or limits[0]))
+    tokenizer = folder / "tokenizer_config.json"
+    if tokenizer.exists():
+        limits.append(int(_read_json(tokenizer).get("model_max_length") or limits[0]))
+    return max(1, min(limits))
+
+
+def _input_names(config: Any) -> tuple[str, ...]:
+    names = ("input_ids", "attention_mask")
+    uses_types = config.model_type in {"bert", "electra"} and config.type_vocab_size > 1
+    return (*names, "token_type_ids") if uses_types else names
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(describe(f"{path}: unreadable", got=_first_line(error), expected="JSON")) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

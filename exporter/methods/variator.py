@@ -1,0 +1,263 @@
+"""Variator: plugins that merge k tokens into one around each feed-forward network of a frozen encoder.
+
+Source: Variator (arXiv 2310.15724) and its official code; for post-norm hosts, placement and padding rules are ours:
+the plugin sees the FFN's input x, and the layer closes with ``norm(x + u + D)``.
+Letters: B batch, S sequence length, H hidden size, L layers, k ratio, m = ceil(S / k) groups, r adapter width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from compexport.errors import InputError, describe
+from engines.manifest import Cost
+from exporter import ops
+from exporter.backbone import Backbone
+
+PadMode = Literal["masked", "official"]
+MAX_WIDTH = 64  # the official adapter width
+EXTRA_SHARE = 0.01
+
+
+class Mixer(nn.Module):
+    """Weights of the k positions of a group: k logits from the k concatenated vectors."""
+
+    def __init__(self, hidden: int, ratio: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(ratio, ratio * hidden) * (2 / (ratio * hidden)) ** 0.5)
+        self.bias = nn.Parameter(torch.zeros(ratio))
+
+
+class Adapter(nn.Module):
+    """The low-rank correction that tells the tokens of a group apart again."""
+
+    def __init__(self, hidden: int, width: int) -> None:
+        super().__init__()
+        self.w_in = nn.Linear(2 * hidden, width)
+        self.w_out = nn.Linear(width, hidden)
+        for linear in (self.w_in, self.w_out):
+            nn.init.normal_(linear.weight, std=0.01)
+            nn.init.zeros_(linear.bias)
+
+
+class LayerPlugin(nn.Module):
+    """The plugin of one layer; parameter names are those of the official checkpoint."""
+
+    def __init__(self, hidden: int, ratio: int, width: int, pad: PadMode) -> None:
+        super().__init__()
+        self.ratio, self.pad = ratio, pad
+        self.mux_layer = Mixer(hidden, ratio)
+        self.demux_adapter = Adapter(hidden, width)
+
+    def merge(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x [B,S,H], mask [B,S] of 0 and 1 in x's dtype -> [B,m,H]."""
+        mixer = self.mux_layer
+        if self.pad == "official":
+            return ops.TOKEN_MERGE(x, mixer.weight, mixer.bias, ratio=self.ratio)
+        return ops.MASKED_TOKEN_MERGE(x, mask, mixer.weight, mixer.bias, ratio=self.ratio)
+
+    def split(self, y: Tensor, x: Tensor) -> Tensor:
+        """y [B,m,H], x [B,S,H] -> [B,S,H]: each group's vector repeated, plus the correction."""
+        down, up = self.demux_adapter.w_in, self.demux_adapter.w_out
+        return ops.TOKEN_SPLIT(y, x, down.weight, down.bias, up.weight, up.bias, ratio=self.ratio)
+
+
+class VariatorPlugins(nn.Module):
+    """The plugins of all layers for one ratio. ``state_dict`` keys are ``mux_layer.{layer}.…`` as published."""
+
+    def __init__(self, hidden: int, layers: int, ratio: int, width: int, pad: PadMode = "masked") -> None:
+        super().__init__()
+        self.ratio, self.width, self.pad = ratio, width, pad
+        self.mux_layer = nn.ModuleList(LayerPlugin(hidden, ratio, width, pad) for _ in range(layers))
+
+    @property
+    def params(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: dict[str, Tensor], hidden: int, layers: int, pad: PadMode, origin: str
+    ) -> VariatorPlugins:
+        """Rebuild plugins from stored tensors; k and r are read from shapes, anything unexpected is refused."""
+        first_bias = tensors.get("mux_layer.0.mux_layer.bias")
+        first_down = tensors.get("mux_layer.0.demux_adapter.w_in.weight")
+        if first_bias is None or first_down is None:
+            raise InputError(describe(f"{origin}: no Variator plugins", expected="tensors named mux_layer.0.…"))
+        plugins = cls(hidden, layers, first_bias.shape[0], first_down.shape[0], pad)
+        expected = {name: tuple(tensor.shape) for name, tensor in plugins.state_dict().items()}
+        for name in sorted(expected.keys() | tensors.keys()):
+            got = tuple(tensors[name].shape) if name in tensors else "nothing"
+            if got != expected.get(name):
+                raise InputError(describe(f"{origin}: {name}", got=got, expected=expected.get(name, "no such tensor")))
+        plugins.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+        return plugins.eval()
+
+
+def default_width(backbone: Backbone, ratio: int) -> int:
+    """The largest adapter width r <= 64 with which the plugins add at most 1 % to the backbone's parameters.
+
+    Per layer the mixer has k*k*H + k parameters, the adapter 3*H*r + r + H. At least 4.
+    """
+    hidden = backbone.hidden_size
+    budget = EXTRA_SHARE * backbone.params / backbone.num_layers
+    room = budget - (ratio * ratio * hidden + ratio) - hidden
+    return max(4, min(MAX_WIDTH, int(room // (3 * hidden + 1))))
+
+
+@dataclass
+class EncoderOutput:
+    """``last_hidden_state`` [B,S,H]; ``hidden_states``: embeddings, then every layer's output, when asked for."""
+
+    last_hidden_state: Tensor
+    hidden_states: tuple[Tensor, ...] = ()
+
+
+class VariatorEncoder(nn.Module):
+    """A backbone's encoder with or without plugins.
+
+    It runs the backbone's own submodules in its own ``forward``, so attaching plugins changes nothing in the
+    backbone. With plugins, layer i computes ``finish(x + split(feed_forward(merge(x)), x))``.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.encoder = backbone.encoder
+        self.plugins: VariatorPlugins | None = None
+
+    def attach(self, plugins: VariatorPlugins) -> None:
+        """Use ``plugins`` from the next call on; InputError if they have another number of layers."""
+        if len(plugins.mux_layer) != self.backbone.num_layers:
+            raise InputError(
+                describe("plugins do not fit", got=f"{len(plugins.mux_layer)} layers", expected=self.backbone.num_layers)
+            )
+        self.plugins = plugins
+
+    def detach(self) -> None:
+        """Run as the plain backbone again."""
+        self.plugins = None
+
+    def embed(self, input_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        """Ids [B,S] -> [B,S,H]."""
+        return self.backbone.host.embed(self.encoder, input_ids, token_type_ids)
+
+    def run_layer(self, index: int, h: Tensor, additive_mask: Tensor, mask: Tensor) -> Tensor:
+        """One encoder layer, [B,S,H] -> [B,S,H]; additive_mask [B,1,1,S] for attention, mask [B,S] for merging."""
+        host, layer = self.backbone.host, self.backbone.layers[index]
+        x = host.attend(layer, h, additive_mask)
+        if self.plugins is None:
+            return host.finish(layer, x + host.feed_forward(layer, x))
+        plugin = self.plugins.mux_layer[index]
+        assert isinstance(plugin, LayerPlugin)
+        y = host.feed_forward(layer, plugin.merge(x, mask))
+        return host.finish(layer, x + plugin.split(y, x))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+        *,
+        keep_states: bool = False,
+    ) -> EncoderOutput:
+        """input_ids, attention_mask, token_type_ids: [B,S] integers, padding on the right."""
+        h = self.embed(input_ids, token_type_ids)
+        mask = attention_mask.to(h.dtype)
+        additive_mask = ((1.0 - mask) * torch.finfo(h.dtype).min)[:, None, None, :]
+        states = [h]
+        for index in range(self.backbone.num_layers):
+            h = self.run_layer(index, h, additive_mask, mask)
+            states.append(h)
+        return EncoderOutput(h, tuple(states) if keep_states else ())
+
+
+class VariatorModel(nn.Module):
+    """Encoder plus the backbone's task head; what is traced. Outputs by task, in the order of :func:`output_names`."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.variator = VariatorEncoder(backbone)
+        self.model = backbone.model
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        h = self.variator(input_ids, attention_mask, token_type_ids).last_hidden_state
+        return task_outputs(self.backbone, h, attention_mask)
+
+
+def task_outputs(backbone: Backbone, h: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+    """Final hidden states [B,S,H] -> the task's output tensors."""
+    if backbone.task == "feature-extraction":
+        return (h,) if backbone.pooling is None else (h, pool(h, attention_mask, backbone))
+    logits = backbone.host.heads[backbone.task](backbone.model, h)
+    if backbone.task == "question-answering":
+        return logits[..., 0], logits[..., 1]
+    return (logits,)
+
+
+def output_names(backbone: Backbone) -> tuple[str, ...]:
+    """Names of the task's outputs, as optimum and sentence-transformers use them."""
+    if backbone.task == "feature-extraction":
+        names = ("last_hidden_state", "sentence_embedding")
+        return names if backbone.pooling else names[:1]
+    return ("start_logits", "end_logits") if backbone.task == "question-answering" else ("logits",)
+
+
+def pool(h: Tensor, attention_mask: Tensor, backbone: Backbone) -> Tensor:
+    """[B,S,H] -> [B,H] as the folder's sentence-transformers modules describe it."""
+    assert backbone.pooling is not None
+    mask = attention_mask.to(h.dtype).unsqueeze(-1)
+    if backbone.pooling.mode == "cls":
+        pooled = h[:, 0]
+    elif backbone.pooling.mode == "max":
+        pooled = torch.where(mask > 0, h, torch.finfo(h.dtype).min).amax(1)
+    else:
+        pooled = (h * mask).sum(1) / mask.sum(1).clamp(min=1e-9)
+    return nn.functional.normalize(pooled, dim=-1) if backbone.pooling.normalize else pooled
+
+
+def cost(backbone: Backbone, plugins: VariatorPlugins | None) -> Cost:
+    """MACs of one sequence, encoder and task head; embedding look-ups count 0 (methods.md 1d and 5)."""
+    hidden, layers, ffn = backbone.hidden_size, backbone.num_layers, backbone.feed_forward_size
+    head_fixed, head_token = _head_macs(backbone)
+    if plugins is None:
+        return Cost(
+            fixed=head_fixed,
+            per_token=layers * (4 * hidden * hidden + 2 * hidden * ffn) + head_token,
+            per_pair=layers * 2 * hidden,
+        )
+    ratio, width = plugins.ratio, plugins.width
+    # Mixer: k logits of k*H each per group, and the weighted sum; adapter: its token half and its output per token,
+    # its group half per group.
+    per_token = 4 * hidden * hidden + (ratio + 1) * hidden + 2 * hidden * width
+    per_group = 2 * hidden * ffn + hidden * width
+    return Cost(
+        fixed=head_fixed,
+        per_token=layers * per_token + head_token,
+        per_group=layers * per_group,
+        group=ratio,
+        per_pair=layers * 2 * hidden,
+    )
+
+
+def _head_macs(backbone: Backbone) -> tuple[int, int]:
+    """MACs of everything outside the layers: (per sequence, per token)."""
+    inside = set(backbone.layers.modules())
+    outside = [m for m in backbone.model.modules() if isinstance(m, nn.Linear) and m not in inside]
+    per_sequence = per_token = 0
+    for linear in outside:
+        projects_tokens = backbone.task != "sequence-classification" or linear is getattr(
+            backbone.encoder, "embeddings_project", None
+        )
+        if backbone.task == "feature-extraction" and linear is not getattr(backbone.encoder, "embeddings_project", None):
+            continue  # a pooler whose output nobody reads
+        macs = linear.in_features * linear.out_features
+        per_token += macs if projects_tokens else 0
+        per_sequence += 0 if projects_tokens else macs
+    return per_sequence, per_token
