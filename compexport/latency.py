@@ -1,0 +1,128 @@
+"""``bench``: the latency of every variant at every size, timed in turn, and what of the ideal was realised.
+
+Letters: B batch, S sequence length in tokens, r ratio.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from compexport.errors import InputError, describe
+from compexport.present import Progress
+from engines.manifest import Manifest, TensorSpec
+from engines.runtime import Runtime
+
+Row = dict[str, Any]
+
+# Ids that every real vocabulary has; which ones is all the same to the time an engine takes.
+_SMALLEST_ID, _LARGEST_ID = 5, 100
+
+
+def measure(
+    runtime: Runtime, batches: Sequence[int], lengths: Sequence[int], *, min_runs: int, progress: Progress
+) -> dict[str, Any]:
+    """The latency table of this device, as ``Bundle.save_profile`` keeps it and ``bench --json`` prints it.
+
+    All variants of one (B, S) are timed in turn, A B A B, so that what the machine does meanwhile meets all alike.
+    """
+    from engines.measure import environment, interleave
+
+    manifest = runtime.bundle.manifest
+    rows: list[Row] = []
+    sizes = [(batch, length) for batch in batches for length in lengths]
+    for done, (batch, length) in enumerate(sizes):
+        progress(f"timing batch {batch} x length {length}", done, len(sizes))
+        timings = interleave(_calls(runtime, batch, length), min_runs=min_runs, min_seconds=0.0, warmup=2)
+        rows += [
+            {"variant": name, "batch": batch, "length": length, "p50_ms": t.p50_ms, "p99_ms": t.p99_ms, "runs": t.runs}
+            for name, t in timings.items()
+        ]
+    return {
+        "device": runtime.device,
+        "backend": runtime.backend,
+        "threads": runtime.threads,
+        "environment": environment(),
+        "rows": rows,
+        "realised": realised(rows, manifest),
+    }
+
+
+def _calls(runtime: Runtime, batch: int, length: int) -> dict[str, Callable[[], object]]:
+    manifest = runtime.bundle.manifest
+    calls: dict[str, Callable[[], object]] = {}
+    for name in runtime.variants:
+        graph = next(iter(manifest.variants[name].graphs.values()))
+        feeds = random_feeds(manifest.graphs[graph].inputs, batch, length)
+        calls[name] = partial(runtime.session(name).run, feeds)
+    return calls
+
+
+def random_feeds(inputs: Sequence[TensorSpec], batch: int, length: int) -> dict[str, npt.NDArray[np.int64]]:
+    """Feeds [B, S] without padding, the same for every variant: random ids, a mask of ones, types of zero."""
+    ids = np.random.default_rng(0).integers(_SMALLEST_ID, _LARGEST_ID, (batch, length), dtype=np.int64)
+    made = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    return {spec.name: made[spec.name] for spec in inputs}
+
+
+def realised(rows: Sequence[Row], manifest: Manifest) -> list[Row]:
+    """For each compressed variant and size: the speed-up, what its FLOPs would allow, and the share of it reached."""
+    times = {(row["variant"], row["batch"], row["length"]): row["p50_ms"] for row in rows}
+    variants = manifest.variants
+    backbones = {(v.method, v.precision): name for name, v in variants.items() if v.ratio == 1}
+    found = []
+    for (name, batch, length), p50_ms in times.items():
+        variant = variants[name]
+        backbone = backbones.get((variant.method, variant.precision))
+        if backbone is None or name == backbone or (backbone, batch, length) not in times:
+            continue
+        speedup = times[backbone, batch, length] / p50_ms
+        ideal = _macs(manifest, backbone, length) / _macs(manifest, name, length)
+        found.append(
+            {
+                "variant": name,
+                "batch": batch,
+                "length": length,
+                "speedup": speedup,
+                "ideal": ideal,
+                "realised": speedup / ideal,
+            }
+        )
+    return found
+
+
+def _macs(manifest: Manifest, variant: str, length: int) -> int:
+    graphs = manifest.variants[variant].graphs.values()
+    return sum(manifest.graphs[graph].cost.macs(length) for graph in graphs)
+
+
+def check_sizes(what: str, values: Sequence[float], largest: int | None = None) -> list[int]:
+    """``--batch`` or ``--length`` as sorted whole numbers from 1; lengths no longer than the model reads."""
+    for value in values:
+        if value != value or value != int(value) or value < 1:
+            raise InputError(describe(f"--{what} is out of range", got=f"{value:g}", expected="whole numbers from 1"))
+        if largest is not None and value > largest:
+            raise InputError(describe(f"--{what} is too long", got=f"{value:g}", expected=f"at most {largest} tokens"))
+    return sorted({int(value) for value in values})
+
+
+def faster_from(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, int] | None]:
+    """For each compressed variant of a ``realised`` table, the smallest (B, S) from which it beats the backbone.
+
+    "From" means there and at every measured size with at least that batch and that length; the smallest is the one
+    with the fewest tokens. None: there is no such size.
+    """
+    found: dict[str, tuple[int, int] | None] = {}
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        gains = {(row["batch"], row["length"]): row["speedup"] for row in rows if row["variant"] == name}
+        holds = [
+            (batch, length)
+            for batch, length in gains
+            if all(gain > 1 for (b, n), gain in gains.items() if b >= batch and n >= length)
+        ]
+        found[name] = min(holds, key=lambda size: (size[0] * size[1], size), default=None)
+    return found

@@ -1,0 +1,169 @@
+"""The table of each command, made from the same document that ``--json`` prints.
+
+A ratio is never shown as a speed-up: ratio, FLOPs ceiling, measured speed-up and quality stand side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from compexport.latency import faster_from
+from compexport.present import Cell, Table, cell
+
+
+def build_table(document: Mapping[str, Any]) -> Table:
+    """``build``: what was made, how it compares in cost, and how far it is from PyTorch."""
+    columns = ("variant", "ratio", "FLOPs ceiling", "parameters", "max |difference|", "state")
+    rows = [
+        (
+            shown_name(row),
+            row["ratio"],
+            1 / row["flops_ratio"] if row["flops_ratio"] else None,
+            f"{row['params']:,}",
+            f"{row['parity_max_abs']:.1e}",
+            "reused" if row["reused"] else "built",
+        )
+        for row in document["variants"]
+    ]
+    return Table(f"{document['bundle']}: built in {document['seconds']:.1f} s", columns, rows)
+
+
+def shown_name(row: Mapping[str, Any]) -> str:
+    """A variant's name, and that its plugins are random where they are."""
+    return f"{row['variant']} (untrained)" if row.get("untrained") else str(row["variant"])
+
+
+def bench_table(document: Mapping[str, Any], variants: Mapping[str, Any], quality: Mapping[str, Any] | None) -> Table:
+    """``bench``: one row per variant and size, the ratio beside what it can gain, gains, and costs."""
+    realised = {(row["variant"], row["batch"], row["length"]): row for row in document["realised"]}
+    values = (quality or {}).get("variants", {})
+    metric = (quality or {}).get("metric", "quality")
+    rows = []
+    for row in sorted(document["rows"], key=lambda r: (r["batch"], r["length"])):
+        name = row["variant"]
+        gain = realised.get((name, row["batch"], row["length"]), {})
+        variant = variants[name]
+        rows.append(
+            (
+                shown_name({"variant": name, "untrained": variant.untrained}),
+                variant.ratio,
+                row["batch"],
+                row["length"],
+                row["p50_ms"],
+                row["p99_ms"],
+                gain.get("ideal"),
+                gain.get("speedup"),
+                gain.get("realised"),
+                values.get(name),
+            )
+        )
+    columns = ("variant", "ratio", "batch", "length", "p50 ms", "p99 ms", "FLOPs ceiling", "speed-up", "realised", metric)
+    notes = [faster_from_note(name, size) for name, size in faster_from(document["realised"]).items()]
+    return Table(f"latency on {document['device']}", columns, rows, notes)
+
+
+def faster_from_note(name: str, size: tuple[int, int] | None) -> str:
+    """The smallest size from which a variant is worth having, in words."""
+    if size is None:
+        return f"{name} is not faster than the backbone from any measured size on"
+    return f"{name} is faster than the backbone from batch {size[0]} × length {size[1]} on"
+
+
+def evaluate_table(document: Mapping[str, Any], variants: Mapping[str, Any]) -> Table:
+    """``evaluate``: the metric of each variant, and what it loses against the backbone."""
+    rows = []
+    for row in document["variants"]:
+        variant = variants[row["variant"]]
+        name = shown_name({**row, "untrained": variant.untrained})
+        rows.append((name, variant.ratio, 1 / variant.flops_ratio, f"{row['value']:.4f}", f"{row['drop']:+.4f}"))
+    title = f"{document['metric']} on {document['n']} examples"
+    return Table(title, ("variant", "ratio", "FLOPs ceiling", document["metric"], "drop"), rows)
+
+
+def select_table(document: Mapping[str, Any]) -> Table:
+    """``select``: all candidates, with the reason each won or lost."""
+    rows = [
+        (row["variant"], row["predicted_ms"], row["quality"], row["verdict"]) for row in document["candidates"]
+    ]
+    met = "" if document["met_budget"] else " (budget not met)"
+    title = f"{document['variant']}: {cell(document['predicted_ms'])} ms predicted{met}: {document['reason']}"
+    return Table(title, ("candidate", "predicted ms", "quality", "verdict"), rows)
+
+
+def run_table(document: Mapping[str, Any], texts: Sequence[str]) -> Table:
+    """``run``: one answer per text."""
+    rows = [
+        (text if len(text) <= 60 else text[:57] + "...", answer_text(output))
+        for text, output in zip(texts, document["outputs"], strict=True)
+    ]
+    predicted = f", {cell(document['predicted_ms'])} ms predicted" if document["predicted_ms"] is not None else ""
+    met = "" if document["met_budget"] in (True, None) else " (budget not met)"
+    title = f"{document['variant']}: {cell(document['latency_ms'])} ms{predicted}{met}"
+    return Table(title, ("text", "answer"), rows)
+
+
+def answer_text(output: Mapping[str, Any]) -> str:
+    """One output of ``run`` in a few words."""
+    if "embedding" in output:
+        values = output["embedding"]
+        return f"[{', '.join(f'{x:.3f}' for x in values[:4])}, ...] {len(values)} values"
+    if "answer" in output:
+        return f"{output['answer']!r} ({output['start']}-{output['end']})"
+    if "labels" in output:
+        return " ".join(map(str, output["labels"]))
+    score = max(output.get("scores", {}).values(), default=None) if isinstance(output.get("scores"), dict) else None
+    return f"{output.get('label')}" + (f" {score:.3f}" if score is not None else "")
+
+
+def verify_table(document: Mapping[str, Any]) -> Table:
+    """``verify``: every problem found."""
+    rows = [(row["file"], row["problem"]) for row in document["problems"]]
+    title = f"{document['files']} files checked: " + ("all right" if document["ok"] else f"{len(rows)} problem(s)")
+    return Table(title, ("file", "problem"), rows) if rows else Table(title, (), ())
+
+
+def train_table(document: Mapping[str, Any]) -> Table:
+    """``train``: what was fitted and how close it came."""
+    rows: list[tuple[Cell, ...]] = [
+        ("method", document["method"]),
+        ("ratios", ", ".join(map(str, document["ratios"]))),
+        ("extra parameters", f"{document['extra_params']:,} ({100 * document['extra_params_share']:.2f} %)"),
+        ("steps", str(document["steps"])),
+        ("seconds", f"{document['seconds']:.0f}"),
+        (f"{document['metric']}, teacher", _values(document["teacher"])),
+        (f"{document['metric']}, student", _values(document["student"])),
+    ]
+    return Table(f"{document['output']}: plugins fitted", ("what", "value"), rows)
+
+
+def _values(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_values(item)}" for key, item in value.items())
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def inspect_tables(manifest: Mapping[str, Any]) -> list[Table]:
+    """``inspect``: the manifest in short."""
+    backbone = manifest["backbone"]
+    variants = [
+        (
+            shown_name({"variant": name, **variant}),
+            variant["ratio"],
+            1 / variant["flops_ratio"],
+            variant["precision"],
+            f"{variant['extra_params']:,}",
+            ", ".join(variant["graphs"].values()),
+        )
+        for name, variant in manifest["variants"].items()
+    ]
+    engines = [
+        (name, engine["graph"], engine["backend"], engine["backend_version"], engine["device"])
+        for name, engine in manifest["engines"].items()
+    ]
+    about = f"{backbone['name']} ({backbone['architecture']}, {backbone['params']:,} parameters), {manifest['task']}"
+    columns = ("variant", "ratio", "FLOPs ceiling", "precision", "extra parameters", "graphs")
+    return [
+        Table(about, columns, variants),
+        Table("engines", ("engine", "graph", "backend", "version", "device"), engines),
+    ]
