@@ -25,7 +25,6 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,  # plain help pages: rich would cost a third of the time to show one
     pretty_exceptions_enable=False,
-    no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 
@@ -50,14 +49,15 @@ def _show_version(wanted: bool) -> None:
 
 # --- options that several commands share ---------------------------------------------------------------------------
 
-Model = Annotated[Path, typer.Argument(metavar="[MODEL]", help="A Hugging Face folder, with or without plugins.")]
-BundlePath = Annotated[Path, typer.Argument(metavar="[BUNDLE]", help="A bundle made by `compexport build`.")]
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A Hugging Face folder, with or without plugins.")]
+BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle made by `compexport build`.")]
 Data = Annotated[
     Path | None,
-    typer.Option(metavar="D", help="A file (tsv, csv, jsonl, parquet, or a text a line) or a folder with train.*, dev.*."),
+    typer.Option(metavar="D", help="A file (tsv, csv, jsonl, parquet, or one text a line) or a folder with train.*."),
 ]
 RequiredData = Annotated[
-    Path, typer.Option(metavar="D", help="A file (tsv, csv, jsonl, parquet, or a text a line) or a folder with dev.*.")
+    Path,
+    typer.Option(metavar="D", help="A file (tsv, csv, jsonl, parquet, or one text a line) or a folder with dev.*."),
 ]
 TextColumn = Annotated[str | None, typer.Option(metavar="COLUMN", help="Column of --data with the text.")]
 PairColumn = Annotated[str | None, typer.Option(metavar="COLUMN", help="Column with the second text of a pair.")]
@@ -100,7 +100,7 @@ def _root(
 @app.command()
 def train(
     method: Annotated[str, typer.Argument(metavar="METHOD", help="variator")],
-    model: Model = Path("."),
+    model: Model = Path(),
     *,
     data: Data = None,
     ratio: Ratio = None,
@@ -116,13 +116,17 @@ def train(
     config: Config = None,
     debug: Debug = False,
 ) -> None:
-    """Fit the plugins of a method to MODEL, by distillation on texts without labels."""
+    """Fit a method's plugins to MODEL.
+
+    The plugins learn by distillation to reproduce what MODEL itself computes, on texts without labels. OUT is MODEL
+    with one small file per ratio beside it; `compexport build OUT` makes the engines.
+    """
     from compexport import api, present, tables
 
     if data is None:
         raise InputError(describe("train needs texts", expected="--data FILE", hint="no labels are needed"))
     columns = api.Columns(text=text, text_pair=text_pair)
-    settings = api.fit_settings(steps=steps, max_seconds=max_seconds, seed=seed)
+    fit = api.Fit(steps=steps, max_seconds=max_seconds, seed=seed)
     with _screen(as_json) as screen, present.progress() as progress:
         document = api.train(
             model,
@@ -131,7 +135,7 @@ def train(
             output=output,
             method=method,
             columns=columns,
-            settings=settings,
+            fit=fit,
             progress=progress,
         )
     screen.document(document, [tables.train_table(document)])
@@ -139,7 +143,7 @@ def train(
 
 @app.command()
 def build(
-    model: Model = Path("."),
+    model: Model = Path(),
     *,
     ratio: Ratio = None,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="BUNDLE", help="The bundle to write.")] = Path(
@@ -147,8 +151,9 @@ def build(
     ),
     backend: Backend = "ort",
     precision: Annotated[str, typer.Option(metavar="NAME", help="Arithmetic of the engines: fp32.")] = "fp32",
-    method: Annotated[str | None, typer.Option(metavar="NAME", help="Method, where MODEL does not say: variator.")] = None,
-    task: Annotated[str | None, typer.Option(metavar="NAME", help="Task, where config.json does not say.")] = None,
+    method: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Method, where MODEL does not say: variator.")
+    ] = None,
     data: Data = None,
     text: TextColumn = None,
     text_pair: PairColumn = None,
@@ -162,7 +167,11 @@ def build(
     config: Config = None,
     debug: Debug = False,
 ) -> None:
-    """Trace, check and build every ratio of MODEL into one bundle; with --data, fit missing plugins first."""
+    """Build all ratios of MODEL into one bundle.
+
+    Each ratio is traced, checked against PyTorch and built for the backend. A rebuild reuses what did not change.
+    With --data, plugins that MODEL lacks are fitted first.
+    """
     from compexport import api, present, tables
 
     with _screen(as_json) as screen, present.progress() as progress:
@@ -173,10 +182,9 @@ def build(
             backend=backend,
             precision=precision,
             method=method,
-            task=task,
             data=data,
             columns=api.Columns(text=text, text_pair=text_pair),
-            settings=api.fit_settings(steps=steps, max_seconds=max_seconds, seed=seed),
+            fit=api.Fit(steps=steps, max_seconds=max_seconds, seed=seed),
             untrained=untrained,
             command=_command_line(),
             progress=progress,
@@ -200,26 +208,29 @@ def bench(
     config: Config = None,
     debug: Debug = False,
 ) -> None:
-    """Measure every variant on this machine; the bundle keeps the table for `select` and `run`."""
-    from compexport import api, present, tables
+    """Measure the latency of every variant here.
+
+    All variants are timed in turn at every batch size and length. The bundle keeps the table, for this device;
+    `select` and `run` choose by it.
+    """
+    from compexport import api, present, report, tables
 
     with _screen(as_json) as screen, present.progress() as progress:
+        if plot is not None:
+            report.require_quality(api.open_bundle(bundle).quality())
         document = api.bench(
             bundle,
             batches=_numbers("batch", batch),
             lengths=_numbers("length", length),
             min_runs=5 if quick else min_runs,
-            backend=backend,
-            provider=provider,
-            threads=threads,
+            device=api.Device(backend, provider, threads),
             progress=progress,
         )
         opened = api.open_bundle(bundle)
-        if plot is not None:
-            from compexport import report
-
-            report.pareto_png(plot, document, opened.quality(), opened.manifest.variants)
-    screen.document(document, [tables.bench_table(document, opened.manifest.variants, opened.quality())])
+        variants, quality = opened.manifest.variants, opened.quality()
+        if plot is not None and quality is not None:
+            report.write_bytes(plot, report.pareto_png(document, quality, variants))
+    screen.document(document, [tables.bench_table(document, variants, quality)])
 
 
 @app.command()
@@ -238,7 +249,10 @@ def evaluate(
     config: Config = None,
     debug: Debug = False,
 ) -> None:
-    """Measure the quality of every variant on your data; the bundle keeps the table for `select` and `run`."""
+    """Measure the quality of every variant on data.
+
+    The engines themselves are measured. The bundle keeps the table; `select` and `run` choose by it.
+    """
     from compexport import api, present, tables
 
     with _screen(as_json) as screen, present.progress() as progress:
@@ -247,9 +261,7 @@ def evaluate(
             data,
             columns=api.Columns(text=text, text_pair=text_pair, label=label),
             limit=limit,
-            backend=backend,
-            provider=provider,
-            threads=threads,
+            device=api.Device(backend, provider, threads),
             progress=progress,
         )
         variants = api.open_bundle(bundle).manifest.variants
@@ -271,7 +283,10 @@ def select(
     config: Config = None,
     debug: Debug = False,
 ) -> None:
-    """Say which variant would answer a request of this size within the budget, and why."""
+    """Say which variant would answer, and why.
+
+    Nothing is run: the choice follows from the measured latency and quality of every variant.
+    """
     from compexport import api, tables
 
     with _screen(as_json) as screen:
@@ -280,9 +295,7 @@ def select(
             budget_ms=budget_ms,
             batch=batch,
             length=length,
-            backend=backend,
-            provider=provider,
-            threads=threads,
+            device=api.Device(backend, provider, threads),
         )
     screen.document(document, [tables.select_table(document)])
     _require_budget(document, strict)
@@ -310,8 +323,11 @@ def run(
     config: Config = None,
     debug: Debug = False,
 ) -> None:
-    """Answer texts with the best variant that meets the budget."""
-    from compexport import api, tables
+    """Answer texts within a latency budget.
+
+    All texts are answered together, by the best variant that is predicted to meet the budget.
+    """
+    from compexport import api, present, tables
 
     texts = api.paired(text or [], text_pair)
     with _screen(as_json) as screen:
@@ -322,10 +338,11 @@ def run(
             ratio=ratio,
             variant=variant,
             truncate=truncate,
-            backend=backend,
-            provider=provider,
-            threads=threads,
+            device=api.Device(backend, provider, threads),
         )
+    for number, cut in enumerate(document["truncated"], start=1):
+        if cut:
+            present.note(f"compexport: warning: text {number} is longer than the model reads and was cut")
     screen.document(document, [tables.run_table(document, text or [])])
     _require_budget(document, strict)
 
@@ -334,7 +351,7 @@ def run(
 def inspect(
     bundle: BundlePath = Path("bundle"), *, as_json: Json = False, config: Config = None, debug: Debug = False
 ) -> None:
-    """Show what a bundle holds: its checked manifest."""
+    """Show what a bundle holds."""
     from compexport import api, tables
 
     with _screen(as_json) as screen:
@@ -346,7 +363,10 @@ def inspect(
 def verify(
     bundle: BundlePath = Path("bundle"), *, as_json: Json = False, config: Config = None, debug: Debug = False
 ) -> None:
-    """Hash every file of a bundle; exit code 1 when something is wrong with it."""
+    """Check every file of a bundle.
+
+    Exit code 1 when one is missing, damaged, unsafe or not listed.
+    """
     from compexport import api, tables
 
     with _screen(as_json) as screen:
@@ -366,7 +386,10 @@ def demo(
     config: Config = None,
     debug: Debug = False,
 ) -> None:
-    """Fit, build, measure and run a real sentence-embedding model, and write a one-page report."""
+    """Show all of it on a real model.
+
+    Fits, builds, measures and runs a sentence-embedding model (MiniLM), and writes a one-page report.
+    """
     from compexport import present
     from compexport.demo import run_demo
 
@@ -417,7 +440,7 @@ def _command_line() -> str:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code: 0 done, 1 failed, 2 bad input, 3 target missed, 130 interrupted."""
-    given = list(sys.argv[1:] if args is None else args)
+    given = list(sys.argv[1:] if args is None else args) or ["--help"]
     try:
         code = app(given, prog_name="compexport", standalone_mode=False)
     except BaseException as error:

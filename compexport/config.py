@@ -65,7 +65,9 @@ def _check_table(path: Path, command: str, options: object, known: Mapping[str, 
         _check_key(key, known, f"{path}: [{command}] has an unknown option", form="{}")
         if not _fits(value, known[key]):
             expected = _expectation(known[key])
-            raise InputError(describe(f"{path}: [{command}] {key}", got=json.dumps(value, default=str), expected=expected))
+            raise InputError(
+                describe(f"{path}: [{command}] {key}", got=json.dumps(value, default=str), expected=expected)
+            )
 
 
 def _check_key(key: str, known: Mapping[str, Any], what: str, *, form: str) -> None:
@@ -159,4 +161,4 @@ def _expectation(rule: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(schema(), indent=2))  # noqa: T201
+    print(json.dumps(schema(), indent=2))

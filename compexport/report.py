@@ -34,7 +34,9 @@ def pareto_png(bench: Mapping[str, Any], quality: Mapping[str, Any], variants: M
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for (batch, length), points in sorted(_relative_points(bench, quality, variants).items()):
-        axes.plot(*zip(*[(x, y) for x, y, _ in points], strict=True), marker="o", label=f"batch {batch} × length {length}")
+        axes.plot(
+            *zip(*[(x, y) for x, y, _ in points], strict=True), marker="o", label=f"batch {batch} × length {length}"
+        )
         for x, y, ratio in points:
             axes.annotate(f"r{ratio:g}", (x, y), textcoords="offset points", xytext=(4, 5), fontsize=8)
     axes.axvline(1.0, color="grey", linewidth=0.8, linestyle=":")

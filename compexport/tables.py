@@ -19,7 +19,7 @@ def build_table(document: Mapping[str, Any]) -> Table:
         (
             shown_name(row),
             row["ratio"],
-            1 / row["flops_ratio"] if row["flops_ratio"] else None,
+            row["flops_ratio"],
             f"{row['params']:,}",
             f"{row['parity_max_abs']:.1e}",
             "reused" if row["reused"] else "built",
@@ -58,9 +58,9 @@ def bench_table(document: Mapping[str, Any], variants: Mapping[str, Any], qualit
                 values.get(name),
             )
         )
-    columns = ("variant", "ratio", "batch", "length", "p50 ms", "p99 ms", "FLOPs ceiling", "speed-up", "realised", metric)
+    measured = ("batch", "length", "p50 ms", "p99 ms", "FLOPs ceiling", "speed-up", "realised")
     notes = [faster_from_note(name, size) for name, size in faster_from(document["realised"]).items()]
-    return Table(f"latency on {document['device']}", columns, rows, notes)
+    return Table(f"latency on {document['device']}", ("variant", "ratio", *measured, metric), rows, notes)
 
 
 def faster_from_note(name: str, size: tuple[int, int] | None) -> str:
@@ -76,16 +76,14 @@ def evaluate_table(document: Mapping[str, Any], variants: Mapping[str, Any]) -> 
     for row in document["variants"]:
         variant = variants[row["variant"]]
         name = shown_name({**row, "untrained": variant.untrained})
-        rows.append((name, variant.ratio, 1 / variant.flops_ratio, f"{row['value']:.4f}", f"{row['drop']:+.4f}"))
+        rows.append((name, variant.ratio, variant.flops_ratio, f"{row['value']:.4f}", f"{row['drop']:+.4f}"))
     title = f"{document['metric']} on {document['n']} examples"
     return Table(title, ("variant", "ratio", "FLOPs ceiling", document["metric"], "drop"), rows)
 
 
 def select_table(document: Mapping[str, Any]) -> Table:
     """``select``: all candidates, with the reason each won or lost."""
-    rows = [
-        (row["variant"], row["predicted_ms"], row["quality"], row["verdict"]) for row in document["candidates"]
-    ]
+    rows = [(row["variant"], row["predicted_ms"], row["quality"], row["verdict"]) for row in document["candidates"]]
     met = "" if document["met_budget"] else " (budget not met)"
     title = f"{document['variant']}: {cell(document['predicted_ms'])} ms predicted{met}: {document['reason']}"
     return Table(title, ("candidate", "predicted ms", "quality", "verdict"), rows)
@@ -150,7 +148,7 @@ def inspect_tables(manifest: Mapping[str, Any]) -> list[Table]:
         (
             shown_name({"variant": name, **variant}),
             variant["ratio"],
-            1 / variant["flops_ratio"],
+            variant["flops_ratio"],
             variant["precision"],
             f"{variant['extra_params']:,}",
             ", ".join(variant["graphs"].values()),

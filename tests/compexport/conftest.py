@@ -1,0 +1,58 @@
+"""A command line in this process, and a tiny bundle with everything measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compexport.cli import main
+
+TEXTS = [
+    "a fine film with a quiet heart",
+    "what a waste of two hours!",
+    "Return the value of the named option, or the default.",
+    "the camera moves slowly over the old town",
+]
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command left: exit code, stdout, stderr."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """Stdout as the one JSON document that it must be."""
+        found = json.loads(self.out)
+        assert isinstance(found, dict)
+        return found
+
+    @property
+    def error(self) -> str:
+        """Stderr as the one line that it must be."""
+        lines = self.err.strip().splitlines()
+        assert len(lines) == 1, self.err
+        assert lines[0].startswith("compexport: ")
+        return lines[0].removeprefix("compexport: ")
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
+    """``cli("build", model, "--ratio", "2")`` in an empty current folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Done:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Done(code, captured.out, captured.err)
+
+    return run
