@@ -390,11 +390,10 @@ def demo(
 
     Fits, builds, measures and runs a sentence-embedding model (MiniLM), and writes a one-page report.
     """
-    from compexport import present
     from compexport.demo import run_demo
 
-    with _screen(as_json) as screen, present.progress() as progress:
-        document = run_demo(output, fast=fast, seed=seed, screen=screen, progress=progress)
+    with _screen(as_json) as screen:
+        document = run_demo(output, fast=fast, seed=seed, screen=screen)
     screen.document(document)
 
 

@@ -62,20 +62,22 @@ class Screen:
     def document(self, document: object, tables: Iterable[Table] = ()) -> None:
         """Print the JSON document, or the tables when people are reading."""
         if self.as_json:
-            print(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False), file=self.out)
-        else:
-            self.tables(tables)
-        self.out.flush()
+            print(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False), file=self.out, flush=True)
+        self.show(*tables)
 
-    def tables(self, tables: Iterable[Table]) -> None:
+    def show(self, *tables: Table) -> None:
+        """Print tables for people; a program that asked for JSON does not get them."""
+        if self.as_json:
+            return
         draw = _draw_rich if self.out.isatty() else _draw_plain
         for table in tables:
             draw(table, self.out)
+        self.out.flush()
 
     def line(self, text: str) -> None:
         """One line for people; a program that asked for JSON does not get it."""
         if not self.as_json:
-            print(text, file=self.out)
+            print(text, file=self.out, flush=True)
 
 
 def _draw_plain(table: Table, out: TextIO) -> None:

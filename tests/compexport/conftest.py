@@ -56,3 +56,40 @@ def cli(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
         return Done(code, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Path]) -> Path:
+    """A tiny classifier built at ratios 1, 2, 4 with random plugins, measured and evaluated. Do not write into it."""
+    from compexport import api
+
+    folder = tmp_path_factory.mktemp("built")
+    api.build_document(
+        tiny("tiny-bert", "sequence-classification"), ratios=[2, 4], output=folder / "bundle", untrained=True
+    )
+    api.bench(folder / "bundle", batches=[1, 4], lengths=[8, 32], min_runs=5)
+    api.evaluate(folder / "bundle", labelled_texts(folder))
+    return folder / "bundle"
+
+
+@pytest.fixture
+def bundle(built: Path, tmp_path: Path) -> Path:
+    """A private copy of the tiny bundle, at ``./bundle`` of the current folder."""
+    import shutil
+
+    return Path(shutil.copytree(built, tmp_path / "bundle"))
+
+
+def labelled_texts(folder: Path) -> Path:
+    """A small classification data set with a header."""
+    path = folder / "dev.tsv"
+    rows = [f"{text}\t{('negative', 'positive')[i % 2]}" for i, text in enumerate(TEXTS)]
+    path.write_text("\n".join(["sentence\tlabel", *rows]) + "\n", encoding="utf-8")
+    return path
+
+
+def plain_texts(folder: Path) -> Path:
+    """A file with one text a line."""
+    path = folder / "texts.txt"
+    path.write_text("\n".join(TEXTS * 4) + "\n", encoding="utf-8")
+    return path

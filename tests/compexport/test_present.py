@@ -18,26 +18,26 @@ class Terminal(io.StringIO):
 
 def test_plain_table_is_aligned() -> None:
     out = io.StringIO()
-    Screen(out).tables([TABLE])
+    Screen(out).show(TABLE)
     assert out.getvalue().splitlines() == ["sizes", "name   n    ms", "a     10  1.25", "bcd    2     -", "a note", ""]
 
 
 def test_terminal_table_holds_the_same_cells() -> None:
     out = Terminal()
-    Screen(out).tables([TABLE])
+    Screen(out).show(TABLE)
     for text in ("sizes", "name", "bcd", "1.25", "a note"):
         assert text in out.getvalue()
 
 
 def test_brackets_are_text_not_markup() -> None:
     out = Terminal()
-    Screen(out).tables([Table("t", ("x",), [("[bold]x",)])])
+    Screen(out).show(Table("t", ("x",), [("[bold]x",)]))
     assert "[bold]x" in out.getvalue()
 
 
 def test_table_without_rows_or_columns_is_its_title() -> None:
     for out in (io.StringIO(), Terminal()):
-        Screen(out).tables([Table("all right", (), ())])
+        Screen(out).show(Table("all right", (), ()))
         assert out.getvalue().strip() == "all right"
 
 
