@@ -1,0 +1,321 @@
+"""Which member of the family answers a request: latency profile + quality + live correction + budget -> decision.
+
+``select`` is a pure function of its arguments (the live correction reads its own clock, which tests replace). A
+candidate is a name with a quality and a predicted time, so exit thresholds ("virtual" variants of one engine with an
+expected and a worst-case cost), cascades and encoder/decoder pairs enter as further names in profile and quality.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from compexport.errors import BundleError, InputError, describe
+from engines.profile import Prediction, Profile
+
+NOT_MEASURED = "no latency measured on this device; run `compexport bench`"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One variant as the decision saw it. ``predicted_ms``: corrected p99, None when it was not measured."""
+
+    variant: str
+    predicted_ms: float | None
+    quality: float | None
+    verdict: str
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Which variant was chosen and why.
+
+    ``predicted_ms`` is the engine's p99 for this request on this device, times the live correction (None without a
+    measurement). ``met_budget`` says that it fits into ``budget_ms - waited_ms``; always true without a budget.
+    ``reason`` and ``candidates`` are put into words when they are read, as most requests never ask.
+    """
+
+    variant: str
+    predicted_ms: float | None
+    met_budget: bool
+    budget_ms: float | None
+    waited_ms: float
+    extrapolated: bool
+    comparison: Comparison = field(repr=False)
+
+    @property
+    def reason(self) -> str:
+        """Why this variant, in one line."""
+        return self.comparison.reason(self.extrapolated)
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """Every variant with the reason it lost, best quality first."""
+        return self.comparison.candidates()
+
+    def document(self) -> dict[str, Any]:
+        """What ``select --json`` prints. An infinite budget is null there, as JSON has no infinity."""
+        finite = self.budget_ms is not None and math.isfinite(self.budget_ms)
+        return {
+            "variant": self.variant,
+            "predicted_ms": self.predicted_ms,
+            "budget_ms": self.budget_ms if finite else None,
+            "met_budget": self.met_budget,
+            "reason": self.reason,
+            "extrapolated": self.extrapolated,
+            "candidates": [
+                {"variant": c.variant, "predicted_ms": c.predicted_ms, "quality": c.quality, "verdict": c.verdict}
+                for c in self.candidates
+            ],
+        }
+
+
+class Quality:
+    """The variants to choose from, best first (``ranked``; a larger ``rank`` is better); immutable.
+
+    Without a measured value for every one of them, a lower ratio counts as better (``measured`` is then False).
+    """
+
+    def __init__(
+        self, ratios: Mapping[str, float], values: Mapping[str, float] | None = None, *, higher_is_better: bool = True
+    ) -> None:
+        """``ratios``: every variant to choose from. ``values``: measured metric, for all of them or not used."""
+        self.ratios = dict(ratios)
+        self.measured = values is not None and all(name in values for name in ratios)
+        self.values: dict[str, float] = {n: values[n] for n in ratios} if values is not None and self.measured else {}
+        sign = 1.0 if higher_is_better else -1.0
+        rank = {name: sign * self.values[name] if self.measured else -ratio for name, ratio in ratios.items()}
+        self.rank = rank
+        self.ranked = tuple(sorted(rank.items(), key=lambda item: -item[1]))
+        self.variants = tuple(name for name, _ in self.ranked)
+
+    @classmethod
+    def from_table(cls, table: Mapping[str, Any] | None, ratios: Mapping[str, float]) -> Quality:
+        """From ``quality.json`` (None when nothing was evaluated). Raises BundleError for a value that is no number."""
+        if table is None:
+            return cls(ratios)
+        values = table.get("variants")
+        if not isinstance(values, Mapping):
+            raise BundleError(describe("quality table has no variants", hint="run `compexport evaluate` again"))
+        for name, value in values.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                what = f"quality table, variant {name}"
+                hint = "run `compexport evaluate` again"
+                raise BundleError(describe(what, got=repr(value), expected="a finite number", hint=hint))
+        return cls(ratios, values, higher_is_better=bool(table.get("higher_is_better", True)))
+
+
+class Correction:
+    """How much slower or faster than its profile this machine runs right now; thread-safe.
+
+    Model, in natural logarithms: ``log(observed / expected) = shared + own[variant] + noise``. ``shared`` is the state
+    of the machine (other load, heat), so an observation of one engine informs the others; ``own`` is what is particular
+    to one engine. Each observation moves both toward the error they left, ``shared`` twice as far, as machines change
+    more than engines do (the steady-state Kalman filter of two random walks with that ratio of variances). Both fall
+    back to 0 with their half-lives, so a variant that looked slow once is tried again. One observation is cut to a
+    factor of 4 around what was believed, and the whole factor to ``bounds``.
+    """
+
+    SHARED_GAIN = 0.2
+    OWN_GAIN = 0.1
+    SHARED_HALF_LIFE_S = 30.0
+    OWN_HALF_LIFE_S = 120.0
+    LARGEST_SURPRISE = math.log(4.0)
+
+    def __init__(
+        self, *, clock: Callable[[], float] = time.monotonic, bounds: tuple[float, float] = (0.25, 8.0)
+    ) -> None:
+        """``clock`` in seconds. ``bounds``: smallest and largest factor ever returned."""
+        self._clock = clock
+        self._bounds = bounds
+        self._lock = threading.Lock()
+        # (value, time) pairs are replaced whole, never changed, so readers need no lock.
+        self._shared = (0.0, 0.0)
+        self._own: dict[str, tuple[float, float]] = {}
+
+    def observe(self, variant: str, observed_ms: float, expected_ms: float) -> None:
+        """Tell that ``variant`` took ``observed_ms`` where its profile's median said ``expected_ms``.
+
+        Values that are not positive and finite are ignored.
+        """
+        if not (0.0 < observed_ms < math.inf and 0.0 < expected_ms < math.inf):
+            return
+        with self._lock:
+            now = self._clock()
+            shared = _decayed(self._shared, now, self.SHARED_HALF_LIFE_S)
+            own = _decayed(self._own.get(variant, (0.0, now)), now, self.OWN_HALF_LIFE_S)
+            error = math.log(observed_ms) - math.log(expected_ms) - shared - own
+            error = min(max(error, -self.LARGEST_SURPRISE), self.LARGEST_SURPRISE)
+            self._shared = (self._bounded(shared + self.SHARED_GAIN * error), now)
+            self._own[variant] = (self._bounded(own + self.OWN_GAIN * error), now)
+
+    def factor(self, variant: str) -> float:
+        """What to multiply a predicted time of ``variant`` with, now."""
+        return self.factors((variant,))[0]
+
+    def factors(self, variants: Sequence[str]) -> list[float]:
+        """``factor`` of several variants at one moment."""
+        if not self._own:
+            return [1.0] * len(variants)
+        now = self._clock()
+        lowest, highest = self._bounds
+        shared = _decayed(self._shared, now, self.SHARED_HALF_LIFE_S)
+        unseen = (0.0, now)
+        own = [_decayed(self._own.get(variant, unseen), now, self.OWN_HALF_LIFE_S) for variant in variants]
+        return [min(max(math.exp(shared + value), lowest), highest) for value in own]
+
+    def _bounded(self, log_factor: float) -> float:
+        lowest, highest = self._bounds
+        return min(max(log_factor, math.log(lowest)), math.log(highest))
+
+
+def _decayed(state: tuple[float, float], now: float, half_life_s: float) -> float:
+    value, seen_at = state
+    return float(value * 0.5 ** ((now - seen_at) / half_life_s)) if value else 0.0
+
+
+def select(
+    profile: Profile | None,
+    quality: Quality,
+    correction: Correction | None = None,
+    *,
+    batch: int = 1,
+    length: int = 1,
+    budget_ms: float | None = None,
+    waited_ms: float = 0.0,
+    forced: str | None = None,
+) -> Decision:
+    """Choose among ``quality.variants`` for ``batch`` sequences padded to ``length`` tokens.
+
+    The best quality whose corrected p99 fits ``budget_ms - waited_ms`` wins, ties go to the faster; when none fits, the
+    fastest. No budget: the best quality. ``forced`` names the variant to take whatever the budget says. Variants
+    without a measurement are never taken to meet a budget. Raises InputError for a budget that is NaN or <= 0, a
+    negative or NaN wait, or a batch or length below 1.
+    """
+    predictions = profile.predict_all(batch, length) if profile is not None else {}
+    return decide(predictions, quality, correction, budget_ms=budget_ms, waited_ms=waited_ms, forced=forced)
+
+
+def decide(
+    predictions: Mapping[str, Prediction],
+    quality: Quality,
+    correction: Correction | None = None,
+    *,
+    budget_ms: float | None = None,
+    waited_ms: float = 0.0,
+    forced: str | None = None,
+) -> Decision:
+    """``select`` from predictions already made, for example of several chunks."""
+    left_ms = time_left_ms(budget_ms, waited_ms)
+    times = _corrected(predictions, quality.variants, correction)
+    chosen = forced if forced is not None else _choose(quality, times, left_ms)
+    predicted_ms = times[chosen]
+    fits = predicted_ms <= left_ms if predicted_ms is not None else left_ms == math.inf
+    prediction = predictions.get(chosen)
+    extrapolated = prediction is not None and prediction.extrapolated
+    comparison = Comparison(quality, times, left_ms, chosen, fits, forced is not None)
+    return Decision(chosen, predicted_ms, fits, budget_ms, waited_ms, extrapolated, comparison)
+
+
+def time_left_ms(budget_ms: float | None, waited_ms: float) -> float:
+    """Milliseconds left; infinite without a budget. Raises InputError for a budget or wait that makes no sense."""
+    if not 0.0 <= waited_ms < math.inf:
+        raise InputError(describe("waited_ms is out of range", got=waited_ms, expected="a finite number >= 0"))
+    if budget_ms is None:
+        return math.inf
+    if not budget_ms > 0.0:  # NaN too
+        raise InputError(describe("budget_ms is out of range", got=budget_ms, expected="a number of milliseconds > 0"))
+    return budget_ms - waited_ms
+
+
+def _corrected(
+    predictions: Mapping[str, Prediction], variants: tuple[str, ...], correction: Correction | None
+) -> dict[str, float | None]:
+    factors = correction.factors(variants) if correction is not None else [1.0] * len(variants)
+    return {
+        name: predictions[name].p99_ms * factor if name in predictions else None
+        for name, factor in zip(variants, factors, strict=True)
+    }
+
+
+def _choose(quality: Quality, times: Mapping[str, float | None], left_ms: float) -> str:
+    """The name of the winner. ``quality.ranked`` is best first, so the first group of equals with a fit decides."""
+    best, best_rank, best_ms = "", 0.0, math.inf
+    fastest, fastest_ms = quality.variants[0], math.inf
+    for name, rank in quality.ranked:
+        time_ms = times[name]
+        if time_ms is None:
+            if left_ms < math.inf:
+                continue
+            time_ms = math.inf
+        if time_ms < fastest_ms:
+            fastest, fastest_ms = name, time_ms
+        if time_ms <= left_ms and (not best or (rank == best_rank and time_ms < best_ms)):
+            best, best_rank, best_ms = name, rank, time_ms
+    return best or fastest
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What a decision compared: ``times`` are corrected p99 by variant, None where nothing was measured.
+
+    All texts about decisions are composed here.
+    """
+
+    quality: Quality
+    times: Mapping[str, float | None]
+    left_ms: float
+    chosen: str
+    fits: bool
+    forced: bool
+
+    def candidates(self) -> tuple[Candidate, ...]:
+        """All variants, best quality first."""
+        values = self.quality.values
+        return tuple(
+            [Candidate(name, ms, values.get(name), self._verdict(name, ms)) for name, ms in self.times.items()]
+        )
+
+    def _verdict(self, name: str, time_ms: float | None) -> str:
+        if name == self.chosen:
+            return "chosen"
+        if self.forced:
+            return f"not asked for; {self.chosen} was"
+        if time_ms is None and self.left_ms < math.inf:
+            return NOT_MEASURED
+        if time_ms is not None and time_ms > self.left_ms:
+            return f"needs {time_ms:.2f} ms, {self.left_ms:.2f} ms left"
+        if self.quality.rank[name] == self.quality.rank[self.chosen]:
+            return f"as good as {self.chosen}, but not faster"
+        if self.quality.measured:
+            return f"quality {self._quality_of(name)} is worse than {self._quality_of(self.chosen)} of {self.chosen}"
+        return f"ratio {self.quality.ratios[name]:g} is above {self.quality.ratios[self.chosen]:g} of {self.chosen}"
+
+    def _quality_of(self, name: str) -> str:
+        return f"{self.quality.values[name]:.4g}"
+
+    def reason(self, extrapolated: bool) -> str:
+        """Why ``chosen`` was chosen, in one line."""
+        reason = self._why_chosen()
+        if not self.quality.measured and not self.forced:
+            reason += "; quality not measured, so a lower ratio counts as better (`compexport evaluate` measures it)"
+        if extrapolated:
+            reason += "; its latency is extrapolated from outside the measured batches and lengths"
+        return reason
+
+    def _why_chosen(self) -> str:
+        time_ms = self.times[self.chosen]
+        if time_ms is None:
+            return ("asked for" if self.forced else "best quality") + "; its latency was not measured on this device"
+        if self.left_ms == math.inf:
+            return "asked for" if self.forced else "best quality; no budget"
+        fit = "fits" if self.fits else "does not fit"
+        if self.forced:
+            return f"asked for; {time_ms:.2f} ms {fit} into {self.left_ms:.2f} ms"
+        if self.fits:
+            return f"best quality that fits: {time_ms:.2f} ms of {self.left_ms:.2f} ms left"
+        return f"none fits into {self.left_ms:.2f} ms; this is the fastest, {time_ms:.2f} ms"

@@ -1,0 +1,188 @@
+"""Text in: the tokenizer of a bundle turns texts and pairs into int64 feeds [B, S], right padded.
+
+The `tokenizers` package is imported when a ``TextEncoder`` is made, not with this module.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from compexport.errors import BundleError, DependencyError, InputError, describe
+from engines.manifest import Tokenizer as TokenizerSpec
+
+Text = str | tuple[str, str] | list[str]  # a list is a pair that came through JSON
+Ids = npt.NDArray[np.int64]
+
+QUESTION_ANSWERING = "question-answering"
+KNOWN_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """One text or pair as tokens. ``encoding`` is a ``tokenizers.Encoding``; ``truncated``: tokens were dropped."""
+
+    text: str
+    pair: str | None
+    encoding: Any
+    truncated: bool
+
+    def __len__(self) -> int:
+        """Number of tokens, special ones included."""
+        return len(self.encoding)
+
+    @property
+    def offsets(self) -> list[tuple[int, int]]:
+        """Per token, start and end character in the text it came from; (0, 0) for special tokens."""
+        return list(self.encoding.offsets)
+
+    @property
+    def sequence_ids(self) -> list[int | None]:
+        """Per token, 0 for the text, 1 for its pair, None for special tokens."""
+        return list(self.encoding.sequence_ids)
+
+    def source(self, sequence_id: int) -> str:
+        """The text that tokens with this sequence id, and their offsets, belong to."""
+        return self.pair if sequence_id == 1 and self.pair is not None else self.text
+
+
+class TextEncoder:
+    """A bundle's tokenizer. Its settings are fixed when it is made, so threads may share it."""
+
+    def __init__(self, path: Path, spec: TokenizerSpec, task: str) -> None:
+        """``path``: the ``tokenizer.json``. Question answering cuts only the context, other tasks the longer text.
+
+        Raises BundleError for a file that is no tokenizer, an input it cannot feed, or a limit too small for any
+        text; DependencyError when `tokenizers` is not installed.
+        """
+        unknown = [name for name in spec.inputs if name not in KNOWN_INPUTS]
+        if unknown or "input_ids" not in spec.inputs:
+            expected = "input_ids, attention_mask and perhaps token_type_ids"
+            raise BundleError(describe("tokenizer inputs", got=", ".join(spec.inputs) or "none", expected=expected))
+        self.spec = spec
+        self.answers_questions = task == QUESTION_ANSWERING
+        self._tokenizer = _tokenizer_from_file(path)
+        special = self._tokenizer.num_special_tokens_to_add(self.answers_questions)
+        if spec.max_length <= special:
+            what = f"tokenizer max_length leaves no room beside {special} special tokens"
+            raise BundleError(describe(what, got=spec.max_length, hint="build the bundle again"))
+        self._tokenizer.no_padding()
+        strategy = "only_second" if self.answers_questions else "longest_first"
+        self._tokenizer.enable_truncation(spec.max_length, stride=0, strategy=strategy, direction="right")
+
+    def encode(self, texts: Sequence[Text], *, truncate: bool = True) -> list[EncodedText]:
+        """Tokenise, in the order given. A text beyond ``max_length`` tokens is cut, with a logged warning.
+
+        Raises InputError that names the text: empty, only spaces, or nothing the tokenizer can see; not a string or
+        pair of strings; not valid Unicode; a single text for question answering; too long with ``truncate=False``.
+        """
+        if isinstance(texts, str) or not isinstance(texts, Sequence):
+            raise InputError(
+                describe("texts have the wrong type", got=type(texts).__name__, expected="a list of texts")
+            )
+        if not texts:
+            raise InputError(describe("no text was given", expected="at least one"))
+        items = [self._checked(number, text) for number, text in enumerate(texts)]
+        encoded = [
+            EncodedText(*_split(item), encoding, bool(encoding.overflowing))
+            for item, encoding in zip(items, self._encode(items), strict=True)
+        ]
+        for number, one in enumerate(encoded):
+            _refuse_blank(number, one)
+        too_long = [number for number, one in enumerate(encoded) if one.truncated]
+        if too_long:
+            self._report_too_long(too_long, len(encoded), truncate)
+        return encoded
+
+    def feeds(self, encoded: Sequence[EncodedText]) -> dict[str, Ids]:
+        """The graph inputs named in the manifest, int64 [B, S], S the longest of these texts."""
+        shape = (len(encoded), max(map(len, encoded)))
+        feeds = {}
+        for name in self.spec.inputs:
+            feeds[name] = np.full(shape, self._padding(name), dtype=np.int64)
+            for row, one in zip(feeds[name], encoded, strict=True):
+                row[: len(one)] = _values(name, one)
+        return feeds
+
+    def dummy_feeds(self, batch: int, length: int) -> dict[str, Ids]:
+        """Feeds of valid but meaningless ids, int64 [batch, length], to warm up an engine."""
+        values = {"input_ids": self.spec.pad_id, "attention_mask": 1, "token_type_ids": 0}
+        return {name: np.full((batch, length), values[name], dtype=np.int64) for name in self.spec.inputs}
+
+    def _padding(self, name: str) -> int:
+        return {"input_ids": self.spec.pad_id, "attention_mask": 0, "token_type_ids": self.spec.pad_type_id}[name]
+
+    def _checked(self, number: int, text: Text) -> str | tuple[str, str]:
+        """A string or a pair of strings, each with something in it."""
+        parts = [text] if isinstance(text, str) else text
+        is_pair = isinstance(text, tuple | list) and len(text) == 2
+        if not (isinstance(text, str) or is_pair) or not all(isinstance(part, str) for part in parts):
+            what, expected = f"text {number} has the wrong type", "a string or a pair of strings"
+            raise InputError(describe(what, got=type(text).__name__, expected=expected))
+        if self.answers_questions and len(parts) == 1:
+            raise InputError(describe(f"text {number} is single", expected="a pair: the question and its context"))
+        if not all(part.strip() for part in parts):
+            raise InputError(describe(f"text {number} is empty", expected="at least one visible character"))
+        return parts[0] if len(parts) == 1 else (parts[0], parts[1])
+
+    def _encode(self, items: list[str | tuple[str, str]]) -> list[Any]:
+        try:
+            return list(self._tokenizer.encode_batch(items))
+        except (TypeError, UnicodeError) as error:  # lone surrogates cannot become UTF-8
+            bad = [str(number) for number, item in enumerate(items) if not _is_unicode(item)]
+            where = f"text {', '.join(bad)}" if bad else "a text"
+            raise InputError(describe(f"{where} is not valid Unicode", hint="remove lone surrogates")) from error
+        except Exception as error:  # `tokenizers` raises bare Exception; the one cause left is an uncuttable question
+            limit = f"at most {self.spec.max_length} tokens"
+            raise InputError(describe(f"text cannot be tokenised ({error})", expected=limit)) from error
+
+    def _report_too_long(self, numbers: list[int], count: int, truncate: bool) -> None:
+        named = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
+        what = f"text {named} of {count} (counted from 0) is longer than the model's {self.spec.max_length} tokens"
+        if not truncate:
+            raise InputError(describe(what, hint="shorten it or allow truncation"))
+        _log.warning("%s; the rest was cut off", what)
+
+
+def _tokenizer_from_file(path: Path) -> Any:
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise DependencyError(describe("tokenizers is not installed", hint="run `pip install tokenizers`")) from error
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # `tokenizers` raises bare Exception for everything it cannot parse
+        what = f"{path.name} cannot be read as a tokenizer ({str(error).splitlines()[0]})"
+        raise BundleError(describe(what, hint="build the bundle again")) from error
+
+
+def _split(item: str | tuple[str, str]) -> tuple[str, str | None]:
+    return (item, None) if isinstance(item, str) else item
+
+
+def _values(name: str, one: EncodedText) -> list[int]:
+    if name == "attention_mask":
+        return [1] * len(one)
+    return list(one.encoding.ids if name == "input_ids" else one.encoding.type_ids)
+
+
+def _refuse_blank(number: int, one: EncodedText) -> None:
+    """Control characters alone, for example, pass for text but leave no token."""
+    if all(one.encoding.special_tokens_mask):
+        raise InputError(describe(f"text {number} is empty to the tokenizer", expected="at least one token"))
+
+
+def _is_unicode(item: str | tuple[str, str]) -> bool:
+    try:
+        "".join(item).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
