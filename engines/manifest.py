@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-FORMAT = 1
+FORMAT: Final = 1
 
 Task = Literal[
     "feature-extraction", "sequence-classification", "token-classification", "question-answering"
@@ -42,7 +42,7 @@ class Parity(Record):
 
     max_abs: float
     tolerance: float
-    shapes: list[tuple[int, int]]
+    shapes: list[tuple[int, int]] = Field(description="(batch, sequence) of every comparison")
 
 
 class Cost(Record):
@@ -71,7 +71,7 @@ class Cost(Record):
 class Graph(Record):
     """One ONNX file. ``key`` is the hash of everything it was made from, for incremental rebuilds."""
 
-    path: str
+    path: str = Field(description="the ONNX file, relative to the bundle")
     opset: int
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
@@ -86,10 +86,10 @@ class Variant(Record):
     method: str
     ratio: float = Field(ge=1)
     precision: Literal["fp32", "fp16", "bf16", "int8"]
-    graphs: dict[str, str]
+    graphs: dict[str, str] = Field(description="role -> key in the manifest's graphs")
     params: int
-    extra_params: int
-    flops_ratio: float
+    extra_params: int = Field(description="parameters this variant has besides the backbone's")
+    flops_ratio: float = Field(description="FLOPs of the backbone divided by FLOPs of this variant")
     untrained: bool = False
     settings: dict[str, Any] = {}
 
@@ -97,13 +97,13 @@ class Variant(Record):
 class Engine(Record):
     """A graph built for one backend and device; valid for exactly that ``backend_version`` and ``device``."""
 
-    graph: str
+    graph: str = Field(description="key in the manifest's graphs")
     backend: str
     backend_version: str
     device: str
-    path: str
-    files: list[str]
-    key: str
+    path: str = Field(description="what the backend opens: a listed file or a folder of some, relative to the bundle")
+    files: list[str] = Field(description="all files of this engine, relative to the bundle; each is in files")
+    key: str = Field(description="hash of everything it was built from, for incremental rebuilds")
     settings: dict[str, Any] = {}
 
 
@@ -142,6 +142,14 @@ class Manifest(Record):
     variants: dict[str, Variant]
     graphs: dict[str, Graph]
     engines: dict[str, Engine] = {}
-    files: dict[str, FileEntry]
+    files: dict[str, FileEntry] = Field(
+        description="every file of the bundle except manifest.json, manifest.sha256 and the measured tables"
+    )
     versions: dict[str, str]
     command: str
+
+
+if __name__ == "__main__":
+    import json
+
+    print(json.dumps(Manifest.model_json_schema(), indent=2))
