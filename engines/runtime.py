@@ -9,6 +9,7 @@ import importlib
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -132,24 +133,34 @@ class Runtime:
     ) -> None:
         """``variants``: the members to use, all by default. ``threads``: per engine run; None lets the backend decide.
 
-        Raises InputError for an unknown variant, BundleError for one without an engine of this backend or for damaged
-        latency or quality tables.
+        Raises InputError for an unknown variant, BundleError for one without an engine of this backend.
         """
         self.bundle = bundle
         self.backend = backend if isinstance(backend, str) else getattr(backend, "NAME", "")
         self._backend: Backend = _load_backend(backend) if isinstance(backend, str) else backend
-        self._threads = threads
+        self.threads = threads
         self._provider = provider
         self.variants = self._checked_variants(variants)
         self.device = self._backend.device_name({"threads": threads, "provider": provider})
-        self.profile = _profile(bundle, self.device, self.backend)
-        ratios = {name: bundle.manifest.variants[name].ratio for name in self.variants}
-        self.quality = Quality.from_table(bundle.quality(), ratios)
         self.correction = correction if correction is not None else Correction()
         self._lock = threading.RLock()
         self._sessions: dict[str, OpenSession] = {}
         self._encoder: TextEncoder | None = None
         self._closed = False
+
+    @cached_property
+    def profile(self) -> Profile | None:
+        """This device's latencies, None when not measured. Read at first need, so that a bad table can be replaced.
+
+        Raises BundleError that names the row of a damaged table.
+        """
+        return _profile(self.bundle, self.device, self.backend)
+
+    @cached_property
+    def quality(self) -> Quality:
+        """The variants in use, best first. Raises BundleError that names a value that is no number."""
+        ratios = {name: self.bundle.manifest.variants[name].ratio for name in self.variants}
+        return Quality.from_table(self.bundle.quality(), ratios)
 
     @classmethod
     def open(
@@ -229,7 +240,7 @@ class Runtime:
         forced = self._forced(ratio, variant)
         self._refuse_unmeasured(budget_ms, forced)
         encoder = self._text_encoder()
-        self.warm_up(None if forced is None else [forced])
+        self.warm_up(self._likely(budget_ms, forced))
         started = perf_counter()
         encoded = encoder.encode(texts, truncate=truncate)
         chunks = self._chunks(encoded)
@@ -345,6 +356,12 @@ class Runtime:
             what = f"a budget needs a latency profile of device {self.device}"
             raise InputError(describe(what, got=f"profiles of: {measured}", hint=hint))
 
+    def _likely(self, budget_ms: float | None, forced: str | None) -> Sequence[str]:
+        """The variants that a request may be answered by: under a budget any, else one is known before."""
+        if forced is not None:
+            return [forced]
+        return self.quality.variants[:1] if budget_ms is None else self.variants
+
     def _longest(self) -> int:
         if self.profile is not None:
             return self.profile.lengths[-1]
@@ -394,7 +411,7 @@ class Runtime:
             missing = [name for name in variants if name not in self._sessions]
             if missing:
                 opened = self._backend.open_sessions(
-                    self.bundle, missing, threads=self._threads, provider=self._provider
+                    self.bundle, missing, threads=self.threads, provider=self._provider
                 )
                 self._run_once(opened)
                 # A new dict instead of an update: readers without the lock see either all or none of them.

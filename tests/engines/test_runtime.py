@@ -285,7 +285,7 @@ def test_opening_does_not_count_and_happens_once(make_runtime: MakeRuntime) -> N
     runtime = make_runtime(backend=FakeBackend(opening_s=0.3))
     assert backend_of(runtime).opened == []
     assert runtime("a", budget_ms=900).latency_ms < 300
-    runtime("a")
+    runtime("a", budget_ms=900)
     assert backend_of(runtime).opened == list(NAMES)
 
 
@@ -402,6 +402,8 @@ def test_a_ratio_in_two_precisions_must_be_named(make_runtime: MakeRuntime) -> N
 def test_only_some_variants(make_runtime: MakeRuntime) -> None:
     runtime = make_runtime(variants=[R2, R8])
     assert runtime("a").variant == R2
+    assert backend_of(runtime).opened == [R2]  # without a budget no other can be chosen
+    runtime("a", budget_ms=500)
     assert backend_of(runtime).opened == [R2, R8]
     for wrong in (["nope"], []):
         with pytest.raises(InputError, match="unknown variant: got"):
@@ -449,13 +451,18 @@ def test_closing(make_runtime: MakeRuntime) -> None:
         runtime("a")
 
 
-def test_damaged_tables_are_refused_at_once(make_runtime: MakeRuntime) -> None:
+def test_damaged_tables_are_named_but_do_not_stop_measuring_again(make_runtime: MakeRuntime) -> None:
     table = make_profile()
     table["rows"][3]["p50_ms"] = math.nan
+    runtime = make_runtime(tables={"cpu-fake": table})
+    runtime.session(R1)
     with pytest.raises(BundleError, match=rf"latency profile row 3 \({R1}, batch 4, length 16\) has p50_ms nan"):
-        make_runtime(tables={"cpu-fake": table})
+        runtime("a")
+    values = {**dict(MEMBERS), R2: math.nan}
+    runtime = make_runtime(quality={"metric": "acc", "variants": values})
+    runtime.session(R1)
     with pytest.raises(BundleError, match=f"quality table, variant {R2}: got nan"):
-        make_runtime(quality={**QUALITY, "variants": {**QUALITY["variants"], R2: math.nan}})  # type: ignore[dict-item]
+        runtime.select(budget_ms=5)
 
 
 def test_options_reach_the_backend(make_runtime: MakeRuntime) -> None:
