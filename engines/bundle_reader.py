@@ -217,7 +217,7 @@ class Bundle:
     def _check_file(self, rel: str, *, fresh: bool = False) -> None:
         self._check_size(rel)
         self._check_hash(rel, fresh=fresh)
-        if rel.endswith(".onnx"):
+        if rel.endswith(".onnx") or any(rel == graph.path for graph in self.manifest.graphs.values()):
             self._check_onnx(rel)
 
     def _check_hash(self, rel: str, *, fresh: bool = False) -> None:

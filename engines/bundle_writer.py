@@ -147,7 +147,7 @@ class BundleWriter:
         self._sync_all()
         staged = Bundle.open(self.dir)
         for rel in files:
-            if rel.endswith(".onnx"):
+            if rel.endswith(".onnx"):  # others have just been hashed
                 staged.file(rel)
         return staged
 

@@ -416,6 +416,17 @@ def test_external_data_outside_is_refused(golden: Path, location: str) -> None:
     assert [problem.file for problem in bundle.verify()] == ["graphs/r1.onnx"]
 
 
+def test_graph_is_looked_into_whatever_its_name(golden: Path) -> None:
+    graph = (GOLDEN / "graphs" / "r1.onnx").read_bytes()
+    (golden / "engines" / "ort-cpu" / "r1.bin").write_bytes(graph.replace(b"weights.bin", b"/etc/passwd"))
+    reseal(golden, "engines/ort-cpu/r1.bin")
+    manifest = json.loads((golden / "manifest.json").read_bytes())
+    manifest["graphs"]["r1"]["path"] = "engines/ort-cpu/r1.bin"
+    seal(golden, manifest)
+    with pytest.raises(BundleError, match="wants to read /etc/passwd"):
+        Bundle.open(golden).file("engines/ort-cpu/r1.bin")
+
+
 def test_external_data_may_lie_elsewhere_inside(golden: Path) -> None:
     """Relative to the ONNX file, as engines that share the graphs' weights name it."""
     path = golden / "graphs" / "r1.onnx"
