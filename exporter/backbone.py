@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,6 +13,7 @@ from torch import nn
 
 from compexport.errors import InputError, describe
 from exporter.hosts import Host, host_of
+from exporter.identity import backbone_sha256
 
 # Suffix of the class named in config.json -> task, and the transformers class that loads it.
 TASKS = {
@@ -83,16 +83,8 @@ class Backbone:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the weights and of the files that give them meaning; the identity of the backbone."""
-        digest = hashlib.sha256()
-        for name in ("config.json", "tokenizer.json", "modules.json", "1_Pooling/config.json"):
-            path = self.folder / name
-            digest.update(path.read_bytes() if path.exists() else b"")
-        for path in sorted(self.folder.glob("*.safetensors")):
-            if path.name.startswith("model"):
-                with path.open("rb") as stream:
-                    digest.update(hashlib.file_digest(stream, "sha256").digest())
-        return digest.hexdigest()
+        """The identity of the backbone."""
+        return backbone_sha256(self.folder)
 
     @cached_property
     def tokenizer_json(self) -> str:
@@ -146,7 +138,9 @@ def _config(folder: Path) -> Any:
     if not (folder / "config.json").is_file():
         found = "no such folder" if not folder.is_dir() else "no config.json in it"
         raise InputError(
-            describe(f"{folder}: not a model", got=found, expected="a Hugging Face folder (config.json, model.safetensors)")
+            describe(
+                f"{folder}: not a model", got=found, expected="a Hugging Face folder (config.json, model.safetensors)"
+            )
         )
     from transformers import AutoConfig
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 DOMAIN = "compexport"
 VERSION = 1
-BODY_OPSET = 18
+BODY_OPSET = 20
 
 # Logit of a padded position. Large enough that its softmax weight is exactly 0, small enough for fp16.
 MASKED_LOGIT = -1e4
@@ -53,9 +53,7 @@ def masked_token_merge(x: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, ra
     return torch.matmul(weights.unsqueeze(2), groups).squeeze(2)
 
 
-def token_split(
-    y: Tensor, x: Tensor, down_w: Tensor, down_b: Tensor, up_w: Tensor, up_b: Tensor, ratio: int
-) -> Tensor:
+def token_split(y: Tensor, x: Tensor, down_w: Tensor, down_b: Tensor, up_w: Tensor, up_b: Tensor, ratio: int) -> Tensor:
     """Give every token its group's vector plus a low-rank correction that depends on the token itself.
 
     y [B,m,H], x [B,S,H], down_w [r,2H], down_b [r], up_w [H,r], up_b [H] -> [B,S,H], namely
@@ -101,7 +99,8 @@ class Op:
     @property
     def schema(self) -> onnx.defs.OpSchema:
         """The ONNX schema; all tensors share one floating-point type."""
-        parameter = onnx.defs.OpSchema.FormalParameter
+        parameter, attribute = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.Attribute
+        kinds = onnx.defs.OpSchema.AttrType
         return onnx.defs.OpSchema(
             self.name,
             DOMAIN,
@@ -110,7 +109,11 @@ class Op:
             inputs=[parameter(name, "T") for name in self.inputs],
             outputs=[parameter(self.output, "T")],
             type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "")],
-            attributes=[onnx.defs.OpSchema.Attribute("ratio", onnx.defs.OpSchema.AttrType.INT, "group size k")],
+            attributes=[
+                attribute("ratio", kinds.INT, "group size k"),
+                attribute("plugin_namespace", kinds.STRING, "where TensorRT looks for a plugin", required=False),
+                attribute("plugin_version", kinds.STRING, "version of that plugin", required=False),
+            ],
         )
 
     def __call__(self, *tensors: Tensor, ratio: int) -> Tensor:
@@ -229,9 +232,7 @@ _SPLIT_BODY = """
     out = Slice (tokens, zero, length, one)
 """
 
-TOKEN_MERGE = Op(
-    "TokenMerge", ("x", "weight", "bias"), "y", token_merge, _merged_like, _MERGE_BODY.format(**_PLAIN)
-)
+TOKEN_MERGE = Op("TokenMerge", ("x", "weight", "bias"), "y", token_merge, _merged_like, _MERGE_BODY.format(**_PLAIN))
 MASKED_TOKEN_MERGE = Op(
     "MaskedTokenMerge",
     ("x", "mask", "weight", "bias"),
@@ -277,7 +278,6 @@ def _emit(op: Op) -> Callable[..., object]:
 
     def emit(*values: object) -> object:
         *tensors, ratio = values
-        # TensorRT's parser looks for a plugin of this namespace and version first, and uses the body otherwise.
         return symbolic(*tensors, ratio=ratio)
 
     return emit

@@ -133,7 +133,9 @@ class VariatorEncoder(nn.Module):
         """Use ``plugins`` from the next call on; InputError if they have another number of layers."""
         if len(plugins.mux_layer) != self.backbone.num_layers:
             raise InputError(
-                describe("plugins do not fit", got=f"{len(plugins.mux_layer)} layers", expected=self.backbone.num_layers)
+                describe(
+                    "plugins do not fit", got=f"{len(plugins.mux_layer)} layers", expected=self.backbone.num_layers
+                )
             )
         self.plugins = plugins
 
@@ -255,7 +257,9 @@ def _head_macs(backbone: Backbone) -> tuple[int, int]:
         projects_tokens = backbone.task != "sequence-classification" or linear is getattr(
             backbone.encoder, "embeddings_project", None
         )
-        if backbone.task == "feature-extraction" and linear is not getattr(backbone.encoder, "embeddings_project", None):
+        if backbone.task == "feature-extraction" and linear is not getattr(
+            backbone.encoder, "embeddings_project", None
+        ):
             continue  # a pooler whose output nobody reads
         macs = linear.in_features * linear.out_features
         per_token += macs if projects_tokens else 0

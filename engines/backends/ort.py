@@ -1,0 +1,341 @@
+"""ONNX Runtime: optimise each graph once, pack its weights once for the whole family, map them into every session.
+
+An engine folder holds ``<graph>.onnx`` (optimised, hardware-specific) and one ``weights.bin`` with every distinct
+tensor, both as stored and as the processor's matrix kernels want it ("pre-packed"). Sessions memory-map that file, so
+any number of ratios and processes share one copy of the weights.
+
+All sessions of a process run on one thread pool. With a pool each, the idle pools' spinning threads take cores away
+from the session that runs, which costs a family far more than any single model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import mmap
+import platform
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from compexport.errors import BundleError, CompexportError, DependencyError, InputError, describe
+from engines.bundle import Bundle
+from engines.manifest import Engine, Graph, TensorSpec
+from engines.measure import processor, usable_cores
+from engines.session import Array, Session
+
+NAME = "ort"
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+WEIGHTS = "weights.bin"
+PAGE = 4096
+EXTERNAL_BYTES = 1024
+
+Progress = Callable[[str], None]
+_log = logging.getLogger(__name__)
+
+
+# --- what is installed, what machine this is -----------------------------------------------------------------------
+
+
+def unavailable() -> str:
+    """Why ONNX Runtime cannot be used, or an empty text."""
+    installed = [name for name in ("onnxruntime", "onnxruntime-gpu") if _version_of(name)]
+    if not installed:
+        return describe("onnxruntime is missing", hint="pip install 'compexport[cpu]' or 'compexport[gpu]'")
+    if len(installed) == 2:
+        return describe(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other",
+            hint="pip uninstall both, then install one of them",
+        )
+    return ""
+
+
+def require() -> None:
+    """DependencyError when ONNX Runtime cannot be used."""
+    reason = unavailable()
+    if reason:
+        raise DependencyError(reason)
+
+
+def version() -> str:
+    """The installed ONNX Runtime's version."""
+    return _version_of("onnxruntime") or _version_of("onnxruntime-gpu")
+
+
+def _version_of(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def device_name(options: Mapping[str, Any]) -> str:
+    """Key of this machine's latency profile: processor and threads, or the CUDA provider."""
+    if options.get("provider", "cpu") == "cuda":
+        return "cuda"
+    model = re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-")
+    return f"cpu-{model}-{options.get('threads') or usable_cores()}t"
+
+
+def instruction_set() -> str:
+    """What pre-packed weights are laid out for; an engine of another one must not be opened."""
+    try:
+        words = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        words = set()
+    best = next((name for name in ("amx_tile", "avx512f", "avx2", "avx") if name in words), "baseline")
+    return f"cpu-{platform.machine()}-{best}"
+
+
+# --- building ------------------------------------------------------------------------------------------------------
+
+
+def build(
+    root: Path, graphs: Mapping[str, Graph], folder: str, *, progress: Progress = lambda message: None
+) -> dict[str, Engine]:
+    """Optimise ``graphs`` of the bundle staged at ``root`` into ``root/folder``; engines by graph name.
+
+    Writes ``folder/<graph>.onnx`` and ``folder/weights.bin``. Outputs are not checked here: the caller compares them.
+    """
+    (root / folder).mkdir(parents=True, exist_ok=True)
+    with _PackedWeights(root / folder / WEIGHTS) as weights:
+        for name, graph in graphs.items():
+            progress(f"optimising {name} for ONNX Runtime {version()}")
+            _optimise(root / graph.path, root / folder / f"{name}.onnx", weights)
+    return {name: _engine(name, graph, folder) for name, graph in graphs.items()}
+
+
+def engine_key(graph: Graph) -> str:
+    """Hash of what an engine depends on."""
+    facts = "\0".join((graph.key, version(), instruction_set(), _source_sha256()))
+    return hashlib.sha256(facts.encode()).hexdigest()
+
+
+def _engine(name: str, graph: Graph, folder: str) -> Engine:
+    path = f"{folder}/{name}.onnx"
+    return Engine(
+        graph=name,
+        backend=NAME,
+        backend_version=version(),
+        device=instruction_set(),
+        path=path,
+        files=[path, f"{folder}/{WEIGHTS}"],
+        key=engine_key(graph),
+    )
+
+
+def _source_sha256() -> str:
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+
+def _optimise(source: Path, target: Path, weights: _PackedWeights) -> None:
+    """Let ONNX Runtime write its optimised graph, then move its tensors into the family's one file."""
+    import onnx
+    import onnxruntime
+
+    own_weights = target.with_suffix(".tmp.bin")
+    options = _options(threads=None)
+    options.optimized_model_filepath = str(target)
+    for key, value in {
+        "session.optimized_model_external_initializers_file_name": own_weights.name,
+        "session.optimized_model_external_initializers_min_size_in_bytes": str(EXTERNAL_BYTES),
+        "session.save_external_prepacked_constant_initializers": "1",
+    }.items():
+        options.add_session_config_entry(key, value)
+    try:
+        onnxruntime.InferenceSession(str(source), options, providers=[PROVIDERS["cpu"]])
+        model = onnx.load(str(target), load_external_data=False)
+        if own_weights.exists():
+            weights.adopt(model, own_weights)
+        target.write_bytes(model.SerializeToString())
+    except Exception as error:
+        raise CompexportError(
+            describe(f"{source.name}: ONNX Runtime cannot build it", got=_first_line(error))
+        ) from error
+    finally:
+        own_weights.unlink(missing_ok=True)
+
+
+class _PackedWeights:
+    """The family's weights file: tensors and pre-packed copies of several optimised models, each stored once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stream = path.open("wb")
+        self._places: dict[bytes, int] = {}
+
+    def adopt(self, model: Any, source: Path) -> None:
+        """Copy what ``model`` refers to in ``source`` into this file and rewrite its references."""
+        with source.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            view = memoryview(data)
+            for tensor in model.graph.initializer:
+                entries = {entry.key: entry for entry in tensor.external_data}
+                if "location" not in entries:
+                    continue
+                offset, length = int(entries["offset"].value), int(entries["length"].value)
+                entries["location"].value = self._path.name
+                entries["offset"].value = str(self._place(view[offset : offset + length]))
+                for key, entry in entries.items():
+                    if key.startswith("prepacked_"):
+                        entry.value = self._place_packed(entry.value, view)
+            view.release()
+
+    def _place_packed(self, value: str, view: memoryview) -> str:
+        """``"<kernel>+<hash>|offset;length;checksum|…"`` with each blob moved here."""
+        kernel, *blobs = value.split("|")
+        moved = []
+        for blob in blobs:
+            offset, length, *rest = blob.split(";")
+            place = self._place(view[int(offset) : int(offset) + int(length)])
+            moved.append(";".join((str(place), length, *rest)))
+        return "|".join((kernel, *moved))
+
+    def _place(self, data: memoryview) -> int:
+        digest = hashlib.sha256(data).digest()
+        if digest not in self._places:
+            self._stream.write(bytes(-self._stream.tell() % PAGE))
+            self._places[digest] = self._stream.tell()
+            self._stream.write(data)
+        return self._places[digest]
+
+    def __enter__(self) -> _PackedWeights:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stream.close()
+
+
+# --- running -------------------------------------------------------------------------------------------------------
+
+
+class OrtSession(Session):
+    """An ONNX Runtime session."""
+
+    def __init__(self, name: str, graph: Graph, inner: Any) -> None:
+        super().__init__(name, graph.inputs, graph.outputs)
+        self._inner = inner
+
+    def _run(self, feeds: Mapping[str, Array], names: Sequence[str]) -> Sequence[Array]:
+        outputs: Sequence[Array] = self._inner.run(names, feeds)
+        return outputs
+
+    def close(self) -> None:
+        self._inner = None
+
+
+def open_sessions(
+    bundle: Bundle, variants: Sequence[str] | None = None, *, threads: int | None = None, provider: str = "cpu"
+) -> dict[str, Session]:
+    """Sessions of the named variants (all by default). They share one thread pool and one mapping of the weights.
+
+    ``provider`` "cuda" runs the portable graphs on the CUDA provider and refuses to fall back to the processor.
+    Raises BundleError for an engine of another ONNX Runtime version or processor, or one that cannot be opened.
+    """
+    require()
+    if provider not in PROVIDERS:
+        raise InputError(describe("unknown provider", got=repr(provider), expected=f"one of {', '.join(PROVIDERS)}"))
+    manifest = bundle.manifest
+    opened: dict[str, Session] = {}
+    for name in variants if variants is not None else list(manifest.variants):
+        graph_name = manifest.variants[name].graphs["encoder"]
+        graph = manifest.graphs[graph_name]
+        path = _graph_file(bundle, graph) if provider == "cuda" else _engine_file(bundle, graph_name)
+        opened[name] = OrtSession(name, graph, open_file(path, threads=threads, provider=provider))
+    return opened
+
+
+def open_file(path: Path, *, threads: int | None = None, provider: str = "cpu", optimised: bool = True) -> Any:
+    """A bare ``onnxruntime.InferenceSession`` over a file; ``optimised``: the file is an engine, not a graph."""
+    import onnxruntime
+
+    options = _options(threads)
+    if optimised and provider == "cpu":
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if provider == "cuda":
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=[PROVIDERS[provider]])
+    except Exception as error:
+        raise BundleError(describe(f"{path}: ONNX Runtime cannot open it", got=_first_line(error))) from error
+    if PROVIDERS[provider] not in session.get_providers():
+        raise DependencyError(
+            describe(
+                f"{path.name}: no {PROVIDERS[provider]}", got=session.get_providers(), hint="install compexport[gpu]"
+            )
+        )
+    return session
+
+
+def tensor_specs(values: Sequence[Any]) -> list[TensorSpec]:
+    """Inputs or outputs of a bare session as manifest entries."""
+    dtypes = {"tensor(int64)": "int64", "tensor(float)": "float32"}
+    return [TensorSpec(name=v.name, dtype=dtypes[v.type], shape=[axis for axis in v.shape]) for v in values]
+
+
+def _graph_file(bundle: Bundle, graph: Graph) -> Path:
+    weights = f"{graph.path.rsplit('/', 1)[0]}/{WEIGHTS}"
+    if weights in bundle.manifest.files:
+        bundle.file(weights)
+    return bundle.file(graph.path)
+
+
+def _engine_file(bundle: Bundle, graph: str) -> Path:
+    engines = [e for e in bundle.manifest.engines.values() if e.graph == graph and e.backend == NAME]
+    if not engines:
+        raise BundleError(describe(f"{bundle.path}: no {NAME} engine of {graph}", hint=_REBUILD))
+    wanted = (version(), instruction_set())
+    for engine in engines:
+        if (engine.backend_version, engine.device) == wanted:
+            for file in engine.files:
+                bundle.file(file)
+            return bundle.file(engine.path)
+    engine = engines[0]
+    got = f"ONNX Runtime {engine.backend_version} on {engine.device}"
+    expected = f"{wanted[0]} on {wanted[1]}"
+    raise BundleError(describe(f"{bundle.path}: the engine of {graph}", got=got, expected=expected, hint=_REBUILD))
+
+
+_REBUILD = "build it on this machine with `compexport build`"
+
+
+# --- one thread pool for all ---------------------------------------------------------------------------------------
+
+_pool_lock = threading.Lock()
+_pool_threads: int | None = None
+
+
+def _options(threads: int | None) -> Any:
+    """Session options on the process's one pool, or on an own pool for a caller that insists on another size."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    wanted = threads or usable_cores()
+    if _share_pool(wanted):
+        options.use_per_session_threads = False
+    else:
+        _log.info(
+            "this process already runs ONNX Runtime on %s threads; %s get a pool of their own", _pool_threads, wanted
+        )
+        options.intra_op_num_threads = wanted
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
+def _share_pool(threads: int) -> bool:
+    """Whether the process's pool has this many threads; the first caller sets it."""
+    import onnxruntime
+
+    global _pool_threads
+    with _pool_lock:
+        if _pool_threads is None:
+            onnxruntime.set_global_thread_pool_sizes(threads, 1)
+            _pool_threads = threads
+        return _pool_threads == threads
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,78 @@
+"""A session: one engine, opened, that turns named arrays into named arrays."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from compexport.errors import InputError, describe
+from engines.manifest import TensorSpec
+
+Array = npt.NDArray[Any]
+
+
+class Session(ABC):
+    """An open engine; a context manager. Feeds are checked here, so that a backend contains only what differs.
+
+    ``run`` may be called from several threads at once.
+    """
+
+    def __init__(self, name: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
+        self.name = name
+        self.inputs = list(inputs)
+        self.outputs = list(outputs)
+        self._output_names = [spec.name for spec in outputs]
+
+    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """Run once. ``feeds`` holds one array per input; ``outputs`` limits what is returned (all by default).
+
+        Raises InputError for a missing or unknown name, another dtype, or a shape that does not fit.
+        """
+        self._check(feeds)
+        names = self._output_names if outputs is None else list(outputs)
+        unknown = set(names) - set(self._output_names)
+        if unknown:
+            raise InputError(
+                describe(f"{self.name}: no such output", got=", ".join(sorted(unknown)), expected=self._output_names)
+            )
+        return dict(zip(names, self._run(feeds, names), strict=True))
+
+    def close(self) -> None:
+        """Release the engine; running it afterwards is an error of the caller."""
+
+    @abstractmethod
+    def _run(self, feeds: Mapping[str, Array], names: Sequence[str]) -> Sequence[Array]:
+        """The named outputs, in that order; feeds are already checked."""
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check(self, feeds: Mapping[str, Array]) -> None:
+        expected = {spec.name for spec in self.inputs}
+        if feeds.keys() != expected:
+            raise InputError(describe(f"{self.name}: wrong inputs", got=sorted(feeds), expected=sorted(expected)))
+        sizes: dict[str, int] = {}
+        for spec in self.inputs:
+            array = feeds[spec.name]
+            fits = array.ndim == len(spec.shape) and all(
+                size == (sizes.setdefault(axis, size) if isinstance(axis, str) else axis) and size > 0
+                for size, axis in zip(array.shape, spec.shape, strict=True)
+            )
+            if not fits or array.dtype != np.dtype(spec.dtype):
+                raise InputError(
+                    describe(
+                        f"{self.name}: input {spec.name}",
+                        got=f"{array.dtype}{list(array.shape)}",
+                        expected=f"{spec.dtype}{spec.shape}, equal axes equal, none empty",
+                    )
+                )

@@ -1,0 +1,183 @@
+"""Method checkpoints: a Hugging Face folder plus ``compexport.json`` and one safetensors file per ratio.
+
+Reading the description needs neither torch nor transformers; only the tensors themselves do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compexport.errors import InputError, describe
+from exporter.identity import backbone_sha256, file_sha256
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = 1
+DESCRIPTION = "compexport.json"
+
+
+@dataclass(frozen=True)
+class MethodCheckpoint:
+    """The description found in a folder. ``settings``: pad mode, adapter widths, training record."""
+
+    folder: Path
+    method: str
+    backbone_sha256: str
+    files: dict[int, str]
+    settings: dict[str, Any]
+
+    @property
+    def ratios(self) -> list[int]:
+        return sorted(self.files)
+
+    @property
+    def pad(self) -> str:
+        return str(self.settings.get("pad", "masked"))
+
+    def sha256(self, ratio: int) -> str:
+        """Content hash of the tensors of one ratio."""
+        return file_sha256(self._path(ratio))
+
+    def load(self, ratio: int) -> dict[str, Tensor]:
+        """The tensors of one ratio; InputError names the file when it is missing or damaged."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = self._path(ratio)
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise InputError(describe(f"{path}: unreadable", got=error, expected="a safetensors file")) from error
+
+    def _path(self, ratio: int) -> Path:
+        path = self.folder / self.files[ratio]
+        if not path.is_file():
+            raise InputError(
+                describe(f"{path}: missing", hint=f"fit the ratio again with `compexport train {self.method}`")
+            )
+        return path
+
+
+def find_checkpoint(folder: str | Path) -> MethodCheckpoint | None:
+    """The method checkpoint in ``folder``, None if there is only a backbone.
+
+    InputError if ``compexport.json`` is unreadable, of a newer format, or belongs to other weights.
+    """
+    folder = Path(folder)
+    path = folder / DESCRIPTION
+    if not path.is_file():
+        return None
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        files = {int(ratio): str(name) for ratio, name in raw["files"].items()}
+        found = MethodCheckpoint(folder, raw["method"], raw["backbone_sha256"], files, raw.get("settings", {}))
+        version = raw["format"]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(describe(f"{path}: unreadable", got=f"{type(error).__name__}: {error}")) from error
+    if version != FORMAT:
+        raise InputError(describe(f"{path}: unknown format", got=version, expected=FORMAT, hint="upgrade compexport"))
+    for name in files.values():
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise InputError(describe(f"{path}: unsafe file name", got=repr(name), expected="a .safetensors beside it"))
+    if found.backbone_sha256 != backbone_sha256(folder):
+        raise InputError(
+            describe(f"{folder}: the plugins were fitted for other weights", hint="fit them again for this backbone")
+        )
+    return found
+
+
+def save_checkpoint(
+    folder: str | Path,
+    backbone_folder: str | Path,
+    method: str,
+    settings: Mapping[str, Any],
+    plugins: Mapping[int, Mapping[str, Tensor]],
+) -> MethodCheckpoint:
+    """Write backbone and plugins to ``folder``; the backbone's own files are copied untouched.
+
+    ``folder`` may be the backbone's own folder: then only the new files are added. Ratios that are there already are
+    kept unless given anew. A new folder appears whole or not at all; an existing folder that holds something else
+    raises InputError.
+    """
+    folder, backbone_folder = Path(folder), Path(backbone_folder)
+    if not folder.exists() or not any(folder.iterdir()):
+        _create(folder, backbone_folder, method, settings, plugins)
+    else:
+        _require_same_backbone(folder, backbone_folder)
+        _write_plugins(folder, method, settings, plugins)
+    found = find_checkpoint(folder)
+    assert found is not None
+    return found
+
+
+def _require_same_backbone(folder: Path, backbone_folder: Path) -> None:
+    same = folder.resolve() == backbone_folder.resolve()
+    if not same and not (
+        (folder / DESCRIPTION).is_file() and backbone_sha256(folder) == backbone_sha256(backbone_folder)
+    ):
+        raise InputError(
+            describe(f"{folder}: already there", expected="a new folder, or a checkpoint of the same backbone")
+        )
+
+
+def _create(
+    folder: Path,
+    backbone_folder: Path,
+    method: str,
+    settings: Mapping[str, Any],
+    plugins: Mapping[int, Mapping[str, Tensor]],
+) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+    try:
+        shutil.copytree(backbone_folder, staging, dirs_exist_ok=True, ignore=_unwanted)
+        _write_plugins(staging, method, settings, plugins)
+        staging.chmod(0o755)
+        os.replace(staging, folder)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _unwanted(parent: str, names: list[str]) -> set[str]:
+    """What a backbone folder may hold that is no part of the model."""
+    return {
+        name
+        for name in names
+        if name in {".git", "__pycache__", "bundle", DESCRIPTION}
+        or name.startswith("variator-r")
+        or name.endswith(".tmp")
+    }
+
+
+def _write_plugins(
+    folder: Path, method: str, settings: Mapping[str, Any], plugins: Mapping[int, Mapping[str, Tensor]]
+) -> None:
+    from safetensors.torch import save_file
+
+    previous = find_checkpoint(folder)
+    files = dict(previous.files) if previous else {}
+    for ratio, tensors in plugins.items():
+        name = f"{method}-r{ratio}.safetensors"
+        partial = folder / f".{name}.tmp"
+        save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, partial)
+        os.replace(partial, folder / name)
+        files[ratio] = name
+    document = {
+        "format": FORMAT,
+        "method": method,
+        "backbone_sha256": backbone_sha256(folder),
+        "files": {str(ratio): files[ratio] for ratio in sorted(files)},
+        "settings": {**(previous.settings if previous else {}), **settings},
+    }
+    partial = folder / f".{DESCRIPTION}.tmp"
+    partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, folder / DESCRIPTION)

@@ -1,0 +1,105 @@
+"""Comparing a graph with its reference: two callables, the same feeds, one report; a mismatch is an error.
+
+numpy only, so that calibration and tests can use it without a framework.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from compexport.errors import ParityError, describe
+from engines.manifest import Parity
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+# Largest absolute difference between a graph and eager fp32 PyTorch, per precision of the graph.
+TOLERANCE = {"fp32": 1e-4}
+
+
+def compare(
+    name: str,
+    reference: Callable[[Arrays], Sequence[npt.NDArray[Any]]],
+    candidate: Callable[[Arrays], Sequence[npt.NDArray[Any]]],
+    feeds: Iterable[Arrays],
+    tolerance: float,
+) -> Parity:
+    """Run both on every feed and compare all outputs; ParityError on the first that differs by more than allowed.
+
+    A NaN, an infinity or another shape is a mismatch whatever the tolerance.
+    """
+    worst = 0.0
+    shapes = []
+    for feed in feeds:
+        batch, length = feed["input_ids"].shape
+        worst = max(
+            worst, _difference(f"{name} at batch {batch}, length {length}", reference, candidate, feed, tolerance)
+        )
+        shapes.append((batch, length))
+    return Parity(max_abs=worst, tolerance=tolerance, shapes=shapes)
+
+
+def _difference(
+    where: str,
+    reference: Callable[[Arrays], Sequence[npt.NDArray[Any]]],
+    candidate: Callable[[Arrays], Sequence[npt.NDArray[Any]]],
+    feed: Arrays,
+    tolerance: float,
+) -> float:
+    worst = 0.0
+    for expected, got in zip(reference(feed), candidate(feed), strict=True):
+        if expected.shape != got.shape:
+            raise ParityError(describe(f"{where}: output shape", got=got.shape, expected=expected.shape))
+        distance = float(np.max(np.abs(expected.astype(np.float64) - got), initial=0.0))
+        if not distance <= tolerance:  # also true for NaN
+            raise ParityError(
+                describe(
+                    f"{where}: the graph differs from PyTorch",
+                    got=f"max abs {distance:.3g}",
+                    expected=f"<= {tolerance:g}",
+                    hint="nothing was written; please report the model's config",
+                )
+            )
+        worst = max(worst, distance)
+    return worst
+
+
+def probe_feeds(
+    names: Sequence[str], ratio: int, vocabulary: int, max_length: int, type_vocabulary: int = 1, pad_id: int = 0
+) -> list[Arrays]:
+    """Random valid inputs: batches 1 and 3, lengths around one and three groups, and 128; batch 3 is padded.
+
+    Every array is int64 [B,S]. Padded positions hold ``pad_id`` with mask 0, on the right.
+    """
+    generator = np.random.default_rng(0)
+    lengths = sorted({min(max_length, n) for n in (1, ratio - 1, ratio, ratio + 1, 3 * ratio + 1, 128) if n >= 1})
+    return [
+        _probe(generator, names, batch, length, vocabulary, type_vocabulary, pad_id)
+        for length in lengths
+        for batch in (1, 3)
+    ]
+
+
+def _probe(
+    generator: np.random.Generator,
+    names: Sequence[str],
+    batch: int,
+    length: int,
+    vocabulary: int,
+    type_vocabulary: int,
+    pad_id: int,
+) -> Arrays:
+    real = np.full(batch, length) if batch == 1 else generator.integers(1, length + 1, batch)
+    real[0] = length
+    mask = (np.arange(length) < real[:, None]).astype(np.int64)
+    ids = generator.integers(0, vocabulary, (batch, length))
+    ids[ids == pad_id] = (pad_id + 1) % vocabulary  # RoBERTa takes positions from which ids are pad
+    made = {
+        "input_ids": np.where(mask == 1, ids, pad_id),
+        "attention_mask": mask,
+        "token_type_ids": generator.integers(0, type_vocabulary, (batch, length)) * mask,
+    }
+    return {name: made[name] for name in names}

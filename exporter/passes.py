@@ -1,0 +1,99 @@
+"""Graph passes after tracing: small edits of an ONNX model, each with what must hold before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from exporter import ops
+
+SPLIT = ops.TOKEN_SPLIT.name
+MERGES = (ops.TOKEN_MERGE.name, ops.MASKED_TOKEN_MERGE.name)
+
+
+def bind_ratio(template: onnx.ModelProto, ratio: int, tensors: Mapping[str, np.ndarray]) -> onnx.ModelProto:
+    """The graph of one ratio from the traced template.
+
+        MaskedTokenMerge<ratio=2>(x, …) -> MaskedTokenMerge<ratio=k>(x, …), its initialisers replaced by ``tensors``
+
+    Requires a name in ``tensors`` for every initialiser that a custom operator reads. Ensures that the operators'
+    function bodies are part of the model.
+    """
+    model = _structure(template)
+    names = set()
+    for node in model.graph.node:
+        if node.domain == ops.DOMAIN:
+            names.add(node.op_type)
+            _set_attributes(node, ratio)
+    _take_initializers(model, template, tensors)
+    model.functions.extend(ops.functions(sorted(names)))
+    return model
+
+
+def without_merging(template: onnx.ModelProto) -> onnx.ModelProto:
+    """The backbone's own graph from the traced template.
+
+        z = Merge(x, …); y = FFN(z); s = TokenSplit(y, x, …); x + s   ->   y = FFN(x); x + y
+
+    Ensures that no custom operator and no tensor of theirs is left.
+    """
+    model = _structure(template)
+    renamed = {
+        node.output[0]: node.input[0]
+        for node in model.graph.node
+        if node.domain == ops.DOMAIN and node.op_type in (SPLIT, *MERGES)
+    }
+    kept = [node for node in model.graph.node if node.domain != ops.DOMAIN]
+    for node in kept:
+        for index, name in enumerate(node.input):
+            while name in renamed:
+                name = renamed[name]
+            node.input[index] = name
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+    opsets = [entry for entry in model.opset_import if entry.domain != ops.DOMAIN]
+    del model.opset_import[:]
+    model.opset_import.extend(opsets)
+    _take_initializers(model, template, {})
+    return model
+
+
+def plugin_initializers(template: onnx.ModelProto) -> set[str]:
+    """Names of the initialisers that custom operators read: those a ratio brings along."""
+    stored = {tensor.name for tensor in template.graph.initializer}
+    return {name for node in template.graph.node if node.domain == ops.DOMAIN for name in node.input if name in stored}
+
+
+def _structure(template: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of everything but the initialisers, which are most of the bytes."""
+    graph = template.graph
+    copy = onnx.ModelProto()
+    copy.ir_version = template.ir_version
+    copy.producer_name = "compexport"
+    copy.opset_import.extend(template.opset_import)
+    copy.graph.name = graph.name
+    copy.graph.node.extend(graph.node)
+    copy.graph.input.extend(graph.input)
+    copy.graph.output.extend(graph.output)
+    return copy
+
+
+def _take_initializers(model: onnx.ModelProto, template: onnx.ModelProto, tensors: Mapping[str, np.ndarray]) -> None:
+    """Give ``model`` the initialisers its nodes read, from ``tensors`` first."""
+    used = {name for node in model.graph.node for name in node.input}
+    for tensor in template.graph.initializer:
+        if tensor.name in tensors:
+            model.graph.initializer.append(numpy_helper.from_array(tensors[tensor.name], tensor.name))
+        elif tensor.name in used:
+            model.graph.initializer.append(tensor)
+
+
+def _set_attributes(node: onnx.NodeProto, ratio: int) -> None:
+    del node.attribute[:]
+    node.attribute.append(helper.make_attribute("ratio", ratio))
+    # TensorRT's parser looks for a plugin of this namespace and version first, and uses the function body otherwise.
+    node.attribute.append(helper.make_attribute("plugin_namespace", ops.DOMAIN))
+    node.attribute.append(helper.make_attribute("plugin_version", str(ops.VERSION)))

@@ -1,0 +1,71 @@
+"""The one call of ``torch.onnx.export``.
+
+A family is traced once: the custom operators are opaque while tracing, so the graph of one ratio is the graph of every
+ratio but for an attribute and the plugins' tensors (``exporter.passes`` binds those).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+
+import onnx
+import torch
+from torch import nn
+
+from exporter import ops
+
+# From opset 20 Gelu is one operator, which runtimes run faster than its five-node expansion.
+OPSET = 20
+BATCH, SEQUENCE = "batch", "sequence"
+
+
+def onnx_from_module(module: nn.Module, input_names: Sequence[str], output_names: Sequence[str]) -> onnx.ModelProto:
+    """Trace ``module`` over int64 inputs [batch, sequence], both dynamic; weights stay inside the model."""
+    # Sizes that are neither 0, 1 nor equal: the tracer would take any of those for a constant.
+    example = torch.ones(3, 24, dtype=torch.long)
+    axes = {0: BATCH, 1: SEQUENCE}
+    with torch.no_grad(), _quiet():
+        program = torch.onnx.export(
+            module,
+            tuple(example.clone() for _ in input_names),
+            dynamo=True,
+            custom_translation_table=ops.translation_table(),
+            dynamic_shapes=dict.fromkeys(input_names, axes),
+            input_names=list(input_names),
+            output_names=list(output_names),
+            opset_version=OPSET,
+            verbose=False,
+        )
+    assert program is not None
+    return _without_traces(program.model_proto)
+
+
+def _without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Drop what only describes the tracing run: source paths, shapes of the example's ratio."""
+    del model.graph.value_info[:]
+    del model.metadata_props[:]
+    for node in model.graph.node:
+        kept = [entry for entry in node.metadata_props if entry.key == "namespace"]
+        del node.metadata_props[:]
+        node.metadata_props.extend(kept)
+    for value in (*model.graph.input, *model.graph.output, *model.graph.initializer):
+        del value.metadata_props[:]
+    return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter logs and warns about itself; none of it is something a user can act on."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
