@@ -11,9 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 FORMAT: Final = 1
 
-Task = Literal[
-    "feature-extraction", "sequence-classification", "token-classification", "question-answering"
-]
+Task = Literal["feature-extraction", "sequence-classification", "token-classification", "question-answering"]
+
+
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
 
 class Record(BaseModel):
@@ -60,12 +61,7 @@ class Cost(Record):
     def macs(self, length: int) -> int:
         """MACs of one sequence of ``length`` tokens."""
         groups = -(-length // self.group)
-        return (
-            self.fixed
-            + self.per_token * length
-            + self.per_group * groups
-            + self.per_pair * length * length
-        )
+        return self.fixed + self.per_token * length + self.per_group * groups + self.per_pair * length * length
 
 
 class Graph(Record):
@@ -85,7 +81,7 @@ class Variant(Record):
 
     method: str
     ratio: float = Field(ge=1)
-    precision: Literal["fp32", "fp16", "bf16", "int8"]
+    precision: Precision
     graphs: dict[str, str] = Field(description="role -> key in the manifest's graphs")
     params: int
     extra_params: int = Field(description="parameters this variant has besides the backbone's")

@@ -36,7 +36,7 @@ def interleave(
     min_seconds: float = 1.0,
     warmup: int = 3,
 ) -> dict[str, Timing]:
-    """Call each in turn until all have ``min_runs`` runs and ``min_seconds`` have passed; the warm-up is not counted."""
+    """Call each in turn until all have ``min_runs`` runs and ``min_seconds`` have passed; warm-up is not counted."""
     for _ in range(warmup):
         for call in callables.values():
             call()

@@ -42,6 +42,7 @@ class Session(ABC):
             )
         return dict(zip(names, self._run(feeds, names), strict=True))
 
+    @abstractmethod
     def close(self) -> None:
         """Release the engine; running it afterwards is an error of the caller."""
 

@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from compexport.errors import InputError, describe
+from engines.manifest import Task
 from exporter.hosts import Host, host_of
 from exporter.identity import backbone_sha256
 
 # Suffix of the class named in config.json -> task, and the transformers class that loads it.
-TASKS = {
+TASKS: dict[str, tuple[Task, str]] = {
     "ForSequenceClassification": ("sequence-classification", "AutoModelForSequenceClassification"),
     "ForTokenClassification": ("token-classification", "AutoModelForTokenClassification"),
     "ForQuestionAnswering": ("question-answering", "AutoModelForQuestionAnswering"),
@@ -43,7 +44,7 @@ class Backbone:
     folder: Path
     model: nn.Module
     host: Host
-    task: str
+    task: Task
     labels: list[str]
     pooling: Pooling | None
     max_length: int
@@ -115,19 +116,17 @@ def load_backbone(folder: str | Path, task: str | None = None, *, attention: str
     folder = Path(folder)
     config = _config(folder)
     host = host_of(config.model_type, folder)
-    task = task or _task(config, folder)
-    if task not in AUTO_CLASSES:
-        raise InputError(describe(f"{folder}: unknown task", got=repr(task), expected=", ".join(AUTO_CLASSES)))
+    known = _known_task(task, folder) if task is not None else _task(config, folder)
     _require_safetensors(folder)
-    model = _load_model(folder, AUTO_CLASSES[task], attention)
-    labels = [config.id2label[i] for i in range(config.num_labels)] if task.endswith("classification") else []
+    model = _load_model(folder, AUTO_CLASSES[known], attention)
+    labels = [config.id2label[i] for i in range(config.num_labels)] if known.endswith("classification") else []
     return Backbone(
         folder=folder,
         model=model,
         host=host,
-        task=task,
+        task=known,
         labels=labels,
-        pooling=_pooling(folder) if task == "feature-extraction" else None,
+        pooling=_pooling(folder) if known == "feature-extraction" else None,
         max_length=_max_length(folder, config, host),
         input_names=_input_names(config),
         config=config,
@@ -152,7 +151,14 @@ def _config(folder: Path) -> Any:
         raise InputError(describe(f"{folder}/config.json: unreadable", got=_first_line(error))) from error
 
 
-def _task(config: Any, folder: Path) -> str:
+def _known_task(name: str, folder: Path) -> Task:
+    for task in AUTO_CLASSES:
+        if task == name:
+            return task
+    raise InputError(describe(f"{folder}: unknown task", got=repr(name), expected=", ".join(AUTO_CLASSES)))
+
+
+def _task(config: Any, folder: Path) -> Task:
     architecture = (config.architectures or ["Model"])[0]
     for suffix, (task, _) in TASKS.items():
         if architecture.endswith(suffix):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from compexport.errors import CompexportError, InputError, describe
 from engines import backends
 from engines.bundle import Bundle, BundleWriter
-from engines.manifest import Engine, Graph, Manifest, Variant
+from engines.manifest import Engine, Graph, Manifest, Precision, Variant
 from exporter.checkpoint import MethodCheckpoint, find_checkpoint
 from exporter.identity import backbone_sha256, graph_key, library_versions
 
@@ -39,7 +39,7 @@ class Plan:
     ratios: tuple[int, ...]
     checkpoint: MethodCheckpoint | None
     task: str | None = None
-    precision: str = "fp32"
+    precision: Precision = "fp32"
     untrained: bool = False
     seed: int = 0
 
@@ -95,7 +95,7 @@ def build(
     task: str | None = None,
     checkpoint: MethodCheckpoint | None = None,
     backend: str = "ort",
-    precision: str = "fp32",
+    precision: Precision = "fp32",
     untrained: bool = False,
     seed: int = 0,
     command: str = "",
@@ -140,8 +140,8 @@ def _require_plugins(plan: Plan) -> None:
         describe(
             f"{plan.folder}: no trained plugins for ratio {names}",
             got=f"ratios {plan.checkpoint.ratios}" if plan.checkpoint else "a bare model",
-            hint=f"fit them with `compexport train {METHOD} {plan.folder} --ratio {names} --data TEXTS -o OUT`, or with "
-            "--data here, or pass --untrained for latency work",
+            hint=f"fit them with `compexport train {METHOD} {plan.folder} --ratio {names} --data TEXTS -o OUT`, "
+            "or give --data here, or pass --untrained for latency work",
         )
     )
 

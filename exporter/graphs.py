@@ -70,7 +70,7 @@ class Family:
                 self._expected[name] = self._reference_probe(name)
             feed, expected = self._expected[name]
             run = _runner(runtime.open_file(root / engine.path))
-            parity.compare(f"engine {name}", lambda _, e=expected: e, run, [feed], self._tolerance)
+            parity.compare(f"engine {name}", _always(expected), run, [feed], self._tolerance)
 
     def _bound(self, ratio: int) -> onnx.ModelProto:
         if ratio == 1:
@@ -104,14 +104,14 @@ class Family:
         name = self.plan.graph(ratio)
         feeds = self._feeds(ratio)
         reference = self._reference(ratio)
-        outputs: list[np.ndarray] = []
+        last: list[np.ndarray] = []
 
         def remember(feed: parity.Arrays) -> list[np.ndarray]:
-            outputs[:] = reference(feed)
-            return outputs
+            last[:] = reference(feed)
+            return list(last)
 
         found = parity.compare(name, remember, candidate, feeds, self._tolerance)
-        self._expected[name] = (feeds[-1], list(outputs))
+        self._expected[name] = (feeds[-1], last)
         return found
 
     def _reference_probe(self, name: str) -> tuple[parity.Arrays, list[np.ndarray]]:
@@ -187,6 +187,10 @@ class Family:
             untrained=ratio != 1 and not self.plan.trained(ratio),
             settings=settings,
         )
+
+
+def _always(outputs: list[np.ndarray]) -> Callable[[parity.Arrays], list[np.ndarray]]:
+    return lambda feed: outputs
 
 
 def _plugins(plan: Plan, backbone: Backbone, ratio: int) -> VariatorPlugins:

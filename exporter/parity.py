@@ -29,42 +29,36 @@ def compare(
 ) -> Parity:
     """Run both on every feed and compare all outputs; ParityError on the first that differs by more than allowed.
 
-    A NaN, an infinity or another shape is a mismatch whatever the tolerance.
+    A NaN, an infinity or another shape is a mismatch whatever the tolerance. The references come first, all of them:
+    two frameworks in turn would wait for each other's spinning threads.
     """
+    feeds = list(feeds)
+    expected = [reference(feed) for feed in feeds]
     worst = 0.0
     shapes = []
-    for feed in feeds:
+    for feed, outputs in zip(feeds, expected, strict=True):
         batch, length = feed["input_ids"].shape
-        worst = max(
-            worst, _difference(f"{name} at batch {batch}, length {length}", reference, candidate, feed, tolerance)
-        )
+        where = f"{name} at batch {batch}, length {length}"
+        for wanted, got in zip(outputs, candidate(feed), strict=True):
+            worst = max(worst, _difference(where, wanted, got, tolerance))
         shapes.append((batch, length))
     return Parity(max_abs=worst, tolerance=tolerance, shapes=shapes)
 
 
-def _difference(
-    where: str,
-    reference: Callable[[Arrays], Sequence[npt.NDArray[Any]]],
-    candidate: Callable[[Arrays], Sequence[npt.NDArray[Any]]],
-    feed: Arrays,
-    tolerance: float,
-) -> float:
-    worst = 0.0
-    for expected, got in zip(reference(feed), candidate(feed), strict=True):
-        if expected.shape != got.shape:
-            raise ParityError(describe(f"{where}: output shape", got=got.shape, expected=expected.shape))
-        distance = float(np.max(np.abs(expected.astype(np.float64) - got), initial=0.0))
-        if not distance <= tolerance:  # also true for NaN
-            raise ParityError(
-                describe(
-                    f"{where}: the graph differs from PyTorch",
-                    got=f"max abs {distance:.3g}",
-                    expected=f"<= {tolerance:g}",
-                    hint="nothing was written; please report the model's config",
-                )
-            )
-        worst = max(worst, distance)
-    return worst
+def _difference(where: str, expected: npt.NDArray[Any], got: npt.NDArray[Any], tolerance: float) -> float:
+    if expected.shape != got.shape:
+        raise ParityError(describe(f"{where}: output shape", got=got.shape, expected=expected.shape))
+    distance = float(np.max(np.abs(expected.astype(np.float64) - got), initial=0.0))
+    if distance <= tolerance:  # false for NaN
+        return distance
+    raise ParityError(
+        describe(
+            f"{where}: the graph differs from PyTorch",
+            got=f"max abs {distance:.3g}",
+            expected=f"<= {tolerance:g}",
+            hint="nothing was written; please report the model's config",
+        )
+    )
 
 
 def probe_feeds(

@@ -272,7 +272,7 @@ def open_file(path: Path, *, threads: int | None = None, provider: str = "cpu", 
 def tensor_specs(values: Sequence[Any]) -> list[TensorSpec]:
     """Inputs or outputs of a bare session as manifest entries."""
     dtypes = {"tensor(int64)": "int64", "tensor(float)": "float32"}
-    return [TensorSpec(name=v.name, dtype=dtypes[v.type], shape=[axis for axis in v.shape]) for v in values]
+    return [TensorSpec(name=v.name, dtype=dtypes[v.type], shape=list(v.shape)) for v in values]
 
 
 def _graph_file(bundle: Bundle, graph: Graph) -> Path:
@@ -321,6 +321,7 @@ def _options(threads: int | None) -> Any:
             "this process already runs ONNX Runtime on %s threads; %s get a pool of their own", _pool_threads, wanted
         )
         options.intra_op_num_threads = wanted
+        # Threads that spin on after a run would take the cores from the other pool.
         options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
 

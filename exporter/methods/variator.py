@@ -7,6 +7,7 @@ Letters: B batch, S sequence length, H hidden size, L layers, k ratio, m = ceil(
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -249,19 +250,18 @@ def cost(backbone: Backbone, plugins: VariatorPlugins | None) -> Cost:
 
 
 def _head_macs(backbone: Backbone) -> tuple[int, int]:
-    """MACs of everything outside the layers: (per sequence, per token)."""
-    inside = set(backbone.layers.modules())
-    outside = [m for m in backbone.model.modules() if isinstance(m, nn.Linear) and m not in inside]
-    per_sequence = per_token = 0
-    for linear in outside:
-        projects_tokens = backbone.task != "sequence-classification" or linear is getattr(
-            backbone.encoder, "embeddings_project", None
-        )
-        if backbone.task == "feature-extraction" and linear is not getattr(
-            backbone.encoder, "embeddings_project", None
-        ):
-            continue  # a pooler whose output nobody reads
-        macs = linear.in_features * linear.out_features
-        per_token += macs if projects_tokens else 0
-        per_sequence += 0 if projects_tokens else macs
-    return per_sequence, per_token
+    """MACs of the linear layers around the encoder's: (per sequence, per token)."""
+    projection = getattr(backbone.encoder, "embeddings_project", None)
+    inside = {*backbone.layers.modules(), projection}
+    per_token = _macs([projection]) if projection is not None else 0
+    if backbone.task == "feature-extraction":
+        return 0, per_token  # pooling costs no product, and nobody reads the pooler's output
+    around = _macs([module for module in backbone.model.modules() if module not in inside])
+    if backbone.task == "sequence-classification":
+        return around, per_token
+    return 0, per_token + around
+
+
+def _macs(modules: Iterable[nn.Module]) -> int:
+    """Multiply-accumulates per vector of all linear layers among ``modules``."""
+    return sum(m.in_features * m.out_features for m in modules if isinstance(m, nn.Linear))
