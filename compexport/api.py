@@ -6,23 +6,29 @@ command prints return that command's JSON document as a dict.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from compexport.errors import BundleError, InputError, describe
 from compexport.present import Progress
 
 if TYPE_CHECKING:
+    from calib.data import Examples
     from engines.bundle import Bundle
     from engines.runtime import Runtime
     from engines.text import Text
 
 METHODS = ("variator",)
-PRECISIONS = ("fp32",)
+PRECISIONS: tuple[Literal["fp32"], ...] = ("fp32",)
+LOSSES: tuple[Literal["hidden", "task", "task-hidden"], ...] = ("hidden", "task", "task-hidden")
 DEFAULT_RATIOS = (2, 4, 8)
-DEFAULT_LENGTH = 128
+UNTIL_TIME_IS_UP = 1_000_000  # steps, for a fit that only a number of seconds ends
+
+
+Name = TypeVar("Name", bound=str)
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class Fit:
     steps: int | None = None
     max_seconds: float | None = None
     seed: int = 0
+    loss: str = "hidden"
 
 
 @dataclass(frozen=True)
@@ -90,17 +97,88 @@ def inspect(bundle: str | Path = "bundle") -> dict[str, Any]:
 
 def verify(bundle: str | Path = "bundle") -> dict[str, Any]:
     """Read and hash every file; damage is reported, not raised, as long as there is a bundle to look at."""
+    from engines.bundle import Problem
+
+    opened: Bundle | None
     try:
         opened = open_bundle(bundle)
     except BundleError as error:
-        if not (Path(bundle) / "manifest.json").is_file():
+        manifest = Path(bundle) / "manifest.json"
+        if not manifest.is_file():
             raise
-        return {"ok": False, "files": 0, "problems": [{"file": "manifest.json", "problem": str(error)}]}
-    problems = [{"file": problem.file, "problem": problem.problem} for problem in opened.verify()]
-    return {"ok": not problems, "files": len(opened.manifest.files), "problems": problems}
+        opened = _unchecked(Path(bundle))
+        problems = opened.verify() if opened is not None else [Problem("manifest.json", str(error))]
+    else:
+        problems = opened.verify()
+    files = len(opened.manifest.files) if opened is not None else 0
+    return {"ok": not problems, "files": files, "problems": [vars(problem) for problem in problems]}
+
+
+def _unchecked(path: Path) -> Bundle | None:
+    """A damaged bundle, only to ask what is wrong with it; None when its manifest cannot be read either."""
+    from engines.bundle import Bundle
+    from engines.bundle_manifest import MAX_BYTES, parse_manifest
+    from engines.bundle_paths import FileFault
+    from engines.bundle_reader import identity
+
+    root = path.resolve()
+    manifest = root / "manifest.json"
+    try:
+        with manifest.open("rb") as file:
+            parsed = parse_manifest(file.read(MAX_BYTES + 1))
+        return Bundle(root, parsed, identity(manifest.lstat()))
+    except (FileFault, OSError, ValueError):
+        return None
 
 
 # --- making a family -----------------------------------------------------------------------------------------------
+
+
+def train(
+    model: str | Path,
+    data: str | Path,
+    *,
+    ratios: Sequence[float] | None = None,
+    output: str | Path = "trained",
+    method: str = "variator",
+    columns: Columns = COLUMNS,
+    fit: Fit = FIT,
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Fit plugins to ``model`` on the texts of ``data`` and write the method checkpoint ``output``.
+
+    Raises InputError for bad input, in which case nothing was written.
+    """
+    _choice("method", method, METHODS)
+    wanted = whole_ratios(ratios if ratios is not None else DEFAULT_RATIOS)
+    if not wanted:
+        raise InputError(describe("nothing to fit: ratio 1 is the backbone", expected="ratios above 1, like 2,4,8"))
+    _require_checkpoint_place(Path(output), Path(model))
+    texts = _read(data, "train", columns, progress)
+    return fit_texts(model, texts, ratios=wanted, output=output, fit=fit, progress=progress)
+
+
+def fit_texts(
+    model: str | Path,
+    texts: Examples | Sequence[str],
+    *,
+    ratios: Sequence[int],
+    output: str | Path,
+    fit: Fit = FIT,
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Fit Variator plugins on ``texts``; ``output`` may be ``model`` itself, whose own files are never changed."""
+    from calib import training
+    from exporter.backbone import load_backbone
+
+    loss = _choice("loss", fit.loss, LOSSES)
+    progress("loading the model")
+    backbone = load_backbone(model, attention="sdpa")
+    steps = fit.steps or (training.FitSettings.steps if fit.max_seconds is None else UNTIL_TIME_IS_UP)
+    settings = training.FitSettings(steps=steps, max_seconds=fit.max_seconds, seed=fit.seed, loss=loss)
+    result = training.fit_variator(backbone, texts, ratios, settings=settings, progress=progress)
+    result.save(output, backbone)
+    return {"output": str(output), **result.record}
 
 
 def build(
@@ -126,25 +204,62 @@ def build_document(
     command: str = "compexport.build",
     progress: Progress = quiet,
 ) -> dict[str, Any]:
-    """Trace, check and build; with ``data``, plugins that are missing are fitted first and kept beside the bundle.
+    """Trace, check and build; with ``data``, plugins that ``model`` lacks are fitted first and kept in its folder.
 
     ``ratios`` defaults to those ``model`` has plugins for, or 2, 4, 8. Raises InputError for bad input, in which case
     nothing was written, and ParityError when a graph differs from PyTorch, in which case no bundle was.
     """
+    from engines import backends
     from exporter import family
     from exporter.checkpoint import find_checkpoint
 
-    method = _choice("method", method or METHODS[0], METHODS)
-    _choice("precision", precision, PRECISIONS)
-    checked = whole_ratios(ratios) if ratios is not None else None
+    _choice("method", method or METHODS[0], METHODS)
+    arithmetic = _choice("precision", precision, PRECISIONS)
+    wanted = whole_ratios(ratios) if ratios is not None else None
     _require_free(output)
-    checkpoint = find_checkpoint(Path(model))
-    wanted = checked if checked is not None else (checkpoint.ratios if checkpoint else list(DEFAULT_RATIOS))
-    missing = [ratio for ratio in wanted if checkpoint is None or ratio not in checkpoint.ratios]
+    backends.load(backend)
+    checkpoint = find_checkpoint(model)
+    there = checkpoint.ratios if checkpoint is not None else []
+    if wanted is None:
+        wanted = there or list(DEFAULT_RATIOS)
+    missing = [ratio for ratio in wanted if ratio not in there]
     if missing and data is not None and not untrained:
-        ...
-    report = family.build(...)
+        texts = _read(data, "train", columns, progress)
+        fit_texts(model, texts, ratios=missing, output=model, fit=fit, progress=progress)
+    report = family.build(
+        model,
+        wanted,
+        output,
+        backend=backend,
+        precision=arithmetic,
+        untrained=untrained,
+        seed=fit.seed,
+        command=command,
+        progress=progress,
+    )
     return report.document()
+
+
+def _read(data: str | Path, split: str, columns: Columns, progress: Progress, limit: int | None = None) -> Examples:
+    """The examples of a file or folder, after saying which columns were taken."""
+    from calib import data as reading
+
+    progress(f"reading {data}")
+    examples = reading.read(
+        data, split, text=columns.text, text_pair=columns.text_pair, label=columns.label, limit=limit
+    )
+    progress(f"{len(examples)} texts of {examples.origin} ({examples.columns_chosen})")
+    return examples
+
+
+def _require_checkpoint_place(output: Path, model: Path) -> None:
+    """Refuse an output that is something else before minutes are spent on it."""
+    from exporter.checkpoint import find_checkpoint
+
+    if not output.exists() or output.resolve() == model.resolve():
+        return
+    if not output.is_dir() or (any(output.iterdir()) and find_checkpoint(output) is None):
+        raise InputError(describe(f"{output}: already there", expected="a new folder, or a checkpoint of this model"))
 
 
 def _require_free(output: str | Path) -> None:
@@ -152,6 +267,36 @@ def _require_free(output: str | Path) -> None:
     from engines.bundle import BundleWriter
 
     BundleWriter(output)
+
+
+# --- measuring ---------------------------------------------------------------------------------------------------
+
+
+def bench(
+    bundle: str | Path = "bundle",
+    *,
+    batches: Sequence[float] = (1, 8),
+    lengths: Sequence[float] = (32, 128),
+    min_runs: int = 20,
+    device: Device = DEVICE,
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Measure every variant at every batch size and length, keep the table in the bundle, and return it."""
+    from compexport import latency
+
+    with _runtime(bundle, device) as runtime:
+        tokenizer = runtime.bundle.manifest.tokenizer
+        checked = latency.check_sizes("length", lengths, tokenizer.max_length if tokenizer else None)
+        table = latency.measure(
+            runtime,
+            latency.check_sizes("batch", batches),
+            checked,
+            threads=device.threads,
+            min_runs=min_runs,
+            progress=progress,
+        )
+        runtime.bundle.save_profile(runtime.device, table)
+    return table
 
 
 # --- answering -----------------------------------------------------------------------------------------------------
@@ -209,7 +354,7 @@ def whole_ratios(ratios: Sequence[float]) -> list[int]:
     """Ratios of a method that groups whole tokens, checked; 1, the backbone, is always built and may be left out."""
     checked: list[int] = []
     for ratio in ratios:
-        if ratio != ratio or ratio != int(ratio):
+        if not math.isfinite(ratio) or ratio != int(ratio):
             raise InputError(describe("--ratio must be whole for variator", got=f"{ratio:g}", expected="like 2,4,8"))
         if ratio < 1:
             raise InputError(describe("--ratio is too small", got=f"{ratio:g}", expected="1 or more, like 2,4,8"))
@@ -219,7 +364,8 @@ def whole_ratios(ratios: Sequence[float]) -> list[int]:
     return [ratio for ratio in checked if ratio != 1]
 
 
-def _choice(what: str, got: str, choices: Sequence[str]) -> str:
-    if got not in choices:
-        raise InputError(describe(f"unknown {what}", got=got, expected=" or ".join(choices)))
-    return got
+def _choice(what: str, got: str, choices: Sequence[Name]) -> Name:
+    for choice in choices:
+        if choice == got:
+            return choice
+    raise InputError(describe(f"unknown {what}", got=got, expected=" or ".join(choices)))

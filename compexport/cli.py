@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -109,6 +109,10 @@ def train(
     ),
     text: TextColumn = None,
     text_pair: PairColumn = None,
+    label: LabelColumn = None,
+    loss: Annotated[
+        str, typer.Option(metavar="NAME", help="What to learn from: hidden (no labels), task, or task-hidden.")
+    ] = "hidden",
     steps: Steps = None,
     max_seconds: MaxSeconds = None,
     seed: Seed = 0,
@@ -118,20 +122,20 @@ def train(
 ) -> None:
     """Fit a method's plugins to MODEL.
 
-    The plugins learn by distillation to reproduce what MODEL itself computes, on texts without labels. OUT is MODEL
-    with one small file per ratio beside it; `compexport build OUT` makes the engines.
+    The plugins learn by distillation to reproduce what MODEL itself computes; no labels are needed. OUT is MODEL with
+    one small file per ratio beside it; `compexport build OUT` makes the engines.
     """
     from compexport import api, present, tables
 
     if data is None:
         raise InputError(describe("train needs texts", expected="--data FILE", hint="no labels are needed"))
-    columns = api.Columns(text=text, text_pair=text_pair)
-    fit = api.Fit(steps=steps, max_seconds=max_seconds, seed=seed)
+    columns = api.Columns(text=text, text_pair=text_pair, label=label)
+    fit = api.Fit(steps=steps, max_seconds=max_seconds, seed=seed, loss=loss)
     with _screen(as_json) as screen, present.progress() as progress:
         document = api.train(
             model,
             data,
-            ratios=_numbers("ratio", ratio),
+            ratios=None if ratio is None else _numbers("ratio", ratio),
             output=output,
             method=method,
             columns=columns,
@@ -177,7 +181,7 @@ def build(
     with _screen(as_json) as screen, present.progress() as progress:
         document = api.build_document(
             model,
-            ratios=_numbers("ratio", ratio),
+            ratios=None if ratio is None else _numbers("ratio", ratio),
             output=output,
             backend=backend,
             precision=precision,
@@ -298,7 +302,10 @@ def select(
             device=api.Device(backend, provider, threads),
         )
     screen.document(document, [tables.select_table(document)])
-    _require_budget(document, strict)
+    if strict and not document["met_budget"]:
+        needed, budget = f"{document['predicted_ms']:.3g} ms", f"at most {budget_ms:g} ms"
+        best = document["variant"]
+        raise TargetMissed(describe(f"no variant meets the budget, not {best}", got=needed, expected=budget))
 
 
 @app.command()
@@ -327,7 +334,7 @@ def run(
 
     All texts are answered together, by the best variant that is predicted to meet the budget.
     """
-    from compexport import api, present, tables
+    from compexport import api, tables
 
     texts = api.paired(text or [], text_pair)
     with _screen(as_json) as screen:
@@ -340,11 +347,10 @@ def run(
             truncate=truncate,
             device=api.Device(backend, provider, threads),
         )
-    for number, cut in enumerate(document["truncated"], start=1):
-        if cut:
-            present.note(f"compexport: warning: text {number} is longer than the model reads and was cut")
     screen.document(document, [tables.run_table(document, text or [])])
-    _require_budget(document, strict)
+    if strict and not document["met_budget"]:
+        took, budget = f"{document['latency_ms']:.3g} ms", f"at most {budget_ms:g} ms"
+        raise TargetMissed(describe(f"budget missed by {document['variant']}", got=took, expected=budget))
 
 
 @app.command()
@@ -400,10 +406,8 @@ def demo(
 # --- parsing and errors --------------------------------------------------------------------------------------------
 
 
-def _numbers(option: str, text: str | None) -> list[float] | None:
+def _numbers(option: str, text: str) -> list[float]:
     """``"2,4,8"`` as numbers; InputError names the part that is none. What the numbers must be is the API's to say."""
-    if text is None:
-        return None
     numbers = []
     for part in text.split(","):
         try:
@@ -414,19 +418,13 @@ def _numbers(option: str, text: str | None) -> list[float] | None:
     return numbers
 
 
-def _require_budget(document: dict[str, Any], strict: bool) -> None:
-    if strict and document["met_budget"] is False:
-        budget = f", budget {document['budget_ms']:g} ms" if document.get("budget_ms") else ""
-        raise TargetMissed(describe(f"no variant meets the budget{budget}", hint=f"answered by {document['variant']}"))
-
-
 @contextlib.contextmanager
-def _screen(as_json: bool) -> Any:
-    """The real stdout for the result; whatever else prints meanwhile (the tracer does) goes to stderr."""
-    from compexport.present import Screen
+def _screen(as_json: bool) -> Iterator[Screen]:
+    """The real stdout for the result; what else prints meanwhile, as the tracer does, and warnings go to stderr."""
+    from compexport.present import Screen, warnings_on_stderr
 
-    screen: Screen = Screen(sys.stdout, as_json=as_json)
-    with contextlib.redirect_stdout(sys.stderr):
+    screen = Screen(sys.stdout, as_json=as_json)
+    with contextlib.redirect_stdout(sys.stderr), warnings_on_stderr("compexport", "calib", "engines", "exporter"):
         yield screen
 
 

@@ -5,6 +5,7 @@ Letters: B batch, S sequence length in tokens, r ratio.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -24,7 +25,13 @@ _SMALLEST_ID, _LARGEST_ID = 5, 100
 
 
 def measure(
-    runtime: Runtime, batches: Sequence[int], lengths: Sequence[int], *, min_runs: int, progress: Progress
+    runtime: Runtime,
+    batches: Sequence[int],
+    lengths: Sequence[int],
+    *,
+    threads: int | None,
+    min_runs: int,
+    progress: Progress,
 ) -> dict[str, Any]:
     """The latency table of this device, as ``Bundle.save_profile`` keeps it and ``bench --json`` prints it.
 
@@ -37,7 +44,7 @@ def measure(
     sizes = [(batch, length) for batch in batches for length in lengths]
     for done, (batch, length) in enumerate(sizes):
         progress(f"timing batch {batch} x length {length}", done, len(sizes))
-        timings = interleave(_calls(runtime, batch, length), min_runs=min_runs, min_seconds=0.0, warmup=2)
+        timings = interleave(_calls(runtime, batch, length), min_runs=min_runs, min_seconds=0.0, warmup=3)
         rows += [
             {"variant": name, "batch": batch, "length": length, "p50_ms": t.p50_ms, "p99_ms": t.p99_ms, "runs": t.runs}
             for name, t in timings.items()
@@ -45,7 +52,7 @@ def measure(
     return {
         "device": runtime.device,
         "backend": runtime.backend,
-        "threads": runtime.threads,
+        "threads": threads,
         "environment": environment(),
         "rows": rows,
         "realised": realised(rows, manifest),
@@ -103,7 +110,7 @@ def _macs(manifest: Manifest, variant: str, length: int) -> int:
 def check_sizes(what: str, values: Sequence[float], largest: int | None = None) -> list[int]:
     """``--batch`` or ``--length`` as sorted whole numbers from 1; lengths no longer than the model reads."""
     for value in values:
-        if value != value or value != int(value) or value < 1:
+        if not math.isfinite(value) or value != int(value) or value < 1:
             raise InputError(describe(f"--{what} is out of range", got=f"{value:g}", expected="whole numbers from 1"))
         if largest is not None and value > largest:
             raise InputError(describe(f"--{what} is too long", got=f"{value:g}", expected=f"at most {largest} tokens"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -153,6 +154,22 @@ class _Lines:
         self.message, self.shown_at = message, now
 
 
-def note(text: str) -> None:
-    """A remark for the reader on stderr, so that it never mixes with a document."""
-    print(text, file=sys.stderr, flush=True)
+class _WarningLine(logging.Handler):
+    """A warning as one line on whatever stderr is at that moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"compexport: warning: {' '.join(record.getMessage().split())}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def warnings_on_stderr(*packages: str) -> Iterator[None]:
+    """Show what these packages log as warnings while a command runs."""
+    handler = _WarningLine(logging.WARNING)
+    loggers = [logging.getLogger(name) for name in packages]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compexport.latency import faster_from
-from compexport.present import Cell, Table, cell
+from compexport.present import Table, cell
 
 
 def build_table(document: Mapping[str, Any]) -> Table:
@@ -122,23 +122,20 @@ def verify_table(document: Mapping[str, Any]) -> Table:
 
 
 def train_table(document: Mapping[str, Any]) -> Table:
-    """``train``: what was fitted and how close it came."""
-    rows: list[tuple[Cell, ...]] = [
-        ("method", document["method"]),
-        ("ratios", ", ".join(map(str, document["ratios"]))),
-        ("extra parameters", f"{document['extra_params']:,} ({100 * document['extra_params_share']:.2f} %)"),
-        ("steps", str(document["steps"])),
-        ("seconds", f"{document['seconds']:.0f}"),
-        (f"{document['metric']}, teacher", _values(document["teacher"])),
-        (f"{document['metric']}, student", _values(document["student"])),
+    """``train``: what each ratio's plugins add to the model, and how close they come to it."""
+    metric = document["metric"]
+    rows = [
+        (
+            ratio,
+            f"{document['extra_params'][str(ratio)]:,}",
+            f"{100 * document['extra_params_share'][str(ratio)]:.2f} %",
+            f"{document['student'][str(ratio)]:.4f}",
+        )
+        for ratio in document["ratios"]
     ]
-    return Table(f"{document['output']}: plugins fitted", ("what", "value"), rows)
-
-
-def _values(value: object) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {_values(item)}" for key, item in value.items())
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    title = f"{document['output']}: plugins fitted in {document['steps']} steps, {document['seconds']:.0f} s"
+    notes = [f"{metric} of the backbone itself: {document['teacher']:.4f}"]
+    return Table(title, ("ratio", "extra parameters", "share", f"{metric}, held out"), rows, notes)
 
 
 def inspect_tables(manifest: Mapping[str, Any]) -> list[Table]:

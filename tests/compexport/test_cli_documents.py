@@ -52,14 +52,14 @@ def test_evaluate(cli: Cli, bundle: Path, tmp_path: Path) -> None:
 
 def test_select_walks_from_the_fastest_to_the_backbone(cli: Cli, bundle: Path) -> None:
     chosen = []
-    for budget in (0.0001, 1000):
+    for budget in (1, 11, 21, 41):
         document = cli("select", "--budget-ms", budget, "--json").document
         assert set(document) >= {"variant", "predicted_ms", "budget_ms", "met_budget", "reason", "candidates"}
         assert document["budget_ms"] == budget
         for row in document["candidates"]:
             assert set(row) >= {"variant", "predicted_ms", "quality", "verdict"}
-        chosen.append(document["met_budget"])
-    assert chosen == [False, True]
+        chosen.append((document["variant"], document["met_budget"]))
+    assert chosen == [(NAMES[2], False), (NAMES[2], True), (NAMES[1], True), (NAMES[0], True)]
 
 
 def test_run(cli: Cli, bundle: Path) -> None:
