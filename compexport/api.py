@@ -299,6 +299,35 @@ def bench(
     return table
 
 
+def evaluate(
+    bundle: str | Path,
+    data: str | Path,
+    *,
+    columns: Columns = COLUMNS,
+    limit: int | None = None,
+    device: Device = DEVICE,
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Measure the quality of every variant on ``data``, keep the table in the bundle, and return the rows.
+
+    Without labels the backbone's own answers are the truth.
+    """
+    open_bundle(bundle)  # a wrong bundle is said before a large file is read
+    return evaluate_examples(bundle, _read(data, "dev", columns, progress, limit), device=device, progress=progress)
+
+
+def evaluate_examples(
+    bundle: str | Path, examples: Examples, *, device: Device = DEVICE, progress: Progress = quiet
+) -> dict[str, Any]:
+    """``evaluate`` on examples already read."""
+    from calib import quality
+
+    with _runtime(bundle, device) as runtime:
+        evaluation = quality.evaluate(runtime, examples, progress=progress)
+        runtime.bundle.save_quality(evaluation.table)
+    return evaluation.document()
+
+
 # --- answering -----------------------------------------------------------------------------------------------------
 
 

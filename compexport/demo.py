@@ -20,16 +20,16 @@ from engines.runtime import BatchResult, Runtime
 RATIOS = (2, 4, 8)
 MARK = ".compexport-demo"  # in the output folder, so that a second run knows that it may write over it
 REQUEST_TEXTS = 8
-REQUEST_CHARACTERS = (300, 600)  # about a hundred tokens: long enough for a compressed member to be worth it
+REQUEST_CHARACTERS = (250, 400)  # some eighty tokens: long enough for a compressed member to be worth it
 SHOWN_CHARACTERS = 48
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How thorough a demo is. ``fit_seconds`` is for all ratios together."""
+    """How thorough a demo is. One in ten ``texts`` is held out; ``fit_seconds`` is for all ratios together."""
 
     texts: int
-    held_out: int
+    held_out: int  # at most
     fit_seconds: float
     min_runs: int
     batches: tuple[int, ...] = (1, 8)
@@ -37,8 +37,8 @@ class Plan:
 
 
 PLANS = {
-    False: Plan(texts=30_000, held_out=512, fit_seconds=210.0, min_runs=20),
-    True: Plan(texts=12_000, held_out=256, fit_seconds=75.0, min_runs=8),
+    False: Plan(texts=12_000, held_out=512, fit_seconds=215.0, min_runs=20),
+    True: Plan(texts=5_000, held_out=256, fit_seconds=80.0, min_runs=8),
 }
 
 
@@ -47,6 +47,8 @@ def run_demo(output: Path, *, fast: bool, seed: int, screen: Screen) -> dict[str
 
     Writes the plugins (``model``), the ``bundle``, ``pareto.png`` and ``report.html`` into ``output``.
     """
+    from calib.data import Examples
+
     started = time.monotonic()
     plan, model = PLANS[fast], model_folder()
     _prepare(output)
@@ -69,7 +71,8 @@ def run_demo(output: Path, *, fast: bool, seed: int, screen: Screen) -> dict[str
             min_runs=plan.min_runs,
             progress=progress,
         )
-        evaluated = api.evaluate_texts(output / "bundle", held_out, progress=progress)
+        examples = Examples(held_out, origin="held-out docstrings")
+        evaluated = api.evaluate_examples(output / "bundle", examples, progress=progress)
     bundle = api.open_bundle(output / "bundle")
     quality = report.require_quality(bundle.quality())
     measured = tables.bench_table(benched, bundle.manifest.variants, quality)
@@ -121,8 +124,8 @@ def _prepare(output: Path) -> None:
 def _docstrings(plan: Plan, seed: int) -> tuple[list[str], list[str]]:
     from calib.data import docstrings
 
-    texts, held_out = docstrings(plan.texts + plan.held_out, seed)
-    return list(texts), list(held_out)[: plan.held_out]
+    texts, held_out = docstrings(plan.texts, seed)
+    return texts, held_out[: plan.held_out]
 
 
 def _request(held_out: Sequence[str]) -> list[str]:

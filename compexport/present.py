@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 Cell = str | int | float | None
 
@@ -63,7 +64,8 @@ class Screen:
     def document(self, document: object, tables: Iterable[Table] = ()) -> None:
         """Print the JSON document, or the tables when people are reading."""
         if self.as_json:
-            print(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False), file=self.out, flush=True)
+            text = json.dumps(_without_nan(document), indent=2, ensure_ascii=False, allow_nan=False)
+            print(text, file=self.out, flush=True)
         self.show(*tables)
 
     def show(self, *tables: Table) -> None:
@@ -79,6 +81,15 @@ class Screen:
         """One line for people; a program that asked for JSON does not get it."""
         if not self.as_json:
             print(text, file=self.out, flush=True)
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has neither NaN nor infinity: a number that could not be computed is null."""
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _draw_plain(table: Table, out: TextIO) -> None:

@@ -71,14 +71,16 @@ def faster_from_note(name: str, size: tuple[int, int] | None) -> str:
 
 
 def evaluate_table(document: Mapping[str, Any], variants: Mapping[str, Any]) -> Table:
-    """``evaluate``: the metric of each variant, and what it loses against the backbone."""
+    """``evaluate``: the metric of each variant, what it loses against the backbone, and any further metrics."""
+    further = [name for name in document["variants"][0] if name not in ("variant", "value", "drop")]
     rows = []
     for row in document["variants"]:
         variant = variants[row["variant"]]
         name = shown_name({**row, "untrained": variant.untrained})
-        rows.append((name, variant.ratio, variant.flops_ratio, f"{row['value']:.4f}", f"{row['drop']:+.4f}"))
+        values = [f"{row['value']:.4f}", f"{row['drop']:+.4f}", *(f"{row[name]:.4f}" for name in further)]
+        rows.append((name, variant.ratio, variant.flops_ratio, *values))
     title = f"{document['metric']} on {document['n']} examples"
-    return Table(title, ("variant", "ratio", "FLOPs ceiling", document["metric"], "drop"), rows)
+    return Table(title, ("variant", "ratio", "FLOPs ceiling", document["metric"], "drop", *further), rows)
 
 
 def select_table(document: Mapping[str, Any]) -> Table:

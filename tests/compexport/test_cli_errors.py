@@ -206,9 +206,7 @@ def test_newer_format(refused: Callable[..., str], bundle: Path) -> None:
 
 
 def test_engine_of_another_version(refused: Callable[..., str], bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import onnxruntime
-
-    monkeypatch.setattr(onnxruntime, "__version__", "1.0.0")
+    _installed(monkeypatch, {"onnxruntime"}, "1.0.0")
     line = refused("run", "--text", "x")
     assert "1.0.0" in line and "compexport build" in line
 
@@ -225,7 +223,7 @@ def test_no_runtime_installed(refused: Callable[..., str], bundle: Path, monkeyp
     assert "onnxruntime" in line and "compexport[cpu]" in line
 
 
-def _installed(monkeypatch: pytest.MonkeyPatch, names: set[str]) -> None:
+def _installed(monkeypatch: pytest.MonkeyPatch, names: set[str], installed: str = "1.31.1") -> None:
     """Pretend that exactly these of the ONNX Runtime packages are installed."""
     from importlib import metadata
 
@@ -235,7 +233,7 @@ def _installed(monkeypatch: pytest.MonkeyPatch, names: set[str]) -> None:
         if not name.startswith("onnxruntime"):
             return real(name)
         if name in names:
-            return "1.31.1"
+            return installed
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", version)

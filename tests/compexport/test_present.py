@@ -45,8 +45,8 @@ def test_document_is_all_that_a_program_gets() -> None:
     out = io.StringIO()
     screen = Screen(out, as_json=True)
     screen.line("for people")
-    screen.document({"a": 1}, [TABLE])
-    assert json.loads(out.getvalue()) == {"a": 1}
+    screen.document({"a": 1, "b": [float("nan")]}, [TABLE])
+    assert json.loads(out.getvalue()) == {"a": 1, "b": [None]}
 
 
 def test_cells() -> None:
