@@ -28,7 +28,7 @@ def onnx_from_module(module: nn.Module, input_names: Sequence[str], output_names
     # Sizes that are neither 0, 1 nor equal: the tracer would take any of those for a constant.
     example = torch.ones(3, 24, dtype=torch.long)
     axes = {0: BATCH, 1: SEQUENCE}
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet_export():
         program = torch.onnx.export(
             module,
             tuple(example.clone() for _ in input_names),
@@ -58,7 +58,7 @@ def _without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_export() -> Iterator[None]:
     """The exporter logs and warns about itself; none of it is something a user can act on."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level

