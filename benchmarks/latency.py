@@ -4,7 +4,8 @@
 
 A BERT of the base size, random weights, ratios 1, 2, 4, 8 and the stock ``torch.onnx.export`` of the same model in
 plain ONNX Runtime, with the same session options: all in one process, timed in turn. Then ONNX Runtime's own profiler
-says where each cell's time goes. Exit code 3 when a target is missed (realised >= 0.90 in every cell, stock / ratio 1 >= 1.00).
+says where each cell's time goes. Exit code 3 when a target is missed (realised >= 0.90 in every cell, stock / ratio 1
+>= 1.00).
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -74,17 +75,22 @@ class Family:
 
     def _bound(self, ratio: int) -> onnx.ModelProto:
         if ratio == 1:
-            return passes.without_merging(self._template)
-        tensors = {f"{PLUGINS}{name}": t.numpy() for name, t in self.plugins[ratio].state_dict().items()}
-        return passes.bind_ratio(self._template, ratio, tensors)
+            return passes.without_merging(self._masked_template)
+        plugins = self.plugins[ratio]
+        tensors = {f"{PLUGINS}{name}": t.numpy() for name, t in plugins.state_dict().items()}
+        # "official" plugins pad the whole input to their ratio, outside the operators: they need a trace each.
+        template = self._masked_template if plugins.pad == "masked" else self._template(ratio, plugins.pad)
+        return passes.bind_ratio(template, ratio, tensors)
 
     @cached_property
-    def _template(self) -> onnx.ModelProto:
-        """The family's one trace, with throw-away plugins. Their values are random and thus all different, so that no
-        initialiser of theirs is taken for an equal one of the backbone."""
+    def _masked_template(self) -> onnx.ModelProto:
+        return self._template(TEMPLATE_RATIO, "masked")
+
+    def _template(self, ratio: int, pad: variator.PadMode) -> onnx.ModelProto:
+        """A trace with throw-away plugins. Their values are random and thus all different, so that no initialiser of
+        theirs is taken for an equal one of the backbone."""
         backbone = self.backbone
-        pad = next(iter(self.plugins.values())).pad if self.plugins else "masked"
-        plugins = VariatorPlugins(backbone.hidden_size, backbone.num_layers, TEMPLATE_RATIO, TEMPLATE_WIDTH, pad)
+        plugins = VariatorPlugins(backbone.hidden_size, backbone.num_layers, ratio, TEMPLATE_WIDTH, pad)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in plugins.parameters():
@@ -125,7 +131,7 @@ class Family:
             self.backbone.input_names,
             ratio,
             int(config.vocab_size),
-            self.backbone.max_length,
+            self._max_length(),
             int(getattr(config, "type_vocab_size", 1) or 1),
             int(config.pad_token_id or 0),
         )
@@ -165,10 +171,15 @@ class Family:
         config = self.backbone.config
         return Tokenizer(
             path=path,
-            max_length=self.backbone.max_length,
+            max_length=self._max_length(),
             pad_id=int(config.pad_token_id or 0),
             inputs=list(self.backbone.input_names),
         )
+
+    def _max_length(self) -> int:
+        """The model's limit; "official" plugins pad to their ratio and must not step over it."""
+        step = math.lcm(*(r for r, plugins in self.plugins.items() if plugins.pad == "official"))
+        return max(1, self.backbone.max_length // step * step)
 
     def variant(self, ratio: int) -> Variant:
         """The entry of one ratio."""

@@ -19,6 +19,8 @@ from engines.manifest import Cost
 from exporter import ops
 from exporter.backbone import Backbone
 
+# "masked": padding never reaches a real token. "official": as the published code, pad tokens are merged like any other;
+# the published row mask of the attention is left out, since no plugins were ever published for these hosts.
 PadMode = Literal["masked", "official"]
 MAX_WIDTH = 64  # the official adapter width
 EXTRA_SHARE = 0.01
@@ -168,6 +170,8 @@ class VariatorEncoder(nn.Module):
         keep_states: bool = False,
     ) -> EncoderOutput:
         """input_ids, attention_mask, token_type_ids: [B,S] integers, padding on the right."""
+        length = input_ids.shape[1]
+        input_ids, attention_mask, token_type_ids = self._whole_groups(input_ids, attention_mask, token_type_ids)
         h = self.embed(input_ids, token_type_ids)
         mask = attention_mask.to(h.dtype)
         additive_mask = ((1.0 - mask) * torch.finfo(h.dtype).min)[:, None, None, :]
@@ -175,7 +179,24 @@ class VariatorEncoder(nn.Module):
         for index in range(self.backbone.num_layers):
             h = self.run_layer(index, h, additive_mask, mask)
             states.append(h)
-        return EncoderOutput(h, tuple(states) if keep_states else ())
+        states = [state[:, :length] for state in states] if self._pads else states
+        return EncoderOutput(states[-1], tuple(states) if keep_states else ())
+
+    @property
+    def _pads(self) -> bool:
+        return self.plugins is not None and self.plugins.pad == "official"
+
+    def _whole_groups(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """In "official" mode pad tokens take part in merging, so every group is completed with real ones."""
+        if not self._pads:
+            return input_ids, attention_mask, token_type_ids
+        assert self.plugins is not None
+        missing = (0, -input_ids.shape[1] % self.plugins.ratio)
+        pad_id = int(self.backbone.config.pad_token_id or 0)
+        types = None if token_type_ids is None else nn.functional.pad(token_type_ids, missing)
+        return nn.functional.pad(input_ids, missing, value=pad_id), nn.functional.pad(attention_mask, missing), types
 
 
 class VariatorModel(nn.Module):
