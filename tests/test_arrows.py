@@ -14,8 +14,8 @@ ALLOWED = {
     "engines": ("engines", "compexport.errors"),
     "exporter": ("exporter", "engines.bundle", "engines.manifest", "engines.backends", "compexport.errors"),
     "calib": ("calib", "exporter", "engines", "compexport.errors"),
-    # engines: a benchmark may time one part alone, such as the selector, which the public import does not offer.
-    "benchmarks": ("benchmarks", "compexport", "calib.data", "engines"),
+    # A benchmark may time one part alone, such as the selector or the tracer; nothing may import a benchmark.
+    "benchmarks": OURS,
     "compexport": ("compexport", "exporter", "engines", "calib"),
 }
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "optimum", "onnxscript")
@@ -50,6 +50,12 @@ def test_arrows_between_folders(folder: str) -> None:
         if within(name, OURS) and not within(name, ALLOWED[folder])
     ]
     assert not wrong, f"{folder} may import only {', '.join(ALLOWED[folder])}"
+
+
+def test_benchmarks_are_imported_by_nobody_but_tests() -> None:
+    for folder in ("compexport", "exporter", "calib", "engines"):
+        names = [name for path in sources(folder) for _, name in imported(path)]
+        assert not [name for name in names if within(name, ("benchmarks", "tests"))]
 
 
 def test_engines_never_import_training_libraries() -> None:
