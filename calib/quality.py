@@ -1,0 +1,266 @@
+"""What a ratio costs in quality: every member's engine answers the user's own examples through the runtime.
+
+Engines are measured, not PyTorch. Without labels, the backbone's engine (ratio 1) is the truth.
+"""
+
+from __future__ import annotations
+
+import string
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from calib.data import Examples
+from calib.labels import label_ids
+from compexport.errors import InputError, describe
+from engines.runtime import Runtime
+
+BATCH = 32  # texts per request
+PAIRS = 20_000  # pairs of texts, at most, whose similarities are ranked
+ARTICLES = {"a", "an", "the"}
+
+Answers = Sequence[Mapping[str, Any]]
+
+
+class Progress(Protocol):
+    """How long work reports itself: the stage, and how far it is when that is known."""
+
+    def __call__(self, message: str, done: float | None = None, total: float | None = None) -> None: ...
+
+
+def _silent(message: str, done: float | None = None, total: float | None = None) -> None:
+    """The progress of callers that want none."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """``table`` is what ``quality.json`` keeps, ``rows`` one dict per variant, the backbone first."""
+
+    table: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+    def document(self) -> dict[str, Any]:
+        """What ``evaluate --json`` prints. ``drop``: what the variant loses against the backbone, in the metric."""
+        names = ("metric", "higher_is_better", "n", "data", "backbone_variant")
+        return {**{name: self.table[name] for name in names}, "variants": self.rows}
+
+
+def evaluate(runtime: Runtime, examples: Examples, *, data: str = "", progress: Progress = _silent) -> Evaluation:
+    """Let every variant of ``runtime`` answer ``examples`` and compare; nothing is written.
+
+    Metrics: "cosine" with the backbone's embedding, and Spearman's correlation of pair similarities; "accuracy" of
+    labels, per text or token; "f1" of answers, and exact matches. Without labels: "agreement" with the backbone.
+
+    Raises InputError for no examples, a label the model does not have, a bundle without its backbone, or a
+    regression model.
+    """
+    if not len(examples):
+        raise InputError(describe("no examples to evaluate on", expected="at least one"))
+    backbone = _backbone_variant(runtime)
+    score = _scorer(runtime, examples)
+    names = [backbone, *(name for name in runtime.variants if name != backbone)]
+    values: dict[str, dict[str, float]] = {}
+    truth: Answers = []
+    for position, name in enumerate(names):
+        before, total = position * len(examples), len(names) * len(examples)
+        given = _answers(runtime, examples, name, partial(_report, progress, before, total))
+        if name == backbone:
+            truth = given
+        values[name] = score(given, truth)
+    metric = next(iter(values[backbone]))
+    table = {
+        "metric": metric,
+        "higher_is_better": True,
+        "n": len(examples),
+        "data": data or examples.origin,
+        "backbone_variant": backbone,
+        "variants": {name: found[metric] for name, found in values.items()},
+    }
+    best = values[backbone][metric]
+    rows = [
+        {"variant": name, "value": found[metric], "drop": best - found[metric],
+         **{other: value for other, value in found.items() if other != metric}}
+        for name, found in values.items()
+    ]  # fmt: skip
+    return Evaluation(table, rows)
+
+
+def _backbone_variant(runtime: Runtime) -> str:
+    variants = runtime.bundle.manifest.variants
+    for name in runtime.variants:
+        if variants[name].ratio == 1:
+            return name
+    raise InputError(
+        describe("the backbone is not among the variants", got=", ".join(runtime.variants), expected="ratio 1")
+    )
+
+
+def _report(progress: Progress, before: int, total: int, done: int) -> None:
+    progress("evaluate", before + done, total)
+
+
+def _answers(
+    runtime: Runtime, examples: Examples, variant: str, report: Callable[[int], None]
+) -> list[Mapping[str, Any]]:
+    """One answer per example, in order; texts of similar length go together, so that little is padding."""
+    inputs = examples.inputs
+    order = sorted(range(len(inputs)), key=lambda index: len("".join(inputs[index])))
+    answers: list[Mapping[str, Any]] = [{}] * len(inputs)
+    for start in range(0, len(order), BATCH):
+        chosen = order[start : start + BATCH]
+        outputs = runtime.run_batch([inputs[index] for index in chosen], variant=variant).outputs
+        for index, output in zip(chosen, outputs, strict=True):
+            answers[index] = output
+        report(start + len(chosen))
+    return answers
+
+
+# --- scores: each returns its metrics by name, the leading one first --------------------------------------------------
+
+Score = Callable[[Answers, Answers], dict[str, float]]
+
+
+def _scorer(runtime: Runtime, examples: Examples) -> Score:
+    manifest = runtime.bundle.manifest
+    task, names = manifest.task, list(manifest.labels)
+    if task == "feature-extraction":
+        return _embedding_scores
+    if task == "question-answering":
+        return _span_scores(examples)
+    if task == "token-classification":
+        return _token_scores(examples, names)
+    if len(names) == 1:
+        raise InputError(describe("evaluate", got="a regression model", expected="a classifier"))
+    return _class_scores(examples, names)
+
+
+def _embedding_scores(given: Answers, truth: Answers) -> dict[str, float]:
+    ours, theirs = (_unit(np.array([answer["embedding"] for answer in answers])) for answers in (given, truth))
+    scores = {"cosine": float((ours * theirs).sum(1).mean())}
+    first, second = _pairs(len(ours))
+    if len(first) > 1:
+        a, b = (_ranks((x[first] * x[second]).sum(1)) for x in (ours, theirs))
+        scores["spearman"] = float(np.corrcoef(a, b)[0, 1])
+    return scores
+
+
+def _unit(vectors: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+    return np.asarray(vectors / np.maximum(lengths, 1e-12))
+
+
+def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Ranks from 0; equal values share the mean of theirs."""
+    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return np.asarray((np.cumsum(counts) - (counts + 1) / 2)[which])
+
+
+def _pairs(count: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """All pairs of texts, or ``PAIRS`` of them spread evenly."""
+    first, second = np.triu_indices(count, 1)
+    step = max(1, len(first) // PAIRS)
+    return first[::step], second[::step]
+
+
+def _class_scores(examples: Examples, names: list[str]) -> Score:
+    if examples.labels is None:
+        return lambda given, truth: {"agreement": _share_equal(_labels(given), _labels(truth))}
+    wanted = [names[index] for index in label_ids(examples.labels, names, examples.origin)]
+    return lambda given, truth: {"accuracy": _share_equal(_labels(given), wanted)}
+
+
+def _token_scores(examples: Examples, names: list[str]) -> Score:
+    """Per token. Labels are one per word, words are divided by spaces, and a word's first token answers for it."""
+    if examples.labels is None:
+        return lambda given, truth: {"agreement": _share_equal(_flat(given), _flat(truth))}
+    wanted = [_word_labels(examples, row, names) for row in range(len(examples))]
+
+    def accuracy(given: Answers, truth: Answers) -> dict[str, float]:
+        right: list[str] = []
+        ours: list[str] = []
+        for text, labels, answer in zip(examples.texts, wanted, given, strict=True):
+            by_word = _first_tokens(text, answer)
+            # Words beyond the model's length have no answer and count as wrong.
+            ours += [by_word.get(word, "") for word in range(len(labels))]
+            right += labels
+        return {"accuracy": _share_equal(ours, right)}
+
+    return accuracy
+
+
+def _share_equal(given: Sequence[str], wanted: Sequence[str]) -> float:
+    return sum(a == b for a, b in zip(given, wanted, strict=True)) / max(len(wanted), 1)
+
+
+def _labels(answers: Answers) -> list[str]:
+    return [answer["label"] for answer in answers]
+
+
+def _flat(answers: Answers) -> list[str]:
+    return [label for answer in answers for label in answer["labels"]]
+
+
+def _word_labels(examples: Examples, row: int, names: list[str]) -> list[str]:
+    assert examples.labels is not None
+    labels = examples.labels[row]
+    labels = labels.split() if isinstance(labels, str) else labels
+    words = examples.texts[row].split()
+    where = f"{examples.origin}: row {row + 1}"
+    if not isinstance(labels, list | tuple) or len(labels) != len(words):
+        got = f"{len(labels)} labels" if isinstance(labels, list | tuple) else repr(labels)
+        raise InputError(describe(f"{where}: labels", got=got, expected=f"one for each of {len(words)} words"))
+    return [names[index] for index in label_ids(labels, names, where)]
+
+
+def _first_tokens(text: str, answer: Mapping[str, Any]) -> dict[int, str]:
+    """Word number -> the label of the first token that lies in it."""
+    starts = []
+    position = 0
+    for word in text.split():
+        position = text.index(word, position)
+        starts.append(position)
+        position += len(word)
+    found: dict[int, str] = {}
+    for (_, end), label in zip(answer["offsets"], answer["labels"], strict=True):
+        # By its last character: byte-level tokenizers count a leading space to the token.
+        number = int(np.searchsorted(starts, max(end - 1, 0), side="right")) - 1
+        found.setdefault(number, label)
+    return found
+
+
+def _span_scores(examples: Examples) -> Score:
+    if examples.labels is None:
+        return lambda given, truth: _match([[answer["answer"]] for answer in truth], given, "agreement", "overlap_f1")
+    accepted = [list(label) if isinstance(label, list | tuple) else [label] for label in examples.labels]
+    return lambda given, truth: _match([list(map(str, one)) for one in accepted], given, "f1", "exact_match")
+
+
+def _match(accepted: Sequence[Sequence[str]], given: Answers, leading: str, other: str) -> dict[str, float]:
+    """SQuAD's two numbers against the best of the accepted answers; no accepted answer means an empty one."""
+    exact, overlap = [], []
+    for choices, answer in zip(accepted, given, strict=True):
+        words = normalised(answer["answer"])
+        wanted = [normalised(choice) for choice in choices] or [[]]
+        exact.append(float(any(words == one for one in wanted)))
+        overlap.append(max(word_f1(words, one) for one in wanted))
+    values = {"exact_match": exact, "agreement": exact, "f1": overlap, "overlap_f1": overlap}
+    return {name: float(np.mean(values[name])) for name in (leading, other)}
+
+
+def normalised(answer: str) -> list[str]:
+    """Lower-case words without punctuation and articles, as SQuAD compares answers."""
+    bare = answer.lower().translate(str.maketrans("", "", string.punctuation))
+    return [word for word in bare.split() if word not in ARTICLES]
+
+
+def word_f1(words: Sequence[str], wanted: Sequence[str]) -> float:
+    """Harmonic mean of precision and recall over the words of two answers; two empty ones agree."""
+    if not words or not wanted:
+        return float(words == wanted)
+    common = (Counter(words) & Counter(wanted)).total()
+    return 2 * common / (len(words) + len(wanted))
