@@ -21,7 +21,7 @@ RATIOS = (2, 4, 8)
 MARK = ".compexport-demo"  # in the output folder, so that a second run knows that it may write over it
 REQUEST_TEXTS = 8
 REQUEST_CHARACTERS = (250, 400)  # some eighty tokens: long enough for a compressed member to be worth it
-SHOWN_CHARACTERS = 48
+SHOWN_CHARACTERS = 64
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Plan:
 
 
 PLANS = {
-    False: Plan(texts=12_000, held_out=512, fit_seconds=215.0, min_runs=20),
-    True: Plan(texts=5_000, held_out=256, fit_seconds=80.0, min_runs=8),
+    False: Plan(texts=12_000, held_out=512, fit_seconds=190.0, min_runs=20),
+    True: Plan(texts=5_000, held_out=256, fit_seconds=60.0, min_runs=8),
 }
 
 
@@ -163,13 +163,10 @@ def answer_under_budgets(bundle: Path, texts: Sequence[str]) -> dict[str, Any]:
 
 def three_budgets(runtime: Runtime, texts: Sequence[str]) -> list[float]:
     """From what the members are predicted to need for this request: all fit, some do, only the fastest does."""
-    needed = [row.predicted_ms for row in _candidates(runtime, texts) if row.predicted_ms is not None]
-    ordered = sorted(needed)
-    return [round(1.15 * ordered[position], 2) for position in (-1, len(ordered) // 2 - 1, 0)]
-
-
-def _candidates(runtime: Runtime, texts: Sequence[str]) -> Sequence[Any]:
-    return runtime.run_batch(texts, budget_ms=float("inf")).decision.candidates
+    candidates = runtime.run_batch(texts).decision.candidates
+    fastest, *_, second, slowest = sorted(row.predicted_ms for row in candidates if row.predicted_ms is not None)
+    after_fastest = min(row.predicted_ms for row in candidates if row.predicted_ms and row.predicted_ms > fastest)
+    return [round(ms, 1) for ms in (1.15 * slowest, (second + slowest) / 2, (fastest + after_fastest) / 2)]
 
 
 def _request_row(budget_ms: float, result: BatchResult, reference: BatchResult) -> dict[str, Any]:
@@ -211,10 +208,11 @@ def neighbour_table(answered: dict[str, Any]) -> Table:
     """What the answers are good for: each text's nearest neighbour, under each budget."""
     texts, requests = answered["texts"], answered["requests"]
     rows = [
-        (_shortened(text), *(_shortened(texts[row["nearest"][number]]) for row in requests))
+        (number + 1, _shortened(text), *(row["nearest"][number] + 1 for row in requests))
         for number, text in enumerate(texts)
     ]
-    return Table("nearest neighbour of each text", ("text", *(f"{row['budget_ms']:g} ms" for row in requests)), rows)
+    columns = ("#", "text", *(f"nearest in {row['budget_ms']:.0f} ms" for row in requests))
+    return Table("nearest neighbour of each text, by number", columns, rows)
 
 
 def _shortened(text: str) -> str:
