@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from compexport.api import bench, build, evaluate, inspect, load, train, verify
+    from compexport.api import Columns, Device, Fit, bench, build, evaluate, inspect, load, train, verify
     from compexport.errors import (
         BundleError,
         CompexportError,
@@ -44,6 +44,10 @@ __all__ = [
     "Decision",
     "Result",
     "Runtime",
+    # how it is done
+    "Columns",
+    "Device",
+    "Fit",
     # what can go wrong
     "BundleError",
     "CompexportError",
@@ -55,6 +59,7 @@ __all__ = [
 
 _HOMES = {
     **dict.fromkeys(("bench", "build", "evaluate", "inspect", "load", "train", "verify"), "compexport.api"),
+    **dict.fromkeys(("Columns", "Device", "Fit"), "compexport.api"),
     "Bundle": "engines.bundle",
     "Decision": "engines.selector",
     "Result": "engines.runtime",
