@@ -1,0 +1,122 @@
+"""Tiny backbones, their traces and bundles, each made once per session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+
+from exporter import family, trace
+from exporter.backbone import Backbone, load_backbone
+from exporter.checkpoint import save_checkpoint
+from exporter.methods.variator import VariatorPlugins
+
+RATIOS = (2, 4)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Traces:
+    """``trace.onnx_from_module`` with a memory: a trace takes seconds, and equal models give equal ones."""
+
+    def __init__(self) -> None:
+        self.made: dict[tuple[str, str, str, int], onnx.ModelProto] = {}
+        self.calls: list[tuple[str, str, str, int]] = []
+        self._trace = trace.onnx_from_module
+
+    def __call__(self, module: Any, input_names: Sequence[str], output_names: Sequence[str]) -> onnx.ModelProto:
+        plugins = module.variator.plugins
+        key = (module.backbone.sha256, module.backbone.task, plugins.pad, plugins.ratio)
+        self.calls.append(key)
+        if key not in self.made:
+            self.made[key] = self._trace(module, input_names, output_names)
+        copy = onnx.ModelProto()
+        copy.CopyFrom(self.made[key])
+        return copy
+
+
+@pytest.fixture(scope="session")
+def trace_memory() -> Traces:
+    return Traces()
+
+
+@pytest.fixture
+def traces(trace_memory: Traces, monkeypatch: pytest.MonkeyPatch) -> Traces:
+    """Traces are remembered during this test; ``calls`` lists those that it asked for."""
+    monkeypatch.setattr(trace, "onnx_from_module", trace_memory)
+    trace_memory.calls.clear()
+    return trace_memory
+
+
+@pytest.fixture(scope="session")
+def backbone(tiny: Callable[..., Path]) -> Callable[..., Backbone]:
+    """``backbone("tiny-bert", "question-answering")``: loaded once, never modified."""
+    loaded: dict[tuple[str, str], Backbone] = {}
+
+    def get(name: str = "tiny-bert", task: str = "feature-extraction") -> Backbone:
+        if (name, task) not in loaded:
+            loaded[name, task] = load_backbone(tiny(name, task))
+        return loaded[name, task]
+
+    return get
+
+
+def random_plugins(backbone: Backbone, ratio: int, pad: str = "masked", width: int = 5, seed: int = 0) -> Any:
+    """Plugins whose every tensor matters: biases and corrections are as large as the rest."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        plugins = VariatorPlugins(backbone.hidden_size, backbone.num_layers, ratio, width, pad)  # type: ignore[arg-type]
+        with torch.no_grad():
+            for parameter in plugins.parameters():
+                parameter.normal_(std=0.3)
+    return plugins.eval()
+
+
+@pytest.fixture(scope="session")
+def official(tmp_path_factory: pytest.TempPathFactory, backbone: Callable[..., Backbone]) -> Path:
+    """A checkpoint of tiny-bert with plugins of pad mode "official". Do not write into it."""
+    bert = backbone()
+    folder = tmp_path_factory.mktemp("official") / "checkpoint"
+    plugins = {ratio: random_plugins(bert, ratio, "official").state_dict() for ratio in RATIOS}
+    save_checkpoint(folder, bert.folder, "variator", {"pad": "official"}, plugins)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def built(
+    tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Path], official: Path, trace_memory: Traces
+) -> Callable[..., Path]:
+    """``built("tiny-bert")``: a bundle of ratios 1, 2, 4, made once per session. Do not write into it.
+
+    Its plugins are untrained, or with ``pad="official"`` those of the checkpoint ``official``.
+    """
+    made: dict[tuple[str, str, str], Path] = {}
+
+    def get(name: str = "tiny-bert", task: str = "feature-extraction", pad: str = "masked") -> Path:
+        if (name, task, pad) not in made:
+            folder = tmp_path_factory.mktemp("bundles") / "bundle"
+            model = tiny(name, task) if pad == "masked" else official
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(trace, "onnx_from_module", trace_memory)
+                family.build(model, RATIOS, folder, untrained=pad == "masked")
+            made[name, task, pad] = folder
+        return made[name, task, pad]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def template(built: Callable[..., Path], backbone: Callable[..., Backbone], trace_memory: Traces) -> onnx.ModelProto:
+    """The trace of tiny-bert from which its bundle's graphs were bound. Do not change it."""
+    built("tiny-bert")
+    return trace_memory.made[backbone().sha256, "feature-extraction", "masked", 2]

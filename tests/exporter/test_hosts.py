@@ -1,0 +1,101 @@
+"""Every host and task: the parts put together are the Hugging Face model, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compexport.errors import InputError
+from exporter.backbone import AUTO_CLASSES, Backbone
+from exporter.hosts import HOSTS, host_of
+from exporter.methods.variator import VariatorModel, output_names
+from exporter.parity import probe_feeds
+from tests.exporter.conftest import random_plugins
+from tests.models import MODELS
+
+every_host = pytest.mark.parametrize("name", MODELS)
+every_task = pytest.mark.parametrize("task", AUTO_CLASSES)
+OUTPUTS = {
+    "feature-extraction": ("last_hidden_state", "sentence_embedding"),
+    "sequence-classification": ("logits",),
+    "token-classification": ("logits",),
+    "question-answering": ("start_logits", "end_logits"),
+}
+
+
+def _feeds(backbone: Backbone) -> list[dict[str, Tensor]]:
+    config = backbone.config
+    types = getattr(config, "type_vocab_size", 1)
+    feeds = probe_feeds(backbone.input_names, 3, config.vocab_size, 40, types, config.pad_token_id)
+    assert any((feed["attention_mask"] == 0).any() for feed in feeds)
+    return [{name: torch.from_numpy(array) for name, array in feed.items()} for feed in feeds]
+
+
+@torch.no_grad()
+def _run(model: VariatorModel, feeds: list[dict[str, Tensor]]) -> list[tuple[Tensor, ...]]:
+    return [model(**feed) for feed in feeds]
+
+
+@every_host
+@every_task
+def test_without_plugins_it_is_the_hugging_face_model(name: str, task: str, backbone: Callable[..., Backbone]) -> None:
+    loaded = backbone(name, task)
+    assert output_names(loaded) == OUTPUTS[task]
+    feeds = _feeds(loaded)
+    for feed, got in zip(feeds, _run(VariatorModel(loaded), feeds), strict=True):
+        with torch.no_grad():
+            expected = loaded.model(**feed)
+        for key, tensor in zip(OUTPUTS[task], got, strict=True):
+            if key == "sentence_embedding":
+                torch.testing.assert_close(tensor, _mean(expected.last_hidden_state, feed["attention_mask"]))
+            else:
+                assert torch.equal(tensor, expected[key]), key
+
+
+def _mean(hidden: Tensor, mask: Tensor) -> Tensor:
+    """The mean of the real tokens' vectors, at length 1, text by text."""
+    rows = [vectors[: int(row.sum())].mean(0) for vectors, row in zip(hidden, mask, strict=True)]
+    return torch.stack([row / row.norm() for row in rows])
+
+
+@every_host
+@every_task
+@pytest.mark.parametrize("pad", ["masked", "official"])
+def test_attaching_running_and_detaching_leaves_no_trace(
+    name: str, task: str, pad: str, backbone: Callable[..., Backbone]
+) -> None:
+    loaded = backbone(name, task)
+    feeds = _feeds(loaded)[-2:]
+    model = VariatorModel(loaded)
+    outputs = _run(model, feeds)
+    before = _portrait(loaded.model)
+    model.variator.attach(random_plugins(loaded, 4, pad))
+    changed = _run(model, feeds)
+    assert all((a - b).abs().max() > 1e-3 for one, two in zip(outputs, changed, strict=True)
+               for a, b in zip(one, two, strict=True))  # fmt: skip
+    model.variator.detach()
+    assert _portrait(loaded.model) == before
+    for one, two in zip(outputs, _run(model, feeds), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def _portrait(model: nn.Module) -> object:
+    """All that attaching could have changed: tensors, modules, hooks, methods put over methods."""
+    return (
+        {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()},
+        [
+            (name, type(module), "forward" in vars(module), len(module._forward_hooks), len(module._forward_pre_hooks))
+            for name, module in model.named_modules()
+        ],
+        model.training,
+    )
+
+
+def test_unknown_architecture_names_the_supported_ones() -> None:
+    with pytest.raises(InputError, match="got 'gpt2', expected one of bert, distilbert, electra, roberta;"):
+        host_of("gpt2", Path("model"))
+    assert sorted(HOSTS) == ["bert", "distilbert", "electra", "roberta"]
