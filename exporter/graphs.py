@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -116,7 +118,7 @@ class Family:
             last[:] = reference(feed)
             return list(last)
 
-        found = parity.compare(name, remember, candidate, feeds, self._tolerance)
+        found = parity.compare(name, remember, candidate, feeds, self._tolerance, self._exact(ratio))
         self._expected[name] = (feeds[-1], last)
         return found
 
@@ -138,16 +140,16 @@ class Family:
 
     def _reference(self, ratio: int) -> Callable[[parity.Arrays], list[np.ndarray]]:
         """Eager PyTorch: for ratio 1 the Hugging Face model itself, otherwise the backbone with its plugins."""
+        return lambda feed: _eager(self._model, self.plugins.get(ratio), feed)
+
+    def _exact(self, ratio: int) -> Callable[[parity.Arrays], list[np.ndarray]]:
+        """The same in float64; the copy is made only if it is ever asked."""
 
         def run(feed: parity.Arrays) -> list[np.ndarray]:
-            tensors = {name: torch.from_numpy(array) for name, array in feed.items()}
-            with torch.inference_mode():
-                if ratio == 1:
-                    return [t.numpy() for t in _stock_outputs(self.backbone, tensors)]
-                self._model.variator.attach(self.plugins[ratio])
-                outputs = [t.numpy() for t in self._model(**tensors)]
-                self._model.variator.detach()
-                return outputs
+            model = copy.deepcopy(self.backbone.model).double()
+            plugins = self.plugins.get(ratio)
+            doubled = VariatorModel(dataclasses.replace(self.backbone, model=model)).eval()
+            return _eager(doubled, copy.deepcopy(plugins).double() if plugins else None, feed)
 
         return run
 
@@ -220,6 +222,17 @@ def _plugins(plan: Plan, backbone: Backbone, ratio: int) -> VariatorPlugins:
         return VariatorPlugins(
             backbone.hidden_size, backbone.num_layers, ratio, variator.default_width(backbone, ratio)
         ).eval()
+
+
+def _eager(model: VariatorModel, plugins: VariatorPlugins | None, feed: parity.Arrays) -> list[np.ndarray]:
+    tensors = {name: torch.from_numpy(array) for name, array in feed.items()}
+    with torch.inference_mode():
+        if plugins is None:
+            return [t.numpy() for t in _stock_outputs(model.backbone, tensors)]
+        model.variator.attach(plugins)
+        outputs = [t.numpy() for t in model(**tensors)]
+        model.variator.detach()
+        return outputs
 
 
 def _stock_outputs(backbone: Backbone, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
