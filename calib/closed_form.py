@@ -35,6 +35,8 @@ def initialise(
 
     Every layer is fitted to the backbone's own trajectory on the inputs it gets from the fitted layers before it.
     """
+    for one in plugins.values():
+        equal_weights(one)
     encoder = VariatorEncoder(backbone)
     masks = [batch["attention_mask"].float() for batch in batches]
     additive = [((1.0 - mask) * torch.finfo(torch.float32).min)[:, None, None, :] for mask in masks]
@@ -50,8 +52,6 @@ def initialise(
         for ratio, states in students.items():
             plugin = plugins[ratio].mux_layer[index]
             assert isinstance(plugin, LayerPlugin)
-            nn.init.zeros_(plugin.mux_layer.weight)  # equal weights for all tokens of a group
-            nn.init.zeros_(plugin.mux_layer.bias)
             seen = [
                 _seen(backbone, layer, plugin, h, mask, extra)
                 for h, mask, extra in zip(states, masks, additive, strict=True)
@@ -60,6 +60,15 @@ def initialise(
             for number, (x, y) in enumerate(seen):
                 states[number] = backbone.host.finish(layer, x + plugin.split(y, x))
         after_layer(index)
+
+
+@torch.no_grad()
+def equal_weights(plugins: VariatorPlugins) -> None:
+    """Let every mixer start with the mean of its tokens; a random one favours a position for no reason."""
+    for plugin in plugins.mux_layer:
+        assert isinstance(plugin, LayerPlugin)
+        nn.init.zeros_(plugin.mux_layer.weight)
+        nn.init.zeros_(plugin.mux_layer.bias)
 
 
 def _seen(

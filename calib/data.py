@@ -7,8 +7,10 @@ folder that ``datasets`` saved. Columns are named by the caller or recognised by
 from __future__ import annotations
 
 import csv
+import gc
 import logging
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -105,6 +107,7 @@ def read(
     with _rows(path, split) as (origin, names, rows):
         columns = choose_columns(names, origin, text=text, text_pair=text_pair, label=label, target=target)
         examples = _examples(islice(rows, limit), columns, origin)
+        del rows
     if not examples.texts:
         raise InputError(describe(f"{origin}: no rows", expected="at least one"))
     return examples
@@ -159,7 +162,19 @@ def _rows(path: Path, split: str | None) -> Iterator[_Opened]:
         if path.is_dir() and _saved_by_datasets(path):
             yield _saved_rows(path, split)
         else:
-            yield _file_rows(_file_of_split(path, split) if path.is_dir() else path, cache)
+            yield from _closing(_file_of_split(path, split) if path.is_dir() else path, cache)
+
+
+def _closing(file: Path, cache: str) -> Iterator[_Opened]:
+    """``datasets`` leaves the file open when reading stops early: let go of it here, and not at some later time."""
+    opened = _file_rows(file, cache)
+    try:
+        yield opened
+    finally:
+        del opened
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            gc.collect()
 
 
 @contextmanager

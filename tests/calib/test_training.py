@@ -1,0 +1,182 @@
+"""Fitting on tiny models: what may change, what must not, and that it helps."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from calib.closed_form import equal_weights, initialise
+from calib.data import Examples
+from calib.training import (
+    Clock,
+    Collate,
+    FitSettings,
+    LengthBuckets,
+    Students,
+    batch_loss,
+    fit_variator,
+    hidden_error,
+    tokenise,
+)
+from compexport.errors import InputError
+from exporter.backbone import Backbone, load_backbone
+from exporter.methods.variator import VariatorPlugins
+from tests.models import TEXTS
+
+MANY = [f"{text} {number}" for number in range(6) for text in TEXTS]
+QUICK = FitSettings(steps=2, batch_size=4, max_length=24, bf16=False)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def backbone(tiny: Callable[..., Path]) -> Backbone:
+    return load_backbone(tiny())
+
+
+def checksum(backbone: Backbone) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in backbone.model.state_dict().items():
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def batch_of(backbone: Backbone, texts: list[str] = TEXTS) -> dict[str, torch.Tensor]:
+    return Collate(0)(tokenise(backbone, Examples(texts), 24))
+
+
+def test_gradients_reach_plugins_only(backbone: Backbone) -> None:
+    plugins = VariatorPlugins(backbone.hidden_size, backbone.num_layers, 2, 4)
+    batch = batch_of(backbone)
+    teacher, students = Students(backbone, {2: plugins})(**batch)
+    batch_loss(backbone, teacher, students[2], batch["attention_mask"], None, "hidden").backward()
+    assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in plugins.parameters() if p.numel() > 2)
+    assert all(p.grad is None for p in backbone.model.parameters())
+
+
+def test_a_fit_leaves_the_backbone_alone(tiny: Callable[..., Path], capfd: pytest.CaptureFixture[str]) -> None:
+    backbone = load_backbone(tiny(), attention="sdpa")
+    before = checksum(backbone)
+    stages = []
+    result = fit_variator(backbone, MANY, [2, 4], settings=QUICK, progress=lambda message, *_: stages.append(message))
+    assert checksum(backbone) == before
+    assert backbone.model.config._attn_implementation == "sdpa" and not backbone.model.training
+    assert result.record["steps"] == 2 and result.record["metric"] == "cosine"
+    assert result.record["teacher"] == pytest.approx(1.0) and set(result.record["student"]) == {"2", "4"}
+    assert result.record["extra_params"]["2"] == result.plugins[2].params
+    assert {"tokenise", "closed-form start", "fit", "measure"} <= set(stages)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_seed_repeats_a_fit(backbone: Backbone) -> None:
+    first, second = (fit_variator(backbone, MANY, [2], settings=QUICK).plugins[2].state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_nothing_is_written_where_one_works(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = fit_variator(backbone, MANY, [2], settings=QUICK)
+    assert list(tmp_path.iterdir()) == [] and not caught
+    checkpoint = result.save(tmp_path / "fitted", backbone)
+    assert checkpoint.ratios == [2] and checkpoint.pad == "masked"
+    assert checkpoint.settings["training"]["steps"] == 2
+
+
+def test_the_closed_form_starts_lower_than_chance(backbone: Backbone) -> None:
+    torch.manual_seed(0)
+    width = 8
+    random, regressed = (VariatorPlugins(backbone.hidden_size, backbone.num_layers, 4, width) for _ in range(2))
+    equal_weights(random)
+    initialise(backbone, {4: regressed}, [batch_of(backbone, MANY[:40])])
+    batch = batch_of(backbone, [f"{text} once more" for text in TEXTS])
+    errors = []
+    with torch.no_grad():
+        for plugins in (random, regressed):
+            teacher, students = Students(backbone, {4: plugins})(**batch)
+            errors.append(float(hidden_error(students[4], teacher, batch["attention_mask"])))
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_steps_lower_the_error(backbone: Backbone) -> None:
+    settings = FitSettings(steps=40, batch_size=8, max_length=24, bf16=False, widths={4: 8})
+    result = fit_variator(backbone, MANY, [4], held_out=MANY, settings=settings)
+    start = fit_variator(backbone, MANY, [4], held_out=MANY, settings=FitSettings(**{**vars(settings), "steps": 1}))
+    assert result.record["student"]["4"] > start.record["student"]["4"]
+
+
+@pytest.mark.parametrize("task", ["sequence-classification", "token-classification", "question-answering"])
+def test_other_tasks(tiny: Callable[..., Path], task: str) -> None:
+    backbone = load_backbone(tiny("tiny-bert", task))
+    pairs = MANY if task == "question-answering" else None
+    result = fit_variator(backbone, Examples(MANY, pairs), [2], settings=QUICK)
+    assert result.record["metric"] == "agreement" and 0 <= result.record["student"]["2"] <= 1
+
+
+@pytest.mark.parametrize("name", ["tiny-roberta", "tiny-distilbert", "tiny-electra"])
+def test_other_hosts(tiny: Callable[..., Path], name: str) -> None:
+    assert fit_variator(load_backbone(tiny(name)), MANY, [2], settings=QUICK).record["steps"] == 2
+
+
+@pytest.mark.parametrize("loss", ["task", "task-hidden"])
+def test_labels_may_be_learnt_too(tiny: Callable[..., Path], loss: str) -> None:
+    backbone = load_backbone(tiny("tiny-bert", "sequence-classification"))
+    labels = ["Positive", 0, "1", 1.0] * (len(MANY) // 4)
+    settings = FitSettings(**{**vars(QUICK), "loss": loss})
+    assert fit_variator(backbone, Examples(MANY, labels=labels), [2], settings=settings).record["metric"] == "accuracy"
+
+
+def test_what_cannot_be_fitted_is_said(tiny: Callable[..., Path], backbone: Backbone) -> None:
+    classifier = load_backbone(tiny("tiny-bert", "sequence-classification"))
+    task = FitSettings(**{**vars(QUICK), "loss": "task"})
+    with pytest.raises(InputError, match="no texts to fit on"):
+        fit_variator(backbone, [], [2])
+    with pytest.raises(InputError, match="ratios to fit"):
+        fit_variator(backbone, MANY, [1])
+    with pytest.raises(InputError, match="expected sequence-classification"):
+        fit_variator(backbone, MANY, [2], settings=task)
+    with pytest.raises(InputError, match="needs labels"):
+        fit_variator(classifier, MANY, [2], settings=task)
+    with pytest.raises(InputError, match="unknown label: got 'maybe', expected one of negative, positive or 0 to 1"):
+        fit_variator(classifier, Examples(MANY, labels=["maybe"] * len(MANY)), [2], settings=task)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"steps": 0}, {"batch_size": -1}, {"learning_rate": 0.0}, {"max_length": 2}, {"max_seconds": 0.0}, {"loss": "x"}],
+)
+def test_settings_are_checked(backbone: Backbone, wrong: dict[str, object]) -> None:
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        fit_variator(backbone, MANY, [2], settings=FitSettings(**wrong))  # type: ignore[arg-type]
+
+
+def test_batches_hold_texts_of_similar_length() -> None:
+    lengths = [3, 40] * 20 + [5]
+    order = list(LengthBuckets(lengths, 4, seed=0))
+    assert sorted(order) == list(range(41))
+    batches = [[lengths[i] for i in order[start : start + 4]] for start in range(0, 41, 4)]
+    assert sum(len(set(batch)) > 1 for batch in batches) <= 4
+
+
+def test_a_late_start_still_leaves_time_for_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("calib.training.time.monotonic", lambda: now[0])
+    clock = Clock(0.0, FitSettings(steps=1000, max_seconds=60.0), stepping=100.0)
+    now[0] = 115.0
+    assert clock.share(3) == pytest.approx(0.5)
+    now[0] = 130.0
+    assert clock.share(6) == 1.0 and clock.learning_rate(6) == 0.0
