@@ -40,6 +40,8 @@ class Session(ABC):
             raise InputError(
                 describe(f"{self.name}: no such output", got=", ".join(sorted(unknown)), expected=self._output_names)
             )
+        if not names:
+            return {}
         return dict(zip(names, self._run(feeds, names), strict=True))
 
     @abstractmethod

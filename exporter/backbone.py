@@ -24,6 +24,7 @@ TASKS: dict[str, tuple[Task, str]] = {
     "Model": ("feature-extraction", "AutoModel"),
 }
 AUTO_CLASSES = dict(TASKS.values())
+_TOKENIZERS = ("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model")
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,8 @@ class Backbone:
         from transformers import AutoTokenizer
 
         try:
+            if not any((self.folder / name).exists() for name in _TOKENIZERS):
+                raise FileNotFoundError("none of its files")  # transformers would make up an empty one
             tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
             text: str = tokenizer.backend_tokenizer.to_str()
         except Exception as error:
@@ -118,7 +121,7 @@ def load_backbone(folder: str | Path, task: str | None = None, *, attention: str
     host = host_of(config.model_type, folder)
     known = _known_task(task, folder) if task is not None else _task(config, folder)
     _require_safetensors(folder)
-    model = _load_model(folder, AUTO_CLASSES[known], attention)
+    model = _load_model(folder, known, attention)
     labels = [config.id2label[i] for i in range(config.num_labels)] if known.endswith("classification") else []
     return Backbone(
         folder=folder,
@@ -143,12 +146,21 @@ def _config(folder: Path) -> Any:
         )
     from transformers import AutoConfig
 
+    raw = _read_json(folder / "config.json")
+    if not isinstance(raw, dict):
+        raise InputError(describe(f"{folder}/config.json: no model's", got=raw, expected="an object"))
+    host_of(str(raw.get("model_type")), folder)
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
-        model_type = _read_json(folder / "config.json").get("model_type")
-        host_of(str(model_type), folder)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # a class of its own for every field
         raise InputError(describe(f"{folder}/config.json: unreadable", got=_first_line(error))) from error
+    if _layers(config) < 1:
+        raise InputError(describe(f"{folder}/config.json: layers", got=_layers(config), expected="at least 1"))
+    return config
+
+
+def _layers(config: Any) -> int:
+    return int(config.num_hidden_layers)
 
 
 def _known_task(name: str, folder: Path) -> Task:
@@ -159,7 +171,7 @@ def _known_task(name: str, folder: Path) -> Task:
 
 
 def _task(config: Any, folder: Path) -> Task:
-    architecture = (config.architectures or ["Model"])[0]
+    architecture = str((config.architectures or ["Model"])[0])
     for suffix, (task, _) in TASKS.items():
         if architecture.endswith(suffix):
             return task
@@ -184,22 +196,29 @@ def _require_safetensors(folder: Path) -> None:
     )
 
 
-def _load_model(folder: Path, auto_class: str, attention: str) -> nn.Module:
+def _load_model(folder: Path, task: Task, attention: str) -> nn.Module:
     import transformers
 
     from exporter.quiet import quiet_transformers
 
     try:
         with quiet_transformers():
-            model = getattr(transformers, auto_class).from_pretrained(
+            model, found = getattr(transformers, AUTO_CLASSES[task]).from_pretrained(
                 folder,
                 local_files_only=True,
                 use_safetensors=True,
                 dtype=torch.float32,
                 attn_implementation=attention,
+                output_loading_info=True,
             )
     except Exception as error:  # transformers raises many kinds for a cut or foreign file
         raise InputError(describe(f"{folder}: cannot load the model", got=_first_line(error))) from error
+    # transformers fills what the file lacks with random numbers; only the base model's pooler is never read.
+    missing = sorted(k for k in found["missing_keys"] if task != "feature-extraction" or "pooler." not in k)
+    if missing:
+        got = f"no {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+        hint = "" if task == "feature-extraction" else f"fine-tune the model for {task} first"
+        raise InputError(describe(f"{folder}: weights are missing", got=got, expected=f"a {task} model", hint=hint))
     loaded: nn.Module = model.eval().requires_grad_(False)
     return loaded
 
@@ -209,7 +228,12 @@ def _pooling(folder: Path) -> Pooling | None:
     modules = folder / "modules.json"
     if not modules.exists():
         return None
-    kinds = {str(entry["type"]).rsplit(".", 1)[-1]: str(entry["path"]) for entry in _read_json(modules)}
+    try:
+        kinds = {str(entry["type"]).rsplit(".", 1)[-1]: str(entry["path"]) for entry in list(_read_json(modules))}
+    except (TypeError, KeyError) as error:
+        raise InputError(describe(f"{modules}: unreadable", got=_first_line(error), expected="modules")) from error
+    if not kinds:
+        raise InputError(describe(f"{modules}: unreadable", got="no modules", expected="a Transformer and a Pooling"))
     unknown = set(kinds) - {"Transformer", "Pooling", "Normalize"}
     if unknown:
         raise InputError(

@@ -9,10 +9,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
 
 from compexport.errors import InputError, describe
 from exporter.identity import backbone_sha256, file_sha256
@@ -22,6 +25,16 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 DESCRIPTION = "compexport.json"
+
+
+class _Description(BaseModel):
+    """What ``compexport.json`` holds."""
+
+    format: int
+    method: str
+    backbone_sha256: str
+    files: dict[int, str]
+    settings: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -77,21 +90,22 @@ def find_checkpoint(folder: str | Path) -> MethodCheckpoint | None:
         return None
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        files = {int(ratio): str(name) for ratio, name in raw["files"].items()}
-        found = MethodCheckpoint(folder, raw["method"], raw["backbone_sha256"], files, raw.get("settings", {}))
         version = raw["format"]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(describe(f"{path}: unreadable", got=f"{type(error).__name__}: {error}")) from error
+        if version == FORMAT:
+            found = _Description.model_validate(raw)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        got = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise InputError(describe(f"{path}: unreadable", got=got)) from error
     if version != FORMAT:
         raise InputError(describe(f"{path}: unknown format", got=version, expected=FORMAT, hint="upgrade compexport"))
-    for name in files.values():
+    for name in found.files.values():
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise InputError(describe(f"{path}: unsafe file name", got=repr(name), expected="a .safetensors beside it"))
     if found.backbone_sha256 != backbone_sha256(folder):
         raise InputError(
             describe(f"{folder}: the plugins were fitted for other weights", hint="fit them again for this backbone")
         )
-    return found
+    return MethodCheckpoint(folder, found.method, found.backbone_sha256, found.files, found.settings)
 
 
 def save_checkpoint(
@@ -165,11 +179,15 @@ def _write_plugins(
 
     previous = find_checkpoint(folder)
     files = dict(previous.files) if previous else {}
+    kept = [ratio for ratio in files if ratio not in plugins]
+    pad = settings.get("pad")
+    if previous and kept and pad not in (None, previous.pad):
+        hint = "use another folder, or fit all of them again"
+        raise InputError(describe(f"{folder}: ratios {kept} have pad {previous.pad}", got=f"pad {pad}", hint=hint))
     for ratio, tensors in plugins.items():
         name = f"{method}-r{ratio}.safetensors"
-        partial = folder / f".{name}.tmp"
-        save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, partial)
-        os.replace(partial, folder / name)
+        with _replacing(folder / name) as partial:
+            save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, partial)
         files[ratio] = name
     document = {
         "format": FORMAT,
@@ -178,6 +196,16 @@ def _write_plugins(
         "files": {str(ratio): files[ratio] for ratio in sorted(files)},
         "settings": {**(previous.settings if previous else {}), **settings},
     }
-    partial = folder / f".{DESCRIPTION}.tmp"
-    partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, folder / DESCRIPTION)
+    with _replacing(folder / DESCRIPTION) as partial:
+        partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A file beside ``target`` to write, which takes its place afterwards or, after an error, vanishes."""
+    partial = target.with_name(f".{target.name}.tmp")
+    try:
+        yield partial
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import onnx
 import torch
 
+from compexport.errors import InputError, describe
 from engines.manifest import Backbone as BackboneRecord
 from engines.manifest import Engine, Graph, Tokenizer, Variant
 from exporter import parity, passes, trace
@@ -180,8 +180,9 @@ class Family:
 
     def _max_length(self) -> int:
         """The model's limit; "official" plugins pad to their ratio and must not step over it."""
-        step = math.lcm(*(r for r, plugins in self.plugins.items() if plugins.pad == "official"))
-        return max(1, self.backbone.max_length // step * step)
+        limit = self.backbone.max_length
+        padded = [limit // ratio * ratio for ratio, plugins in self.plugins.items() if plugins.pad == "official"]
+        return max(1, min([limit, *padded]))
 
     def variant(self, ratio: int) -> Variant:
         """The entry of one ratio."""
@@ -216,6 +217,10 @@ def _plugins(plan: Plan, backbone: Backbone, ratio: int) -> VariatorPlugins:
             "official" if checkpoint.pad == "official" else "masked",
             f"{checkpoint.folder}, ratio {ratio}",
         )
+        if plugins.ratio != ratio:
+            raise InputError(
+                describe(f"{checkpoint.folder}: plugins of ratio {ratio}", got=f"tensors of ratio {plugins.ratio}")
+            )
         return plugins
     with torch.random.fork_rng():
         torch.manual_seed(plan.seed + ratio)

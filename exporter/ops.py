@@ -64,7 +64,7 @@ def token_split(y: Tensor, x: Tensor, down_w: Tensor, down_b: Tensor, up_w: Tens
     from_group = F.linear(y, down_w[:, :hidden], down_b).unsqueeze(2)
     from_token = _groups(F.linear(x, down_w[:, hidden:]), ratio)
     correction = F.linear(torch.tanh(from_token + from_group), up_w)
-    return ((y + up_b).unsqueeze(2) + correction).flatten(1, 2)[:, :length]
+    return ((y + up_b).unsqueeze(2) + correction).flatten(1, 2)[:, :length].contiguous()
 
 
 def _groups(x: Tensor, ratio: int) -> Tensor:

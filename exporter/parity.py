@@ -52,12 +52,16 @@ def compare(
 
 def _differences(where: str, expected: Sequence[npt.NDArray[Any]], got: Sequence[npt.NDArray[Any]]) -> list[float]:
     """The largest absolute difference of each output; infinite where either is no number."""
+    if len(expected) != len(got):
+        raise ParityError(describe(f"{where}: number of outputs", got=len(got), expected=len(expected)))
     found = []
     for wanted, given in zip(expected, got, strict=True):
         if wanted.shape != given.shape:
             raise ParityError(describe(f"{where}: output shape", got=given.shape, expected=wanted.shape))
-        distance = float(np.max(np.abs(wanted.astype(np.float64) - given), initial=0.0))
-        found.append(distance if np.isfinite(distance) else float("inf"))
+        if not (np.isfinite(wanted).all() and np.isfinite(given).all()):
+            found.append(float("inf"))
+        else:
+            found.append(float(np.max(np.abs(wanted.astype(np.float64) - given), initial=0.0)))
     return found
 
 
@@ -67,7 +71,7 @@ def _within(where: str, distance: float, tolerance: float) -> float:
     raise ParityError(
         describe(
             f"{where}: the graph differs from PyTorch",
-            got=f"max abs {distance:.3g}",
+            got=f"max abs {distance:.3g}" if distance < float("inf") else "a value that is not finite",
             expected=f"<= {tolerance:g}",
             hint="nothing was written; please report the model's config",
         )

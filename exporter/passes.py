@@ -22,6 +22,9 @@ def bind_ratio(template: onnx.ModelProto, ratio: int, tensors: Mapping[str, np.n
     Requires a name in ``tensors`` for every initialiser that a custom operator reads. Ensures that the operators'
     function bodies are part of the model.
     """
+    unbound = plugin_initializers(template) - tensors.keys()
+    if unbound:
+        raise ValueError(f"no tensors for {sorted(unbound)}")
     model = _structure(template)
     names = set()
     for node in model.graph.node:
@@ -85,7 +88,7 @@ def _take_initializers(model: onnx.ModelProto, template: onnx.ModelProto, tensor
     """Give ``model`` the initialisers its nodes read, from ``tensors`` first."""
     used = {name for node in model.graph.node for name in node.input}
     for tensor in template.graph.initializer:
-        if tensor.name in tensors:
+        if tensor.name in tensors and tensor.name in used:
             model.graph.initializer.append(numpy_helper.from_array(tensors[tensor.name], tensor.name))
         elif tensor.name in used:
             model.graph.initializer.append(tensor)

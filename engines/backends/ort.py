@@ -231,9 +231,18 @@ def open_sessions(
     Raises BundleError for an engine of another ONNX Runtime version or processor, or one that cannot be opened.
     """
     require()
+    import onnxruntime
+
     if provider not in PROVIDERS:
         raise InputError(describe("unknown provider", got=repr(provider), expected=f"one of {', '.join(PROVIDERS)}"))
+    if PROVIDERS[provider] not in onnxruntime.get_available_providers():
+        hint = "install compexport[gpu] instead of compexport[cpu]"
+        raise DependencyError(describe(f"this ONNX Runtime has no {PROVIDERS[provider]}", hint=hint))
     manifest = bundle.manifest
+    unknown = set(variants or ()) - manifest.variants.keys()
+    if unknown:
+        expected = f"one of {', '.join(manifest.variants)}"
+        raise InputError(describe("unknown variant", got=", ".join(sorted(unknown)), expected=expected))
     opened: dict[str, Session] = {}
     for name in variants if variants is not None else list(manifest.variants):
         graph_name = manifest.variants[name].graphs["encoder"]

@@ -88,7 +88,7 @@ class VariatorPlugins(nn.Module):
         """Rebuild plugins from stored tensors; k and r are read from shapes, anything unexpected is refused."""
         first_bias = tensors.get("mux_layer.0.mux_layer.bias")
         first_down = tensors.get("mux_layer.0.demux_adapter.w_in.weight")
-        if first_bias is None or first_down is None:
+        if first_bias is None or first_down is None or not (first_bias.numel() and first_bias.dim() == 1):
             raise InputError(describe(f"{origin}: no Variator plugins", expected="tensors named mux_layer.0.…"))
         plugins = cls(hidden, layers, first_bias.shape[0], first_down.shape[0], pad)
         expected = {name: tuple(tensor.shape) for name, tensor in plugins.state_dict().items()}
@@ -257,10 +257,11 @@ def cost(backbone: Backbone, plugins: VariatorPlugins | None) -> Cost:
             per_pair=layers * 2 * hidden,
         )
     ratio, width = plugins.ratio, plugins.width
-    # Mixer: k logits of k*H each per group, and the weighted sum; adapter: its token half and its output per token,
-    # its group half per group.
-    per_token = 4 * hidden * hidden + (ratio + 1) * hidden + 2 * hidden * width
-    per_group = 2 * hidden * ffn + hidden * width
+    # Mixer: k logits of k*H each, and the weighted sum of k vectors. Adapter: the token half of its input per token;
+    # the group half of it, and its output for all k slots, per group.
+    mixer = ratio * ratio * hidden + ratio * hidden
+    per_token = 4 * hidden * hidden + hidden * width
+    per_group = 2 * hidden * ffn + mixer + hidden * width + ratio * hidden * width
     return Cost(
         fixed=head_fixed,
         per_token=layers * per_token + head_token,

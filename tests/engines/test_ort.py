@@ -132,7 +132,6 @@ def test_only_the_variants_asked_for(bundle: Bundle) -> None:
     assert list(ort.open_sessions(bundle, [NAMES[2], NAMES[0]], threads=1)) == [NAMES[2], NAMES[0]]
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="ONNX Runtime takes an empty list for all outputs")
 def test_no_outputs_asked_for(bundle: Bundle) -> None:
     session = ort.open_sessions(bundle, NAMES[:1], threads=1)[NAMES[0]]
     assert session.run(feed(1, 4), []) == {}
@@ -253,13 +252,11 @@ def test_unknown_backend_and_provider(bundle: Bundle) -> None:
         ort.open_sessions(bundle, provider="tpu")
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="a bare KeyError")
 def test_unknown_variant(bundle: Bundle) -> None:
     with pytest.raises(InputError, match="variator-r3-fp32"):
         ort.open_sessions(bundle, ["variator-r3-fp32"])
 
 
-@pytest.mark.xfail(strict=True, reason="BundleError with ONNX Runtime's own words about execution providers")
 @pytest.mark.filterwarnings("ignore:Specified provider 'CUDAExecutionProvider'")
 @pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="CUDA is here")
 def test_cuda_where_there_is_none(bundle: Bundle) -> None:

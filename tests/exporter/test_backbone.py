@@ -39,11 +39,6 @@ def refusal(folder: Path, task: str | None = None) -> str:
     return str(caught.value)
 
 
-def defect(*values: Any, reason: str, id: str | None = None) -> Any:
-    """A parameter set that is known to fail."""
-    return pytest.param(*values, marks=pytest.mark.xfail(strict=True, reason=reason), id=id)
-
-
 # --- good folders -------------------------------------------------------------------------------------------------
 
 
@@ -201,7 +196,6 @@ def test_weights_of_other_sizes(model: Path) -> None:
     assert f"{model}: cannot load the model" in refusal(model)
 
 
-@pytest.mark.xfail(strict=True, reason="missing_keys of from_pretrained are not looked at")
 def test_a_layer_missing_from_the_weights(model: Path) -> None:
     """Loading would otherwise make up the missing tensors at random."""
     tensors = load_file(model / "model.safetensors")
@@ -210,13 +204,9 @@ def test_a_layer_missing_from_the_weights(model: Path) -> None:
     assert "layer.1." in refusal(model)
 
 
-@pytest.mark.xfail(strict=True, reason="missing_keys of from_pretrained are not looked at")
 def test_a_task_for_which_the_folder_has_no_head(model: Path) -> None:
     """Loading would otherwise make up a head at random."""
     assert "classifier" in refusal(model, "sequence-classification")
-
-
-NOT_AN_OBJECT = "transformers raises AttributeError or TypeError, which nobody catches"
 
 
 @pytest.mark.parametrize(
@@ -227,10 +217,10 @@ NOT_AN_OBJECT = "transformers raises AttributeError or TypeError, which nobody c
         "\x00\x01",
         "{}",
         '{"model_type": 3}',
-        defect("[]", reason=NOT_AN_OBJECT),
-        defect("null", reason=NOT_AN_OBJECT),
-        defect('"bert"', reason=NOT_AN_OBJECT),
-        defect('{"model_type": ["bert"]}', reason=NOT_AN_OBJECT),
+        "[]",
+        "null",
+        '"bert"',
+        '{"model_type": ["bert"]}',
     ],
 )
 def test_corrupt_config(model: Path, text: str) -> None:
@@ -238,18 +228,15 @@ def test_corrupt_config(model: Path, text: str) -> None:
     assert str(model) in refusal(model)
 
 
-STRICT = "transformers raises StrictDataclassFieldValidationError, which nobody catches"
-
-
 @pytest.mark.parametrize(
     "changes",
     [
-        defect({"hidden_size": "wide"}, reason=STRICT, id="hidden_size"),
-        defect({"max_position_embeddings": "many"}, reason=STRICT, id="max_position_embeddings"),
+        pytest.param({"hidden_size": "wide"}, id="hidden_size"),
+        pytest.param({"max_position_embeddings": "many"}, id="max_position_embeddings"),
         pytest.param({"num_attention_heads": 5}, id="num_attention_heads"),
-        defect({"num_hidden_layers": -1}, reason="loads as a model of no layers", id="num_hidden_layers"),
+        pytest.param({"num_hidden_layers": -1}, id="num_hidden_layers"),
         pytest.param({"architectures": "BertModel"}, id="architectures"),
-        defect({"architectures": [7]}, reason="AttributeError", id="architectures of numbers"),
+        pytest.param({"architectures": [7]}, id="architectures of numbers"),
     ],
 )
 def test_meaningless_config(model: Path, changes: dict[str, Any]) -> None:
@@ -261,10 +248,10 @@ def test_meaningless_config(model: Path, changes: dict[str, Any]) -> None:
     "text",
     [
         "",
-        defect("{}", reason="taken for no modules"),
-        defect("[1]", reason="TypeError"),
-        defect('[{"path": ""}]', reason="KeyError"),
-        defect('{"type": "x"}', reason="TypeError"),
+        "{}",
+        "[1]",
+        '[{"path": ""}]',
+        '{"type": "x"}',
     ],
 )
 def test_corrupt_modules(model: Path, text: str) -> None:
@@ -322,7 +309,6 @@ def test_tokenizer_from_a_vocabulary(model: Path) -> None:
         assert made.encode(text).ids == fast.encode(text).ids
 
 
-@pytest.mark.xfail(strict=True, reason="transformers makes up an empty tokenizer")
 def test_no_tokenizer_at_all(model: Path) -> None:
     (model / "tokenizer.json").unlink()
     (model / "tokenizer_config.json").unlink()

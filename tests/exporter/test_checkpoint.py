@@ -145,7 +145,6 @@ def test_newer_format(saved: Path) -> None:
     assert refusal(saved) == f"{saved}/{DESCRIPTION}: unknown format: got 2, expected 1; upgrade compexport"
 
 
-@pytest.mark.xfail(strict=True, reason="the format is looked at after the keys of this one")
 def test_newer_format_with_other_keys(saved: Path) -> None:
     (saved / DESCRIPTION).write_text(json.dumps({"format": 2, "plugins": []}))
     assert "unknown format: got 2" in refusal(saved)
@@ -159,7 +158,6 @@ def test_damaged_description(saved: Path, text: str) -> None:
     assert f"{saved}/{DESCRIPTION}: unreadable: got " in refusal(saved)
 
 
-@pytest.mark.xfail(strict=True, reason="settings of another type are believed: AttributeError in .pad")
 def test_settings_that_are_no_object(saved: Path) -> None:
     edit(saved, settings=[1])
     refusal(saved)
@@ -217,7 +215,6 @@ def test_an_interrupted_addition_keeps_what_was_there(
     assert found is not None and found.ratios == [2, 4]
 
 
-@pytest.mark.xfail(strict=True, reason="the half-written hidden file stays in the folder")
 def test_an_interrupted_addition_leaves_nothing(
     saved: Path, bert: Path, plugins: Callable[[int], Tensors], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,7 +225,6 @@ def test_an_interrupted_addition_leaves_nothing(
     assert contents(saved) == before
 
 
-@pytest.mark.xfail(strict=True, reason="settings are the folder's: the pad mode of ratios fitted earlier changes")
 def test_adding_a_ratio_does_not_change_the_pad_mode_of_others(
     saved: Path, bert: Path, plugins: Callable[[int], Tensors]
 ) -> None:

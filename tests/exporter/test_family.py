@@ -213,9 +213,6 @@ def test_a_folder_that_is_no_bundle_is_kept(tiny: Callable[..., Path], tmp_path:
     assert list(contents(tmp_path)) == ["notes/todo.txt"]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the ratio of the file is not compared with the tensors': ONNX Runtime fails later"
-)
 def test_plugins_under_the_wrong_ratio(
     official: Path, backbone: Callable[..., Backbone], traces: Traces, tmp_path: Path
 ) -> None:
@@ -238,7 +235,6 @@ def test_official_and_untrained_plugins_together(official: Path, traces: Traces,
     assert variants["variator-r4-fp32"].settings["pad"] == "official"
 
 
-@pytest.mark.xfail(strict=True, reason="rounded down to a multiple of lcm(3, 7, 8) = 168, which leaves 1 token")
 def test_large_official_ratios_keep_the_models_length(
     tiny: Callable[..., Path], backbone: Callable[..., Backbone]
 ) -> None:

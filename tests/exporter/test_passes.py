@@ -86,7 +86,6 @@ def test_no_initializer_without_a_reader(template: onnx.ModelProto, tensors: Ten
         assert set(stored(model)) <= read
 
 
-@pytest.mark.xfail(strict=True, reason="the requirement in the docstring is not checked: the template's values stay")
 def test_bind_ratio_requires_every_tensor(template: onnx.ModelProto, tensors: Tensors) -> None:
     some = dict(list(tensors.items())[:-1])
     with pytest.raises(Exception, match="w_out"):
