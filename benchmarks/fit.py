@@ -61,7 +61,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         steps=options.steps or 10**6, batch_size=options.batch, seed=options.seed, max_seconds=60 * options.minutes
     )
     ratios = [int(ratio) for ratio in options.ratios.split(",")]
+    cpu_begun = time.process_time()
     fitted = fit_variator(backbone, texts, ratios, held_out=examples, settings=settings, progress=Lines())
+    cpu_s = time.process_time() - cpu_begun
     fitted.save(options.checkpoint, backbone)
     long = replace(settings, max_length=MEASURED_LENGTH)
     _, _, cosine = measure(backbone, fitted.plugins, examples, long, limit=HELD_OUT)
@@ -69,6 +71,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "question": "mean cosine with the backbone's embedding on held-out docstrings after a fit of so many minutes",
         "environment": environment(),
         "minutes": options.minutes,
+        # What the fit got, of a machine that did other things too: cores x minutes.
+        "core_minutes": round(cpu_s / 60, 1),
         "settings": asdict(settings),
         "texts": len(texts),
         "held_out": len(examples),

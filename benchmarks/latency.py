@@ -48,7 +48,13 @@ def main(arguments: list[str] | None = None) -> int:
         for length in options.length:
             feeds = random_feeds(sessions[BACKBONE].inputs, batch, length)
             calls = {name: partial(session.run, feeds) for name, session in sessions.items()}
-            timings = interleave({"stock": partial(stock.run, None, feeds), **calls}, min_runs=options.runs, warmup=2)
+            runs = options.runs if batch * length < 4096 else options.runs // 2  # seconds each, and steadier
+            timings = interleave(
+                {"stock": partial(stock.run, None, feeds), **calls},
+                min_runs=runs,
+                min_seconds=options.seconds,
+                warmup=2,
+            )
             print(batch, length, {name: round(t.p50_ms, 1) for name, t in timings.items()}, flush=True)
             rows += [
                 {
@@ -74,8 +80,22 @@ def main(arguments: list[str] | None = None) -> int:
         "stock": against_stock,
         "where_ms": shares,
     }
+    if options.keep:
+        _keep(json.loads(Path(options.out).read_text(encoding="utf-8")), result)
     Path(options.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 3 if _missed(cells, against_stock) else 0
+
+
+def _keep(earlier: dict[str, Any], result: dict[str, Any]) -> None:
+    """Add the cells of ``earlier`` that ``result`` lacks."""
+
+    def cell(row: dict[str, Any]) -> tuple[int, int]:
+        return row["batch"], row["length"]
+
+    measured = {cell(row) for row in result["stock"]}
+    for table in ("rows", "realised", "stock", "where_ms"):
+        kept = [row for row in earlier[table] if cell(row) not in measured]
+        result[table] = sorted([*kept, *result[table]], key=cell)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -86,7 +106,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", default=str(Path(tempfile.gettempdir()) / "compexport-latency"))
     parser.add_argument("--batch", type=numbers, default=[1, 8])
     parser.add_argument("--length", type=numbers, default=[128, 512])
-    parser.add_argument("--runs", type=int, default=15)
+    parser.add_argument("--runs", type=int, default=16, help="at least, of each; half of it where one takes seconds")
+    parser.add_argument("--seconds", type=float, default=40.0, help="at least, per batch and length")
+    parser.add_argument("--keep", action="store_true", help="keep the other cells of an earlier result")
     parser.add_argument("--out", default="benchmarks/results/latency.json")
     return parser.parse_args(arguments)
 

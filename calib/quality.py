@@ -144,20 +144,16 @@ def _embedding_scores(given: Answers, truth: Answers) -> dict[str, float]:
     scores = {"cosine": float((ours * theirs).sum(1).mean())}
     first, second = _pairs(len(ours))
     if len(first) > 1:
-        a, b = (_ranks((x[first] * x[second]).sum(1)) for x in (ours, theirs))
-        scores["spearman"] = float(np.corrcoef(a, b)[0, 1])
+        from scipy.stats import spearmanr
+
+        similarities = ((x[first] * x[second]).sum(1) for x in (ours, theirs))
+        scores["spearman"] = float(spearmanr(*similarities).statistic)
     return scores
 
 
 def _unit(vectors: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
     return np.asarray(vectors / np.maximum(lengths, 1e-12))
-
-
-def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Ranks from 0; equal values share the mean of theirs."""
-    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return np.asarray((np.cumsum(counts) - (counts + 1) / 2)[which])
 
 
 def _pairs(count: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:

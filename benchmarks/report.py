@@ -1,0 +1,191 @@
+"""Write ``docs/benchmarks.md`` from the files in ``benchmarks/results``: no figure gets there by hand.
+
+    python -m benchmarks.report [--check]
+
+``--check`` writes nothing and exits 1 when the page is not what the results say.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent
+RESULTS = ROOT / "results"
+PAGE = ROOT.parent / "docs" / "benchmarks.md"
+TEXT = ROOT / "report.md"
+
+Result = dict[str, Any]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    page = render()
+    if "--check" in (sys.argv[1:] if arguments is None else arguments):
+        return 0 if PAGE.read_text(encoding="utf-8") == page else 1
+    PAGE.write_text(page, encoding="utf-8")
+    return 0
+
+
+def render() -> str:
+    """The page: ``report.md`` with every ``{{table name}}`` line replaced by that table."""
+    lines = []
+    for line in TEXT.read_text(encoding="utf-8").splitlines():
+        if line.startswith("{{") and line.endswith("}}"):
+            lines += TABLES[line.strip("{}")]()
+        else:
+            lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def load(name: str) -> Result:
+    """One result file."""
+    found: Result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """A Markdown table; numbers to the right."""
+    body = [[str(cell) for cell in row] for row in rows]
+    return [
+        "| " + " | ".join(header) + " |",
+        "|" + "|".join("---" if index == 0 else "---:" for index in range(len(header))) + "|",
+        *("| " + " | ".join(row) + " |" for row in body),
+    ]
+
+
+def environment_line(name: str) -> list[str]:
+    """Where a result was measured, in one line."""
+    where = load(name)["environment"]
+    versions = ", ".join(f"{library} {version}" for library, version in where["versions"].items())
+    return [f"Measured on {where['processor']}, {where['cores']} cores, {where['system']}; {versions}."]
+
+
+def _ratio(variant: str) -> str:
+    return variant.split("-r")[1].split("-")[0]
+
+
+def latency_table() -> list[str]:
+    result = load("latency")
+    times = {(r["variant"], r["batch"], r["length"]): r for r in result["rows"]}
+    rows = []
+    for cell in result["realised"]:
+        row = times[cell["variant"], cell["batch"], cell["length"]]
+        rows.append(
+            (
+                f"{cell['batch']} x {cell['length']}",
+                _ratio(cell["variant"]),
+                f"{cell['ideal']:.2f}",
+                f"{cell['speedup']:.2f}",
+                f"{cell['realised']:.2f}",
+                f"{row['p50_ms']:.0f}",
+                f"{row['p99_ms']:.0f}",
+                row["runs"],
+            )
+        )
+    header = ["batch x length", "ratio", "FLOPs ceiling", "measured speed-up", "realised", "p50 ms", "p99 ms", "runs"]
+    return [*table(header, rows), "", *environment_line("latency")]
+
+
+def stock_table() -> list[str]:
+    rows = [
+        (f"{r['batch']} x {r['length']}", f"{r['stock_p50_ms']:.0f}", f"{r['speedup']:.3f}")
+        for r in load("latency")["stock"]
+    ]
+    return table(["batch x length", "stock p50 ms", "stock / ratio-1 engine"], rows)
+
+
+def where_table() -> list[str]:
+    cells = load("latency")["where_ms"]
+    groups = list(dict.fromkeys(group for cell in cells for ratio in ("r1", "r8") for group in cell[ratio]))
+    header = ["part", *(f"{c['batch']} x {c['length']}, {r}" for c in cells for r in ("r1", "r8"))]
+    rows = [[g, *(f"{cell[r].get(g, 0.0):.1f}" for cell in cells for r in ("r1", "r8"))] for g in groups]
+    return table(header, rows)
+
+
+def memory_table() -> list[str]:
+    result = load("memory")
+    rows = [(name, f"{case['pss_mb']:.0f}") for name, case in result["cases"].items()]
+    speed = result["cases"]["engines, ratios 1 2 4 8"]["plain_time_over_shared_time"]
+    return [
+        *table(["loaded in one process", "PSS, MB"], rows),
+        "",
+        f"All four engines over one: **{result['memory_ratio']:.2f}**. A plain session takes {speed:.2f} times as long"
+        " as the engine on shared weights.",
+        f"Graphs of the four ratios on disk over one stock export: **{result['disk_ratio']:.3f}**"
+        f" ({result['graphs_bytes'] / 1e6:.0f} MB; the engines add {result['engines_bytes'] / 1e6:.0f} MB).",
+    ]
+
+
+def build_table() -> list[str]:
+    result = load("build_time")
+    rows = [
+        (
+            "ratios 1 2 4 8, graphs checked / ratio 1, graph checked",
+            f"{result['family_graphs_over_export_and_check']:.2f}",
+        ),
+        ("ratios 1 2 4 8, engines too / ratio 1, graph checked", f"{result['family_over_export_and_check']:.2f}"),
+        ("ratios 1 2 4 8, engines too / ratio 1, engine too", f"{result['family_over_one_whole_build']:.2f}"),
+        ("nothing changed, whole process, s", f"{result['unchanged_s']:.2f}"),
+    ]
+    return [*table(["what", "measured"], rows), "", *environment_line("build_time")]
+
+
+def selector_table() -> list[str]:
+    result = load("selector")
+    names = {"seen_shape": "batch and length seen before", "new_shape": "never seen"}
+    rows = [(text, f"{result[name]['p50_us']:.1f}", f"{result[name]['p99_us']:.1f}") for name, text in names.items()]
+    return table(["shape", "p50 us", "p99 us"], rows)
+
+
+def startup_table() -> list[str]:
+    timings = load("startup")["timings"]
+    rows = [(name, f"{t['p50_ms']:.0f}", f"{t['p99_ms']:.0f}") for name, t in timings.items()]
+    return table(["command", "p50 ms", "p99 ms"], rows)
+
+
+QUALITY_TARGETS = {"demo": {"2": 0.95, "4": 0.88, "8": 0.80}, "long fit": {"2": 0.98, "4": 0.94, "8": 0.88}}
+
+
+def quality_table() -> list[str]:
+    demo, fit = load("demo"), load("fit_minilm")
+    evaluated = {row["variant"]: row["value"] for row in demo["evaluate"]["variants"]}
+    reached = {
+        "demo": {_ratio(name): value for name, value in evaluated.items()},
+        "long fit": fit["cosine"],
+    }
+    share = demo["train"]["extra_params_share"]
+    rows = [
+        (kind, ratio, f"{reached[kind][ratio]:.3f}", f"{target:.2f}", f"{share[ratio]:.2%}")
+        for kind, targets in QUALITY_TARGETS.items()
+        for ratio, target in targets.items()
+    ]
+    return table(["fit", "ratio", "mean cosine", "target", "extra parameters"], rows)
+
+
+def quality_notes() -> list[str]:
+    demo, fit = load("demo"), load("fit_minilm")
+    return [
+        f"The demo took {demo['seconds']:.0f} s in all and fitted for {demo['train']['seconds']:.0f} s, "
+        f"{demo['train']['steps']} steps. The long fit took {fit['record']['steps']} steps in {fit['core_minutes']:.0f} "
+        "core-minutes (two cores for 40 minutes would be 80)."
+    ]
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {
+    "latency": latency_table,
+    "stock": stock_table,
+    "where": where_table,
+    "memory": memory_table,
+    "build": build_table,
+    "selector": selector_table,
+    "startup": startup_table,
+    "quality": quality_table,
+    "quality notes": quality_notes,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
