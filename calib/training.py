@@ -7,6 +7,7 @@ Letters: B batch, S sequence length, H hidden size, C classes.
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +39,9 @@ Batch = dict[str, Tensor]
 W_IN, W_OUT, REST = 0.5, 3.0, 1.0
 WARM_UP_SHARE = 0.05
 BETAS = (0.9, 0.98)
+# What a ratio gains by a step falls with the ratio: fewer of its errors can be mended by so few parameters. Time that
+# the large ones leave goes to the small ones.
+STEPS_SHARE = 1.5
 HIDDEN_WEIGHT = 0.3  # of the hidden-state error (in units of the teacher's variance) beside the output error
 INITIAL_SHARE = 0.2  # of max_seconds, about the most that the closed form may take
 # Measured on MiniLM: at ratio 2, small random adapters end higher than regressed ones; from 4 on, much lower.
@@ -419,16 +423,29 @@ class Students(nn.Module):
         return super().train(False)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+        *,
+        ratios: Sequence[int] | None = None,
     ) -> tuple[list[Tensor], dict[int, list[Tensor]]]:
-        """Hidden states [B,S,H] of embeddings and every layer: the teacher's, and each student's by ratio."""
+        """Hidden states [B,S,H] of embeddings and every layer: the teacher's, and of all or some students by ratio."""
         feeds = (input_ids, attention_mask, token_type_ids)
         with torch.no_grad():
             teacher = list(self.teacher(*feeds, keep_states=True).hidden_states)
         students = {
-            ratio: list(student(*feeds, keep_states=True).hidden_states) for ratio, student in self._students.items()
+            ratio: list(student(*feeds, keep_states=True).hidden_states)
+            for ratio, student in self._students.items()
+            if ratios is None or ratio in ratios
         }
         return teacher, students
+
+
+def takes_part(ratio: int, smallest: int, step: int) -> bool:
+    """Whether a ratio is taught in a step: ``STEPS_SHARE * smallest / ratio`` of them, evenly spread, at most all."""
+    share = min(1.0, STEPS_SHARE * smallest / ratio)
+    return math.floor((step + 1) * share) > math.floor(step * share)
 
 
 def hidden_error(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor) -> Tensor:
@@ -498,16 +515,20 @@ def batch_loss(
 class PluginTrainer(Trainer):
     """``Trainer`` with the distillation loss summed over ratios, batches of similar length, and nothing printed."""
 
-    def __init__(self, *args: Any, backbone: Backbone, loss: Loss, sampler: LengthBuckets, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, backbone: Backbone, loss: Loss, sampler: LengthBuckets, ratios: Sequence[int], **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.backbone, self.loss, self.sampler = backbone, loss, sampler
+        self.ratios = ratios
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         labels = inputs.pop("labels", None)
         mask = inputs["attention_mask"]
-        teacher, students = model(**inputs)
+        taught = [ratio for ratio in self.ratios if takes_part(ratio, min(self.ratios), self.state.global_step)]
+        teacher, students = model(**inputs, ratios=taught)
         losses = [batch_loss(self.backbone, teacher, one, mask, labels, self.loss) for one in students.values()]
         total = torch.stack(losses).sum()
         return (total, students) if return_outputs else total
@@ -562,6 +583,7 @@ def _run_trainer(
             backbone=backbone,
             loss=settings.loss,
             sampler=sampler,
+            ratios=list(plugins),
         )
         _remove_printing(trainer)
         trainer.train()

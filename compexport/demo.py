@@ -37,7 +37,7 @@ class Plan:
 
 
 PLANS = {
-    False: Plan(texts=12_000, held_out=512, fit_seconds=240.0, min_runs=20),
+    False: Plan(texts=12_000, held_out=512, fit_seconds=280.0, min_runs=20),
     True: Plan(texts=5_000, held_out=256, fit_seconds=90.0, min_runs=8),
 }
 

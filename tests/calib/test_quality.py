@@ -54,14 +54,6 @@ def test_embeddings_are_compared_with_the_backbones() -> None:
     assert set(result.document()) >= {"metric", "n", "variants"}
 
 
-def test_spearman_is_scipys() -> None:
-    stats = pytest.importorskip("scipy.stats")
-    from calib.quality import _ranks
-
-    values = np.random.default_rng(1).integers(0, 9, size=50).astype(float)
-    assert _ranks(values) + 1 == pytest.approx(stats.rankdata(values))
-
-
 def test_labels_may_be_names_or_numbers() -> None:
     def answer(variant: str, text: str) -> dict[str, Any]:
         return {"label": "bad" if variant == SMALL or "awful" in text else "good"}

@@ -21,6 +21,7 @@ from calib.training import (
     batch_loss,
     fit_variator,
     hidden_error,
+    takes_part,
     tokenise,
 )
 from compexport.errors import InputError
@@ -110,6 +111,12 @@ def test_the_closed_form_starts_lower_than_chance(backbone: Backbone) -> None:
             teacher, students = Students(backbone, {4: plugins})(**batch)
             errors.append(float(hidden_error(students[4], teacher, batch["attention_mask"])))
     assert errors[1] < 0.8 * errors[0]
+
+
+def test_small_ratios_are_taught_more_often() -> None:
+    steps = {ratio: sum(takes_part(ratio, 2, step) for step in range(800)) for ratio in (2, 3, 4, 8)}
+    assert steps == {2: 800, 3: 800, 4: 600, 8: 300}
+    assert all(takes_part(8, 8, step) for step in range(10))  # alone, a ratio has every step
 
 
 def test_steps_lower_the_error(backbone: Backbone) -> None:
