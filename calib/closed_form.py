@@ -1,14 +1,15 @@
 """Where fitting starts: plugins computed by regression, layer by layer, before any gradient step.
 
-A layer with plugins computes ``norm(x + u + D)`` where the backbone computes ``norm(x' + FFN(x'))``. With the mixer at
-its mean, u is known, so the best correction of rank r that is linear in [u; x] has a closed form (reduced-rank
-regression). It is scaled into the part of tanh that is nearly linear, and its output side refitted through the tanh.
+A layer with plugins computes ``norm(x + u + D)`` where the backbone computes ``norm(x' + FFN(x'))``. Mixers start by
+preferring tokens with small FFN outputs. Then u is known, and the best correction of rank r that is linear in [u; x]
+has a closed form (reduced-rank regression). It is scaled into the part of tanh that is nearly linear, and its output
+side refitted through the tanh.
 Letters: N tokens, H hidden size, r adapter width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from exporter.methods.variator import LayerPlugin, VariatorEncoder, VariatorPlug
 TANH_INPUT_STD = 0.6  # smaller is more linear, but then large output weights amplify rounding
 RIDGE = 1e-2  # of the mean variance of [u; x]
 OUTPUT_RIDGE = 1e-6
+QUIET_UNIT = 0.5  # of the mean norm of FFN outputs, one unit of a mixer's logit
 
 Batch = Mapping[str, Tensor]
 
@@ -30,25 +32,32 @@ def initialise(
     batches: Sequence[Batch],
     *,
     after_layer: Callable[[int], None] = lambda layer: None,
+    regressed: Collection[int] | None = None,
 ) -> None:
     """Overwrite ``plugins`` (by ratio). ``batches``: tokenised texts; a few thousand tokens per 100 of 2H suffice.
 
     Every layer is fitted to the backbone's own trajectory on the inputs it gets from the fitted layers before it.
+    ``regressed``: the ratios whose adapters are fitted too, all by default; the others get their mixers only.
     """
-    for one in plugins.values():
-        equal_weights(one)
     encoder = VariatorEncoder(backbone)
     masks = [batch["attention_mask"].float() for batch in batches]
     additive = [((1.0 - mask) * torch.finfo(torch.float32).min)[:, None, None, :] for mask in masks]
     teacher = [encoder.embed(batch["input_ids"], batch.get("token_type_ids")) for batch in batches]
-    students = {ratio: list(teacher) for ratio in plugins}
+    students = {ratio: list(teacher) for ratio in plugins if regressed is None or ratio in regressed}
     for index, layer in enumerate(backbone.layers):
         scale = _norm_scale(backbone, layer)
-        totals = []
+        totals, inputs, norms = [], [], []
         for number, h in enumerate(teacher):
             x = backbone.host.attend(layer, h, additive[number])
-            totals.append(x + backbone.host.feed_forward(layer, x))
+            y = backbone.host.feed_forward(layer, x)
+            real = masks[number] > 0.5
+            inputs.append(x[real].float())
+            norms.append(y[real].float().norm(dim=-1))
+            totals.append(x + y)
             teacher[number] = backbone.host.finish(layer, totals[-1])
+        direction = quiet_direction(torch.cat(inputs), torch.cat(norms))
+        for one in plugins.values():
+            _set_mixer(one.mux_layer[index], direction)
         for ratio, states in students.items():
             plugin = plugins[ratio].mux_layer[index]
             assert isinstance(plugin, LayerPlugin)
@@ -62,13 +71,25 @@ def initialise(
         after_layer(index)
 
 
-@torch.no_grad()
-def equal_weights(plugins: VariatorPlugins) -> None:
-    """Let every mixer start with the mean of its tokens; a random one favours a position for no reason."""
-    for plugin in plugins.mux_layer:
-        assert isinstance(plugin, LayerPlugin)
-        nn.init.zeros_(plugin.mux_layer.weight)
-        nn.init.zeros_(plugin.mux_layer.bias)
+def quiet_direction(x: Tensor, norms: Tensor) -> Tensor:
+    """The w [H] for which w . x falls by 1 when a token's FFN output grows by ``QUIET_UNIT`` of its mean norm.
+
+    x [N,H], norms [N]. A few tokens (separators, punctuation) have FFN outputs many times larger than all others; in a
+    mean they drown their neighbours, and repeated to these they do most of the damage. The norm is nearly linear in x.
+    """
+    centred = x - x.mean(0)
+    variance = (centred.T @ centred).double()
+    variance += RIDGE * variance.diagonal().mean() * torch.eye(len(variance), dtype=torch.float64)
+    slope = torch.linalg.solve(variance, (centred.T @ (norms - norms.mean())).double()).float()
+    return -slope / (QUIET_UNIT * norms.mean()).clamp_min(1e-6)
+
+
+def _set_mixer(plugin: nn.Module, direction: Tensor) -> None:
+    """Every position's logit is ``direction`` times its own token."""
+    assert isinstance(plugin, LayerPlugin)
+    mixer = plugin.mux_layer
+    nn.init.zeros_(mixer.bias)
+    mixer.weight.copy_(torch.block_diag(*[direction[None]] * plugin.ratio))
 
 
 def _seen(

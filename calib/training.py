@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from calib.closed_form import equal_weights, initialise
+from calib.closed_form import initialise
 from calib.data import Examples
 from calib.labels import label_ids
 from compexport.errors import CompexportError, InputError, describe
@@ -41,11 +41,12 @@ WARM_UP_SHARE = 0.05
 BETAS = (0.9, 0.98)
 # What a ratio gains by a step falls with the ratio: fewer of its errors can be mended by so few parameters. Time that
 # the large ones leave goes to the small ones.
-STEPS_SHARE = 1.5
-HIDDEN_WEIGHT = 0.3  # of the hidden-state error (in units of the teacher's variance) beside the output error
+STEPS_SHARE = 2.0
+HIDDEN_WEIGHT = 1.0  # of the hidden-state error (in units of the teacher's variance) beside the output error
 INITIAL_SHARE = 0.2  # of max_seconds, about the most that the closed form may take
 # Measured on MiniLM: at ratio 2, small random adapters end higher than regressed ones; from 4 on, much lower.
 REGRESSED_FROM = 4
+RANDOM_START = 2.0  # factor of the learning rate of those that start at random, and have farther to go
 INITIAL_TOKENS_PER_CHANNEL = 26
 HELD_OUT = 256  # texts, at most, kept from training to measure the result when none are given
 MEASURED = 256  # held-out texts, at most, that are measured
@@ -345,11 +346,7 @@ def _initialise(
     clock: Clock,
     progress: Progress,
 ) -> None:
-    for one in plugins.values():
-        equal_weights(one)
-    regressed = {ratio: one for ratio, one in plugins.items() if ratio >= REGRESSED_FROM}
-    if not regressed:
-        return
+    regressed = [ratio for ratio in plugins if ratio >= REGRESSED_FROM]
     wanted = INITIAL_TOKENS_PER_CHANNEL * 2 * backbone.hidden_size
     sample, tokens = [], 0
     for index in torch.randperm(len(rows)).tolist():
@@ -359,10 +356,16 @@ def _initialise(
             break
     batches = _batches(sample, 2 * clock.settings.batch_size, _collate(backbone))
     with _autocast(clock.settings):
-        batches = _affordable(backbone, regressed, batches, clock.settings)
+        batches = _affordable(backbone, plugins, batches, clock.settings)
         layers = backbone.num_layers
         progress("closed-form start", 0, layers)
-        initialise(backbone, regressed, batches, after_layer=lambda i: progress("closed-form start", i + 1, layers))
+        initialise(
+            backbone,
+            plugins,
+            batches,
+            regressed=regressed,
+            after_layer=lambda i: progress("closed-form start", i + 1, layers),
+        )
 
 
 @torch.no_grad()
@@ -591,11 +594,12 @@ def _run_trainer(
 
 
 def _parameter_groups(plugins: Mapping[int, VariatorPlugins], peak: float) -> list[dict[str, Any]]:
-    groups: dict[float, list[Tensor]] = {W_IN: [], W_OUT: [], REST: []}
-    for one in plugins.values():
+    groups: dict[float, list[Tensor]] = {}
+    for ratio, one in plugins.items():
+        start = RANDOM_START if ratio < REGRESSED_FROM else 1.0
         for name, parameter in one.named_parameters():
             factor = W_IN if name.endswith("w_in.weight") else W_OUT if name.endswith("w_out.weight") else REST
-            groups[factor].append(parameter)
+            groups.setdefault(start * factor, []).append(parameter)
     return [{"params": parameters, "lr": factor * peak} for factor, parameters in groups.items()]
 
 

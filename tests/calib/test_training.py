@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from calib.closed_form import equal_weights, initialise
+from calib.closed_form import initialise, quiet_direction
 from calib.data import Examples
 from calib.training import (
     Clock,
@@ -102,8 +102,9 @@ def test_the_closed_form_starts_lower_than_chance(backbone: Backbone) -> None:
     torch.manual_seed(0)
     width = 8
     random, regressed = (VariatorPlugins(backbone.hidden_size, backbone.num_layers, 4, width) for _ in range(2))
-    equal_weights(random)
-    initialise(backbone, {4: regressed}, [batch_of(backbone, MANY[:40])])
+    sample = [batch_of(backbone, MANY[:40])]
+    initialise(backbone, {4: random}, sample, regressed=[])  # its mixers only
+    initialise(backbone, {4: regressed}, sample)
     batch = batch_of(backbone, [f"{text} once more" for text in TEXTS])
     errors = []
     with torch.no_grad():
@@ -115,8 +116,16 @@ def test_the_closed_form_starts_lower_than_chance(backbone: Backbone) -> None:
 
 def test_small_ratios_are_taught_more_often() -> None:
     steps = {ratio: sum(takes_part(ratio, 2, step) for step in range(800)) for ratio in (2, 3, 4, 8)}
-    assert steps == {2: 800, 3: 800, 4: 600, 8: 300}
+    assert steps == {2: 800, 3: 800, 4: 800, 8: 400}
     assert all(takes_part(8, 8, step) for step in range(10))  # alone, a ratio has every step
+
+
+def test_mixers_start_by_preferring_quiet_tokens() -> None:
+    x = torch.randn(200, 6, generator=torch.Generator().manual_seed(0))
+    norms = 10 + x @ torch.tensor([3.0, -1, 0, 0, 0, 0])
+    logits = x @ quiet_direction(x, norms)
+    slope = float(torch.linalg.lstsq(norms[:, None] - norms.mean(), (logits - logits.mean())[:, None]).solution)
+    assert slope == pytest.approx(-1 / (0.5 * float(norms.mean())), rel=0.05)
 
 
 def test_steps_lower_the_error(backbone: Backbone) -> None:
