@@ -42,7 +42,9 @@ BETAS = (0.9, 0.98)
 # What a ratio gains by a step falls with the ratio: fewer of its errors can be mended by so few parameters. Time that
 # the large ones leave goes to the small ones.
 STEPS_SHARE = 2.0
-HIDDEN_WEIGHT = 1.0  # of the hidden-state error (in units of the teacher's variance) beside the output error
+# Of the hidden-state error, in units of the teacher's variance, beside the output error; adapters that start at random
+# need more of its guidance.
+HIDDEN_WEIGHT, HIDDEN_WEIGHT_RANDOM_START = 0.3, 1.0
 INITIAL_SHARE = 0.2  # of max_seconds, about the most that the closed form may take
 # Measured on MiniLM: at ratio 2, small random adapters end higher than regressed ones; from 4 on, much lower.
 REGRESSED_FROM = 4
@@ -445,6 +447,10 @@ class Students(nn.Module):
         return teacher, students
 
 
+def _hidden_weight(ratio: int) -> float:
+    return HIDDEN_WEIGHT if ratio >= REGRESSED_FROM else HIDDEN_WEIGHT_RANDOM_START
+
+
 def takes_part(ratio: int, smallest: int, step: int) -> bool:
     """Whether a ratio is taught in a step: ``STEPS_SHARE * smallest / ratio`` of them, evenly spread, at most all."""
     share = min(1.0, STEPS_SHARE * smallest / ratio)
@@ -499,11 +505,12 @@ def batch_loss(
     mask: Tensor,
     labels: Tensor | None,
     loss: Loss,
+    hidden_weight: float = HIDDEN_WEIGHT,
 ) -> Tensor:
     """The loss of one ratio on one batch."""
     total = torch.zeros(())
     if loss != "task":
-        total = HIDDEN_WEIGHT * hidden_error(student, teacher, mask) + output_error(
+        total = hidden_weight * hidden_error(student, teacher, mask) + output_error(
             backbone, student[-1], teacher[-1], mask
         )
     if loss != "hidden":
@@ -532,7 +539,10 @@ class PluginTrainer(Trainer):
         mask = inputs["attention_mask"]
         taught = [ratio for ratio in self.ratios if takes_part(ratio, min(self.ratios), self.state.global_step)]
         teacher, students = model(**inputs, ratios=taught)
-        losses = [batch_loss(self.backbone, teacher, one, mask, labels, self.loss) for one in students.values()]
+        losses = [
+            batch_loss(self.backbone, teacher, one, mask, labels, self.loss, _hidden_weight(ratio))
+            for ratio, one in students.items()
+        ]
         total = torch.stack(losses).sum()
         return (total, students) if return_outputs else total
 

@@ -286,9 +286,8 @@ def _options(threads: int | None) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or usable_cores()
-    # Without this, a session's threads spin on after a run and take cores from the family's next member: timed in
-    # turn on two cores, that cost compressed members a fifth of their speed. A pool shared by all sessions would do
-    # as well, but the process's other users of ONNX Runtime could then no longer have pools of their own.
+    # Without this, a session's threads spin on after a run and take cores from the family's next member. A pool shared
+    # by all sessions would do as well, but other users of ONNX Runtime in the process could then have none of their own.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
 
