@@ -84,8 +84,12 @@ class FitSettings:
     widths: Mapping[int, int] | None = None
     pad: PadMode = "masked"
     max_seconds: float | None = None
-    closed_form: bool = True
+    closed_form: bool = False
     bf16: bool | None = None
+
+    def regresses(self, ratio: int) -> bool:
+        """Whether the adapters of a ratio start from the closed form."""
+        return self.closed_form and ratio >= REGRESSED_FROM
 
     def checked(self) -> FitSettings:
         """Itself, or InputError for a value that cannot be meant."""
@@ -154,8 +158,7 @@ def fit_variator(
         rows = tokenise(backbone, training, settings.max_length, label_ids)
         plugins = {ratio: _fresh(backbone, ratio, settings) for ratio in ratios}
         clock = Clock(started, settings)
-        if settings.closed_form:
-            _initialise(backbone, plugins, rows, clock, progress)
+        _initialise(backbone, plugins, rows, clock, progress)
         steps = _run_trainer(backbone, plugins, rows, clock, progress)
     progress("measure")
     result = {ratio: one.eval().requires_grad_(False) for ratio, one in plugins.items()}
@@ -348,7 +351,7 @@ def _initialise(
     clock: Clock,
     progress: Progress,
 ) -> None:
-    regressed = [ratio for ratio in plugins if ratio >= REGRESSED_FROM]
+    regressed = [ratio for ratio in plugins if clock.settings.regresses(ratio)]
     wanted = INITIAL_TOKENS_PER_CHANNEL * 2 * backbone.hidden_size
     sample, tokens = [], 0
     for index in torch.randperm(len(rows)).tolist():
@@ -447,8 +450,8 @@ class Students(nn.Module):
         return teacher, students
 
 
-def _hidden_weight(ratio: int) -> float:
-    return HIDDEN_WEIGHT if ratio >= REGRESSED_FROM else HIDDEN_WEIGHT_RANDOM_START
+def _hidden_weight(settings: FitSettings, ratio: int) -> float:
+    return HIDDEN_WEIGHT if settings.regresses(ratio) else HIDDEN_WEIGHT_RANDOM_START
 
 
 def takes_part(ratio: int, smallest: int, step: int) -> bool:
@@ -526,10 +529,16 @@ class PluginTrainer(Trainer):
     """``Trainer`` with the distillation loss summed over ratios, batches of similar length, and nothing printed."""
 
     def __init__(
-        self, *args: Any, backbone: Backbone, loss: Loss, sampler: LengthBuckets, ratios: Sequence[int], **kwargs: Any
+        self,
+        *args: Any,
+        backbone: Backbone,
+        fit: FitSettings,
+        sampler: LengthBuckets,
+        ratios: Sequence[int],
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.backbone, self.loss, self.sampler = backbone, loss, sampler
+        self.backbone, self.fit, self.sampler = backbone, fit, sampler
         self.ratios = ratios
 
     def compute_loss(
@@ -540,7 +549,7 @@ class PluginTrainer(Trainer):
         taught = [ratio for ratio in self.ratios if takes_part(ratio, min(self.ratios), self.state.global_step)]
         teacher, students = model(**inputs, ratios=taught)
         losses = [
-            batch_loss(self.backbone, teacher, one, mask, labels, self.loss, _hidden_weight(ratio))
+            batch_loss(self.backbone, teacher, one, mask, labels, self.fit.loss, _hidden_weight(self.fit, ratio))
             for ratio, one in students.items()
         ]
         total = torch.stack(losses).sum()
@@ -582,7 +591,7 @@ def _run_trainer(
     """Fit in place; returns the number of steps taken."""
     settings = clock.settings
     model = Students(backbone, plugins)
-    optimizer = torch.optim.AdamW(_parameter_groups(plugins, settings.learning_rate), betas=BETAS, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(_parameter_groups(plugins, settings), betas=BETAS, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, clock.learning_rate)
     sampler = LengthBuckets([len(row["input_ids"]) for row in rows], settings.batch_size, settings.seed)
     with quiet_transformers(), tempfile.TemporaryDirectory() as scratch:
@@ -594,7 +603,7 @@ def _run_trainer(
             optimizers=(optimizer, schedule),
             callbacks=[_Watch(clock, progress, model)],
             backbone=backbone,
-            loss=settings.loss,
+            fit=settings,
             sampler=sampler,
             ratios=list(plugins),
         )
@@ -603,14 +612,14 @@ def _run_trainer(
         return int(trainer.state.global_step)
 
 
-def _parameter_groups(plugins: Mapping[int, VariatorPlugins], peak: float) -> list[dict[str, Any]]:
+def _parameter_groups(plugins: Mapping[int, VariatorPlugins], settings: FitSettings) -> list[dict[str, Any]]:
     groups: dict[float, list[Tensor]] = {}
     for ratio, one in plugins.items():
-        start = RANDOM_START if ratio < REGRESSED_FROM else 1.0
+        start = 1.0 if settings.regresses(ratio) else RANDOM_START
         for name, parameter in one.named_parameters():
             factor = W_IN if name.endswith("w_in.weight") else W_OUT if name.endswith("w_out.weight") else REST
             groups.setdefault(start * factor, []).append(parameter)
-    return [{"params": parameters, "lr": factor * peak} for factor, parameters in groups.items()]
+    return [{"params": parameters, "lr": factor * settings.learning_rate} for factor, parameters in groups.items()]
 
 
 def _arguments(scratch: str, settings: FitSettings) -> TrainingArguments:

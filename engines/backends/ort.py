@@ -287,7 +287,7 @@ def _options(threads: int | None) -> Any:
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or usable_cores()
     # Without this, a session's threads spin on after a run and take cores from the family's next member. A pool shared
-    # by all sessions would do as well, but other users of ONNX Runtime in the process could then have none of their own.
+    # by all sessions would do as well, but then no other user of ONNX Runtime in the process could have its own.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
 
