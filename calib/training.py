@@ -1,7 +1,7 @@
 """Fitting Variator plugins: the backbone teaches itself. Only plugin tensors get gradients, no labels are needed.
 
-Every batch runs once through the backbone and once through each ratio. Plugins start from a closed form
-(``calib.closed_form``); then ``transformers.Trainer`` fits all ratios together.
+Every batch runs once through the backbone and once through each ratio. Mixers start from data; adapters start small and
+random or, on request, from a regression (``calib.closed_form``). Then ``transformers.Trainer`` fits all ratios together.
 Letters: B batch, S sequence length, H hidden size, C classes.
 """
 
@@ -46,7 +46,8 @@ STEPS_SHARE = 2.0
 # need more of its guidance.
 HIDDEN_WEIGHT, HIDDEN_WEIGHT_RANDOM_START = 0.3, 1.0
 INITIAL_SHARE = 0.2  # of max_seconds, about the most that the closed form may take
-# Measured on MiniLM: at ratio 2, small random adapters end higher than regressed ones; from 4 on, much lower.
+# Regressed adapters help only from here on. They are off by default: their output weights grow large, and then a graph
+# may differ from PyTorch by more than the parity gate allows.
 REGRESSED_FROM = 4
 RANDOM_START = 2.0  # factor of the learning rate of those that start at random, and have farther to go
 INITIAL_TOKENS_PER_CHANNEL = 26
@@ -72,7 +73,7 @@ class FitSettings:
     ``max_seconds`` ends the fit early, whatever ``steps`` says, with the learning rate brought down in time; a run
     that it ends depends on the machine's speed, one that ``steps`` ends is repeated by its ``seed``. ``widths`` gives
     adapter widths by ratio; by default a ratio's plugins add at most 1 % to the backbone. ``bf16`` None: where the
-    processor multiplies it natively.
+    processor multiplies it natively. ``closed_form``: start the adapters of ratios from 4 on by regression.
     """
 
     steps: int = 600

@@ -9,7 +9,8 @@ What a prediction is, by where the request (B, S) lies:
 - inside the grid: bilinear in B and S, so monotone wherever the four neighbouring points are;
 - S below the smallest length, or B below the smallest batch: the value at that edge (a bound from above, since less
   work never takes longer);
-- S above the largest length: the line through the last two lengths, and at least in proportion to S;
+- S above the largest length: the line through the last two lengths, and at least in proportion to S; every batch on its
+  own line, so a larger batch may come out below a smaller one;
 - B above the largest batch: the sum of its chunks, ``B // largest`` full ones and the remainder, which is how the
   runtime runs it.
 
