@@ -1,7 +1,8 @@
 """Fitting Variator plugins: the backbone teaches itself. Only plugin tensors get gradients, no labels are needed.
 
-Every batch runs once through the backbone and once through each ratio. Mixers start from data; adapters start small and
-random or, on request, from a regression (``calib.closed_form``). Then ``transformers.Trainer`` fits all ratios together.
+Every batch runs once through the backbone and once through each ratio. Mixers start from data; adapters
+start small and random or, on request, from a regression (``calib.closed_form``). Then ``transformers.Trainer`` fits all
+ratios together.
 Letters: B batch, S sequence length, H hidden size, C classes.
 """
 
