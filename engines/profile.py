@@ -9,8 +9,8 @@ What a prediction is, by where the request (B, S) lies:
 - inside the grid: bilinear in B and S, so monotone wherever the four neighbouring points are;
 - S below the smallest length, or B below the smallest batch: the value at that edge (a bound from above, since less
   work never takes longer);
-- S above the largest length: the line through the last two lengths, and at least in proportion to S; every batch on its
-  own line, so a larger batch may come out below a smaller one;
+- S above the largest length: the line through the last two lengths, at least in proportion to S, and at least what a
+  smaller measured batch comes to, since steeper lines of small batches would cross those of large ones;
 - B above the largest batch: the sum of its chunks, ``B // largest`` full ones and the remainder, which is how the
   runtime runs it.
 
@@ -27,8 +27,10 @@ from typing import Any
 
 from compexport.errors import BundleError, InputError, describe
 
-# A cell index and what its measured value is multiplied by; a prediction is the sum over a plan's terms.
-Plan = tuple[tuple[int, float], ...]
+# Cell indices and what their measured values are multiplied by, to be added up.
+Weighted = tuple[tuple[int, float], ...]
+# A prediction is the sum over a plan's terms: each a factor, and the sums of which the largest counts.
+Plan = tuple[tuple[float, tuple[Weighted, ...]], ...]
 
 MAX_REMEMBERED_SHAPES = 4096  # predictions are kept per (batch, length); far more shapes than any service sees
 
@@ -123,9 +125,9 @@ class Profile:
         known = self._remembered.get((batch, length))
         if known is not None:
             return known
-        plans, extrapolated = self._plans(check_count("batch", batch), check_count("length", length))
+        plan, extrapolated = self._plan(check_count("batch", batch), check_count("length", length))
         predictions = {
-            variant: Prediction(_evaluate(plans, p50), _evaluate(plans, p99), extrapolated)
+            variant: Prediction(_evaluate(plan, p50), _evaluate(plan, p99), extrapolated)
             for variant, (p50, p99) in self._cells.items()
         }
         if len(self._remembered) >= MAX_REMEMBERED_SHAPES:
@@ -143,17 +145,23 @@ class Profile:
                 totals[variant] += prediction
         return totals
 
-    def _plans(self, batch: int, length: int) -> tuple[tuple[Plan, ...], bool]:
-        """The weighted sums of cells whose maximum is the prediction, and whether they leave the grid."""
+    def _plan(self, batch: int, length: int) -> tuple[Plan, bool]:
+        """How a prediction follows from the cells, and whether it leaves the grid."""
         full, rest = divmod(batch, self.largest_batch)
         rows: list[tuple[int, float]] = [(len(self.batches) - 1, float(full))] if full else []
         if rest:
             rows += _weights(self.batches, rest)
         columns, length_outside = _length_weights(self.lengths, length)
-        width = len(self.lengths)
-        plans = tuple(tuple((i * width + j, u * v) for i, u in rows for j, v in column) for column in columns)
-        batch_outside = not self.batches[0] <= batch <= self.largest_batch
-        return plans, batch_outside or length_outside
+        width, longer = len(self.lengths), length > self.lengths[-1]
+        plan = tuple(
+            (factor, tuple(
+                tuple((row * width + j, weight) for j, weight in column)
+                for row in range(0 if longer else last, last + 1)
+                for column in columns
+            ))
+            for last, factor in rows
+        )  # fmt: skip
+        return plan, length_outside or not self.batches[0] <= batch <= self.largest_batch
 
 
 def check_count(what: str, value: int) -> int:
@@ -163,15 +171,11 @@ def check_count(what: str, value: int) -> int:
     return value
 
 
-def _evaluate(plans: tuple[Plan, ...], values: tuple[float, ...]) -> float:
-    largest = 0.0
-    for plan in plans:
-        total = 0.0
-        for cell, weight in plan:
-            total += values[cell] * weight
-        if total > largest:
-            largest = total
-    return largest
+def _evaluate(plan: Plan, values: tuple[float, ...]) -> float:
+    return sum(
+        factor * max(sum(values[cell] * weight for cell, weight in choice) for choice in choices)
+        for factor, choices in plan
+    )
 
 
 def _weights(axis: tuple[int, ...], value: int) -> list[tuple[int, float]]:

@@ -70,10 +70,7 @@ def test_exact_on_the_grid(profile: Profile) -> None:
 def test_more_work_is_never_predicted_faster(
     profile: Profile, batch: int, length: int, more_batch: int, more_length: int
 ) -> None:
-    batch = min(batch, profile.largest_batch)
-    if length + more_length > profile.lengths[-1]:
-        more_batch = 0  # past the longest measured length every batch follows its own slope
-    more = profile.predict("v", min(batch + more_batch, profile.largest_batch), length + more_length)
+    more = profile.predict("v", batch + more_batch, length + more_length)
     less = profile.predict("v", batch, length)
     assert more.p50_ms >= less.p50_ms * (1 - 1e-9)
     assert more.p99_ms >= less.p99_ms * (1 - 1e-9)
@@ -103,6 +100,16 @@ def test_above_the_longest_follows_the_last_slope() -> None:
 def test_above_the_longest_grows_at_least_in_proportion(rows: list[tuple[int, float]]) -> None:
     table = make_table([make_row(length=length, p50=ms, p99=ms) for length, ms in rows])
     assert Profile.from_table(table).predict("v", 1, 400) == Prediction(6.0, 6.0, extrapolated=True)
+
+
+def test_above_the_longest_a_larger_batch_never_takes_less() -> None:
+    table = make_table([
+        make_row(batch=1, length=100, p50=1.0), make_row(batch=1, length=200, p50=3.0, p99=3.0),
+        make_row(batch=8, length=100, p50=3.0, p99=3.0), make_row(batch=8, length=200, p50=3.0, p99=3.0),
+    ])  # fmt: skip
+    assert (
+        Profile.from_table(table).predict("v", 8, 500).p50_ms == Profile.from_table(table).predict("v", 1, 500).p50_ms
+    )
 
 
 def test_a_batch_above_the_largest_is_the_sum_of_its_chunks() -> None:
