@@ -73,7 +73,8 @@ class Family:
                 self._expected[name] = self._reference_probe(name)
             feed, expected = self._expected[name]
             run = _runner(runtime.open_file(root / engine.path))
-            parity.compare(f"engine {name}", _always(expected), run, [feed], self._tolerance)
+            exact = self._exact(self._ratio(name))
+            parity.compare(f"engine {name}", _always(expected), run, [feed], self._tolerance, exact)
 
     def _bound(self, ratio: int) -> onnx.ModelProto:
         if ratio == 1:
@@ -112,20 +113,23 @@ class Family:
         name = self.plan.graph(ratio)
         feeds = self._feeds(ratio)
         reference = self._reference(ratio)
-        last: list[np.ndarray] = []
+        probe = _engine_probe(feeds)
 
         def remember(feed: parity.Arrays) -> list[np.ndarray]:
-            last[:] = reference(feed)
-            return list(last)
+            outputs = reference(feed)
+            if feed is probe:
+                self._expected[name] = (feed, outputs)
+            return outputs
 
-        found = parity.compare(name, remember, candidate, feeds, self._tolerance, self._exact(ratio))
-        self._expected[name] = (feeds[-1], last)
-        return found
+        return parity.compare(name, remember, candidate, feeds, self._tolerance, self._exact(ratio))
 
     def _reference_probe(self, name: str) -> tuple[parity.Arrays, list[np.ndarray]]:
-        ratio = next(r for r in self.plan.ratios if self.plan.graph(r) == name)
-        feed = self._feeds(ratio)[-1]
+        ratio = self._ratio(name)
+        feed = _engine_probe(self._feeds(ratio))
         return feed, self._reference(ratio)(feed)
+
+    def _ratio(self, graph: str) -> int:
+        return next(r for r in self.plan.ratios if self.plan.graph(r) == graph)
 
     def _feeds(self, ratio: int) -> list[parity.Arrays]:
         config = self.backbone.config
@@ -201,6 +205,11 @@ class Family:
             untrained=ratio != 1 and not self.plan.trained(ratio),
             settings=settings,
         )
+
+
+def _engine_probe(feeds: list[parity.Arrays]) -> parity.Arrays:
+    """What engines are checked with: the padded batch of the longest length but one, since long ones take long."""
+    return feeds[-3:][0]
 
 
 def _always(outputs: list[np.ndarray]) -> Callable[[parity.Arrays], list[np.ndarray]]:

@@ -11,7 +11,9 @@ import hashlib
 import mmap
 import platform
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 WEIGHTS = "weights.bin"
 PAGE = 4096
 EXTERNAL_BYTES = 1024
+AT_A_TIME = 2  # graphs that ONNX Runtime optimises at a time; each holds a whole model twice in memory
 
 Progress = Callable[[str], None]
 
@@ -95,10 +98,21 @@ def build(
     Writes ``folder/<graph>.onnx`` and ``folder/weights.bin``. Outputs are not checked here: the caller compares them.
     """
     (root / folder).mkdir(parents=True, exist_ok=True)
-    with _PackedWeights(root / folder / WEIGHTS) as weights:
-        for name, graph in graphs.items():
+    # ONNX Runtime packs with one thread and writes gigabytes: the next graph's turn comes while this one is merged.
+    with _PackedWeights(root / folder / WEIGHTS) as weights, ThreadPoolExecutor(AT_A_TIME) as pool:
+        targets = {name: root / folder / f"{name}.onnx" for name in graphs}
+        written = {name: pool.submit(_optimise, root / graphs[name].path, target) for name, target in targets.items()}
+        for name, target in targets.items():
             progress(f"optimising {name} for ONNX Runtime {version()}")
-            _optimise(root / graph.path, root / folder / f"{name}.onnx", weights)
+            try:
+                own_weights = written[name].result()
+                weights.adopt(target, own_weights)
+            except BaseException as error:
+                pool.shutdown(cancel_futures=True)
+                if not isinstance(error, Exception):
+                    raise
+                what = f"{Path(graphs[name].path).name}: ONNX Runtime cannot build it"
+                raise CompexportError(describe(what, got=_first_line(error))) from error
     return {name: _engine(name, graph, folder) for name, graph in graphs.items()}
 
 
@@ -125,9 +139,8 @@ def _source_sha256() -> str:
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
-def _optimise(source: Path, target: Path, weights: _PackedWeights) -> None:
-    """Let ONNX Runtime write its optimised graph, then move its tensors into the family's one file."""
-    import onnx
+def _optimise(source: Path, target: Path) -> Path:
+    """Let ONNX Runtime write its optimised graph to ``target``; returns the file of its tensors, beside it."""
     import onnxruntime
 
     own_weights = target.with_suffix(".tmp.bin")
@@ -139,18 +152,8 @@ def _optimise(source: Path, target: Path, weights: _PackedWeights) -> None:
         "session.save_external_prepacked_constant_initializers": "1",
     }.items():
         options.add_session_config_entry(key, value)
-    try:
-        onnxruntime.InferenceSession(str(source), options, providers=[PROVIDERS["cpu"]])
-        model = onnx.load(str(target), load_external_data=False)
-        if own_weights.exists():
-            weights.adopt(model, own_weights)
-        target.write_bytes(model.SerializeToString())
-    except Exception as error:
-        raise CompexportError(
-            describe(f"{source.name}: ONNX Runtime cannot build it", got=_first_line(error))
-        ) from error
-    finally:
-        own_weights.unlink(missing_ok=True)
+    onnxruntime.InferenceSession(str(source), options, providers=[PROVIDERS["cpu"]])
+    return own_weights
 
 
 class _PackedWeights:
@@ -161,21 +164,28 @@ class _PackedWeights:
         self._stream = path.open("wb")
         self._places: dict[bytes, int] = {}
 
-    def adopt(self, model: Any, source: Path) -> None:
-        """Copy what ``model`` refers to in ``source`` into this file and rewrite its references."""
-        with source.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            view = memoryview(data)
-            for tensor in model.graph.initializer:
-                entries = {entry.key: entry for entry in tensor.external_data}
-                if "location" not in entries:
-                    continue
-                offset, length = int(entries["offset"].value), int(entries["length"].value)
-                entries["location"].value = self._path.name
-                entries["offset"].value = str(self._place(view[offset : offset + length]))
-                for key, entry in entries.items():
-                    if key.startswith("prepacked_"):
-                        entry.value = self._place_packed(entry.value, view)
-            view.release()
+    def adopt(self, model_path: Path, source: Path) -> None:
+        """Move what the model at ``model_path`` refers to in ``source`` into this file and rewrite its references."""
+        import onnx
+
+        model = onnx.load(str(model_path), load_external_data=False)
+        if source.exists():
+            with _mapped(source) as view:
+                self._adopt_tensors(model, view)
+            source.unlink()
+        model_path.write_bytes(model.SerializeToString())
+
+    def _adopt_tensors(self, model: Any, view: memoryview) -> None:
+        for tensor in model.graph.initializer:
+            entries = {entry.key: entry for entry in tensor.external_data}
+            if "location" not in entries:
+                continue
+            offset, length = int(entries["offset"].value), int(entries["length"].value)
+            entries["location"].value = self._path.name
+            entries["offset"].value = str(self._place(view[offset : offset + length]))
+            for key, entry in entries.items():
+                if key.startswith("prepacked_"):
+                    entry.value = self._place_packed(entry.value, view)
 
     def _place_packed(self, value: str, view: memoryview) -> str:
         """``"<kernel>+<hash>|offset;length;checksum|…"`` with each blob moved here."""
@@ -200,6 +210,16 @@ class _PackedWeights:
 
     def __exit__(self, *exception: object) -> None:
         self._stream.close()
+
+
+@contextmanager
+def _mapped(path: Path) -> Iterator[memoryview]:
+    with (
+        path.open("rb") as stream,
+        mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        memoryview(data) as view,
+    ):
+        yield view
 
 
 # --- running -------------------------------------------------------------------------------------------------------
