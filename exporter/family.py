@@ -173,7 +173,7 @@ def _is_current(bundle: Bundle, plan: Plan, keys: Mapping[str, str], runtime: An
     return (
         {name: graph.key for name, graph in manifest.graphs.items()} == keys
         and set(manifest.variants) == {plan.variant(ratio) for ratio in plan.ratios}
-        and engines == {name: runtime.engine_key(graph) for name, graph in manifest.graphs.items()}
+        and engines == {name: runtime.engine_key(key) for name, key in keys.items()}
         and not bundle_damaged(bundle)
     )
 
@@ -197,14 +197,15 @@ def _write(
     total = 2 * len(plan.ratios) + 2
     progress(f"loading {plan.folder}", 0, total)
     family = Family.load(plan)
-    graphs, reused = _write_graphs(writer, plan, family, keys, progress, total)
     (writer.dir / "tokenizer.json").write_text(family.backbone.tokenizer_json, encoding="utf-8")
-    folder = f"engines/{runtime.NAME}-cpu"
-    engines = _reused_engines(writer, graphs, runtime)
-    if engines is None:
-        step = len(plan.ratios) + 1
-        engines = runtime.build(writer.dir, graphs, folder, progress=lambda message: progress(message, step, total))
-        family.check_engines(writer.dir, engines, runtime)
+    engines = _reused_engines(writer, keys, runtime)
+    with runtime.EngineBuilder(writer.dir, f"engines/{runtime.NAME}-cpu") as builder:
+        written = (lambda name, graph: None) if engines is not None else builder.add
+        graphs, reused = _write_graphs(writer, plan, family, keys, written, progress, total)
+        if engines is None:
+            step = len(plan.ratios) + 1
+            engines = builder.finish(lambda message: progress(message, step, total))
+            family.check_engines(writer.dir, engines, runtime)
     manifest = Manifest(
         backbone=family.describe(),
         method=METHOD,
@@ -223,9 +224,18 @@ def _write(
 
 
 def _write_graphs(
-    writer: BundleWriter, plan: Plan, family: Family, keys: Mapping[str, str], progress: Progress, total: int
+    writer: BundleWriter,
+    plan: Plan,
+    family: Family,
+    keys: Mapping[str, str],
+    written: Callable[[str, Graph], None],
+    progress: Progress,
+    total: int,
 ) -> tuple[dict[str, Graph], set[str]]:
-    """Every graph and the one weights file they share; graphs with an unchanged key keep their recorded parity."""
+    """Every graph and the one weights file they share; graphs with an unchanged key keep their recorded parity.
+
+    ``written`` is called with each as soon as its files are complete.
+    """
     from exporter.weights import WeightsFile
 
     (writer.dir / "graphs").mkdir()
@@ -243,6 +253,8 @@ def _write_graphs(
                 reused.add(name)
             else:
                 graphs[name] = family.write_graph(ratio, writer.dir, path, weights, keys[name])
+            weights.flush()
+            written(name, graphs[name])
     return graphs, reused
 
 
@@ -259,12 +271,12 @@ def _same_graph(previous: Bundle | None, name: str, key: str) -> Graph | None:
     return graph
 
 
-def _reused_engines(writer: BundleWriter, graphs: Mapping[str, Graph], runtime: Any) -> dict[str, Engine] | None:
-    """The previous engines, brought along, if they are exactly those of ``graphs``; None when any must be built."""
+def _reused_engines(writer: BundleWriter, keys: Mapping[str, str], runtime: Any) -> dict[str, Engine] | None:
+    """The previous engines, brought along, if they belong to graphs with these keys; None when any must be built."""
     if writer.previous is None:
         return None
     old = {e.graph: e for e in writer.previous.manifest.engines.values() if e.backend == runtime.NAME}
-    if {name: e.key for name, e in old.items()} != {name: runtime.engine_key(g) for name, g in graphs.items()}:
+    if {name: e.key for name, e in old.items()} != {name: runtime.engine_key(key) for name, key in keys.items()}:
         return None
     files = sorted({file for engine in old.values() for file in engine.files})
     if not all(writer.reusable(file) for file in files):

@@ -1,6 +1,7 @@
 """Runtimes that execute a bundle's graphs: one module each, imported on demand, all with the same functions.
 
-``device_name(options)``, ``build(...)``, ``open_sessions(...)``, ``unavailable() -> str`` (empty when it can be used).
+``device_name(options)``, ``EngineBuilder``, ``engine_key(graph_key)``, ``open_sessions(...)``, ``unavailable() -> str``
+(empty when it can be used).
 """
 
 from __future__ import annotations

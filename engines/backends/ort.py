@@ -12,7 +12,7 @@ import mmap
 import platform
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -90,35 +90,50 @@ def instruction_set() -> str:
 # --- building ------------------------------------------------------------------------------------------------------
 
 
-def build(
-    root: Path, graphs: Mapping[str, Graph], folder: str, *, progress: Progress = lambda message: None
-) -> dict[str, Engine]:
-    """Optimise ``graphs`` of the bundle staged at ``root`` into ``root/folder``; engines by graph name.
+class EngineBuilder:
+    """Builds engines of the bundle staged at ``root`` into ``root/folder``, in the background, as graphs are added.
 
     Writes ``folder/<graph>.onnx`` and ``folder/weights.bin``. Outputs are not checked here: the caller compares them.
+    A context manager; leaving it early waits for what is under way and drops the rest.
     """
-    (root / folder).mkdir(parents=True, exist_ok=True)
-    # ONNX Runtime packs with one thread and writes gigabytes: the next graph's turn comes while this one is merged.
-    with _PackedWeights(root / folder / WEIGHTS) as weights, ThreadPoolExecutor(AT_A_TIME) as pool:
-        targets = {name: root / folder / f"{name}.onnx" for name in graphs}
-        written = {name: pool.submit(_optimise, root / graphs[name].path, target) for name, target in targets.items()}
-        for name, target in targets.items():
-            progress(f"optimising {name} for ONNX Runtime {version()}")
-            try:
-                own_weights = written[name].result()
-                weights.adopt(target, own_weights)
-            except BaseException as error:
-                pool.shutdown(cancel_futures=True)
-                if not isinstance(error, Exception):
-                    raise
-                what = f"{Path(graphs[name].path).name}: ONNX Runtime cannot build it"
-                raise CompexportError(describe(what, got=_first_line(error))) from error
-    return {name: _engine(name, graph, folder) for name, graph in graphs.items()}
+
+    def __init__(self, root: Path, folder: str) -> None:
+        self._root, self._folder = root, folder
+        self._added: dict[str, tuple[Graph, Future[Path]]] = {}
+        # ONNX Runtime packs with one thread and writes gigabytes: processor and disk have room for a neighbour.
+        self._pool = ThreadPoolExecutor(AT_A_TIME)
+
+    def add(self, name: str, graph: Graph) -> None:
+        """Begin with a graph that is written and will not change."""
+        target = self._target(name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self._added[name] = (graph, self._pool.submit(_optimise, self._root / graph.path, target))
+
+    def finish(self, progress: Progress = lambda message: None) -> dict[str, Engine]:
+        """Wait for all and merge their weights; engines by graph name. CompexportError names the graph that failed."""
+        with _PackedWeights(self._root / self._folder / WEIGHTS) as weights:
+            for name, (graph, written) in self._added.items():
+                progress(f"optimising {name} for ONNX Runtime {version()}")
+                try:
+                    weights.adopt(self._target(name), written.result())
+                except Exception as error:
+                    what = f"{Path(graph.path).name}: ONNX Runtime cannot build it"
+                    raise CompexportError(describe(what, got=_first_line(error))) from error
+        return {name: _engine(name, graph, self._folder) for name, (graph, _) in self._added.items()}
+
+    def _target(self, name: str) -> Path:
+        return self._root / self._folder / f"{name}.onnx"
+
+    def __enter__(self) -> EngineBuilder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
 
 
-def engine_key(graph: Graph) -> str:
-    """Hash of what an engine depends on."""
-    facts = "\0".join((graph.key, version(), instruction_set(), _source_sha256()))
+def engine_key(graph_key: str) -> str:
+    """Hash of what the engine of a graph depends on."""
+    facts = "\0".join((graph_key, version(), instruction_set(), _source_sha256()))
     return hashlib.sha256(facts.encode()).hexdigest()
 
 
@@ -131,7 +146,7 @@ def _engine(name: str, graph: Graph, folder: str) -> Engine:
         device=instruction_set(),
         path=path,
         files=[path, f"{folder}/{WEIGHTS}"],
-        key=engine_key(graph),
+        key=engine_key(graph.key),
     )
 
 

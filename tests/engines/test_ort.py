@@ -96,7 +96,7 @@ def test_manifest_entries(bundle: Bundle) -> None:
         assert name == f"{engine.graph}-ort-cpu"
         assert engine.backend_version == onnxruntime.__version__
         assert engine.files == [engine.path, "engines/ort-cpu/weights.bin"]
-        assert engine.key == ort.engine_key(bundle.manifest.graphs[engine.graph])
+        assert engine.key == ort.engine_key(bundle.manifest.graphs[engine.graph].key)
 
 
 # --- running ------------------------------------------------------------------------------------------------------
