@@ -15,31 +15,29 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks.models import bert_base
+from benchmarks.record import command_line, save
 
 FAMILY_TARGET, UNCHANGED_TARGET_S = 1.8, 2.0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", default=str(Path(tempfile.gettempdir()) / "compexport-latency"))
+    parser = command_line(__doc__, "build_time", work=True)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--out", default="benchmarks/results/build_time.json")
     parser.add_argument("--build", nargs=2, metavar=("RATIOS", "OUTPUT"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    work = Path(options.work)
+    work = options.work
     if options.build:
         print(json.dumps(build(work / "bert-base", *options.build)))
         return 0
     bert_base(work / "bert-base")
     rounds = [_round(work) for _ in range(options.rounds)]
     result = _summary(rounds)
-    Path(options.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    save(options.out, result)
     print(json.dumps(result, indent=1))
     met = result["family_over_export_and_check"] <= FAMILY_TARGET
     return 0 if met and result["unchanged_s"] <= UNCHANGED_TARGET_S else 3

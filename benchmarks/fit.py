@@ -17,6 +17,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.record import command_line, save
 from calib.data import docstrings
 from engines.measure import environment
 
@@ -27,7 +28,7 @@ MEASURED_LENGTH = 128  # tokens; the fit sees shorter ones
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, "fit_minilm")
     parser.add_argument("--minutes", type=float, default=40.0)
     parser.add_argument("--steps", type=int, help="end after so many steps too, whatever the time")
     parser.add_argument("--ratios", default="2,4,8")
@@ -35,11 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint", type=Path, required=True, help="new folder for backbone and plugins")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/fit_minilm.json"))
     options = parser.parse_args(arguments)
     result = run(options)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    save(options.out, result)
     print(json.dumps(result["cosine"], indent=1))
     return 0 if all(result["cosine"][ratio] >= target for ratio, target in result["targets"].items()) else 3
 

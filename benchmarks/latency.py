@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.models import bert_base, stock_export
+from benchmarks.record import command_line, save
 from compexport.latency import random_feeds, realised
 from engines.backends import ort
 from engines.bundle import Bundle
@@ -36,7 +37,7 @@ BACKBONE = "variator-r1-fp32"
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
-    work = Path(options.work)
+    work = options.work
     model = bert_base(work / "bert-base")
     family.build(model, RATIOS[1:], work / "bundle", untrained=True)
     bundle = Bundle.open(work / "bundle")
@@ -81,8 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
         "where_ms": shares,
     }
     if options.keep:
-        _keep(json.loads(Path(options.out).read_text(encoding="utf-8")), result)
-    Path(options.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        _keep(json.loads(options.out.read_text(encoding="utf-8")), result)
+    save(options.out, result)
     return 3 if _missed(cells, against_stock) else 0
 
 
@@ -102,14 +103,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     def numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", default=str(Path(tempfile.gettempdir()) / "compexport-latency"))
+    parser = command_line(__doc__, "latency", work=True)
     parser.add_argument("--batch", type=numbers, default=[1, 8])
     parser.add_argument("--length", type=numbers, default=[128, 512])
     parser.add_argument("--runs", type=int, default=16, help="at least, of each; half of it where one takes seconds")
     parser.add_argument("--seconds", type=float, default=40.0, help="at least, per batch and length")
     parser.add_argument("--keep", action="store_true", help="keep the other cells of an earlier result")
-    parser.add_argument("--out", default="benchmarks/results/latency.json")
     return parser.parse_args(arguments)
 
 

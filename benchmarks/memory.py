@@ -14,11 +14,11 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from benchmarks.models import bert_base, stock_export
+from benchmarks.record import command_line, save
 
 MEMORY_TARGET, DISK_TARGET = 1.20, 1.06
 CASES = {"engines, ratio 1": ("engine", "1"), "engines, ratios 1 2 4 8": ("engine", "1,2,4,8")}
@@ -26,16 +26,13 @@ PLAIN = {"plain sessions, ratio 1": ("plain", "1"), "plain sessions, ratios 1 2 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", default=str(Path(tempfile.gettempdir()) / "compexport-latency"))
-    parser.add_argument("--out", default="benchmarks/results/memory.json")
+    parser = command_line(__doc__, "memory", work=True)
     parser.add_argument("--case", nargs=2, metavar=("KIND", "RATIOS"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    work = Path(options.work)
     if options.case:
-        print(json.dumps(measure_case(work / "bundle", *options.case)))
+        print(json.dumps(measure_case(options.work / "bundle", *options.case)))
         return 0
-    return measure_all(work, Path(options.out))
+    return measure_all(options.work, options.out)
 
 
 def measure_all(work: Path, out: Path) -> int:
@@ -59,7 +56,7 @@ def measure_all(work: Path, out: Path) -> int:
         "disk_ratio": graphs / one_model,
         "engines_bytes": sum(p.stat().st_size for p in (work / "bundle" / "engines").rglob("*") if p.is_file()),
     }
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    save(out, result)
     print(json.dumps(result, indent=1))
     return 0 if memory <= MEMORY_TARGET and graphs / one_model <= DISK_TARGET else 3
 

@@ -9,17 +9,15 @@ subtracted. Exit code 3 when a seen shape misses the target (median 20 us, p99 5
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import platform
 import random
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from time import perf_counter_ns
 from typing import Any
 
+from benchmarks.record import command_line, save
+from engines.measure import environment
 from engines.profile import Profile
 from engines.selector import Correction, Decision, Quality, select
 
@@ -100,34 +98,12 @@ def measure(decisions: int) -> dict[str, Any]:
     }
 
 
-def environment() -> dict[str, Any]:
-    return {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cpu": cpu_name(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "load_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-    }
-
-
-def cpu_name() -> str:
-    """The model name as Linux reports it, or what Python knows."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = command_line(__doc__, "selector")
     parser.add_argument("--decisions", type=int, default=20_000)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "selector.json")
     options = parser.parse_args()
     record = measure(options.decisions)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(record, indent=2) + "\n")
+    save(options.out, record)
     print(json.dumps(record, indent=2))
     seen = record["seen_shape"]
     return 0 if seen["p50_us"] <= TARGET_P50_US and seen["p99_us"] <= TARGET_P99_US else 3

@@ -8,7 +8,6 @@ code 3 when a target is missed (import <= 100 ms over an empty interpreter, help
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -17,15 +16,15 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from benchmarks.record import command_line, save
 from engines.measure import environment, interleave
 
 IMPORT_TARGET_MS, HELP_TARGET_MS = 100.0, 300.0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, "startup")
     parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--out", default="benchmarks/results/startup.json")
     options = parser.parse_args(arguments)
     commands = {
         "empty interpreter": [sys.executable, "-c", "pass"],
@@ -37,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     }
     timings = interleave(calls, min_runs=options.runs)
     result = {"environment": environment(), "timings": {name: asdict(t) for name, t in timings.items()}}
-    Path(options.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    save(options.out, result)
     print(json.dumps(result, indent=1))
     added = timings["import compexport"].p50_ms - timings["empty interpreter"].p50_ms
     return 0 if added <= IMPORT_TARGET_MS and timings["compexport --help"].p50_ms <= HELP_TARGET_MS else 3
