@@ -168,15 +168,16 @@ def fit_texts(
     progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Fit Variator plugins on ``texts``; ``output`` may be ``model`` itself, whose own files are never changed."""
-    from calib import training
+    from calib.fit import fit_variator
+    from calib.settings import FitSettings
     from exporter.backbone import load_backbone
 
     loss = _choice("loss", fit.loss, LOSSES)
     progress("loading the model")
     backbone = load_backbone(model, attention="sdpa")
-    steps = fit.steps or (training.FitSettings.steps if fit.max_seconds is None else UNTIL_TIME_IS_UP)
-    settings = training.FitSettings(steps=steps, max_seconds=fit.max_seconds, seed=fit.seed, loss=loss)
-    result = training.fit_variator(backbone, texts, ratios, settings=settings, progress=progress)
+    steps = fit.steps or (FitSettings.steps if fit.max_seconds is None else UNTIL_TIME_IS_UP)
+    settings = FitSettings(steps=steps, max_seconds=fit.max_seconds, seed=fit.seed, loss=loss)
+    result = fit_variator(backbone, texts, ratios, settings=settings, progress=progress)
     result.save(output, backbone)
     return {"output": str(output), **result.record}
 
