@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -58,29 +59,42 @@ class Collate:
         return batch
 
 
-class LengthBuckets(Sampler[int]):
-    """Random order in which every batch holds texts of similar length, so that little of it is padding."""
+class LengthBuckets(Sampler[list[int]]):
+    """``steps`` batches of row numbers: every row once in random order, then again in another.
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self.lengths, self.batch_size = lengths, batch_size
-        self.generator = torch.Generator().manual_seed(seed)
+    A batch holds texts of similar length, so that little of it is padding. ``share`` (process, processes) gives this
+    process its rows of every batch.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, seed: int, steps: int, share: tuple[int, int] = (0, 1)
+    ) -> None:
+        self.lengths, self.batch_size, self.seed, self.steps = lengths, batch_size, seed, steps
+        self.process, self.processes = share
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return self.steps
 
-    def __iter__(self) -> Iterator[int]:
-        order = torch.randperm(len(self.lengths), generator=self.generator).tolist()
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed)
+        left = self.steps
+        while left > 0:
+            for batch in islice(self._every_row(generator), left):
+                left -= 1
+                # The last batch of a pass may be too short for all: then some process repeats one of its rows.
+                yield batch[self.process :: self.processes] or batch[:1]
+
+    def _every_row(self, generator: torch.Generator) -> Iterator[list[int]]:
+        """Batches that hold every row once."""
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
         size = self.batch_size * BUCKETED_BATCHES
         for start in range(0, len(order), size):
             bucket = sorted(order[start : start + size], key=self.lengths.__getitem__)
             batches = [bucket[i : i + self.batch_size] for i in range(0, len(bucket), self.batch_size)]
-            # Only a whole batch may move, or the batches after a short one would be cut elsewhere.
             whole = [batch for batch in batches if len(batch) == self.batch_size]
-            for index in torch.randperm(len(whole), generator=self.generator).tolist():
-                yield from whole[index]
-            for batch in batches:
-                if len(batch) < self.batch_size:
-                    yield from batch
+            for index in torch.randperm(len(whole), generator=generator).tolist():
+                yield whole[index]
+            yield from (batch for batch in batches if len(batch) < self.batch_size)
 
 
 def collate_for(backbone: Backbone) -> Collate:

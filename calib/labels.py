@@ -7,6 +7,9 @@ from typing import Any
 
 from compexport.errors import InputError, describe
 
+# Tasks whose answer is one class of a text. "label-words": the class is the most likely of some words.
+CLASSIFIERS = ("sequence-classification", "label-words")
+
 
 def label_ids(labels: Sequence[Any], names: Sequence[str], origin: str = "") -> list[int]:
     """Class numbers of labels given as names (without regard to case) or numbers. InputError names the stranger."""

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from calib.arithmetic import to_device
 from calib.batches import batches_by_length, collate_for, tokenise
 from calib.data import Examples
-from calib.labels import label_ids
+from calib.labels import CLASSIFIERS, label_ids
 from calib.losses import embedding
 from calib.settings import FitSettings
 from calib.students import Students
@@ -31,14 +32,14 @@ def measure(
 ) -> tuple[str, float, dict[int, float]]:
     """(metric, the backbone's value, each ratio's value) on the first ``limit`` of the examples, in fp32."""
     examples = examples.take(range(min(len(examples), limit)))
-    labels = None
-    if backbone.task == "sequence-classification" and examples.labels is not None and len(backbone.labels) > 1:
-        labels = label_ids(examples.labels, backbone.labels, examples.origin)
+    labels = known_labels(backbone, examples)
     rows = tokenise(backbone, examples, settings.max_length, labels)
     model = Students(backbone, plugins).eval()
     sums: dict[int, float] = dict.fromkeys((1, *plugins), 0.0)
     count = 0
-    for batch in batches_by_length(rows, settings.batch_size, collate_for(backbone)):
+    device = next(backbone.model.parameters()).device
+    for made in batches_by_length(rows, settings.batch_size, collate_for(backbone)):
+        batch = to_device(made, device)
         truth = batch.pop("labels", None)
         teacher, students = model(**batch)
         for ratio, states in {1: teacher, **students}.items():
@@ -48,6 +49,16 @@ def measure(
     means = {ratio: total / count for ratio, total in sums.items()}
     metric = "cosine" if backbone.task == "feature-extraction" else "agreement" if labels is None else "accuracy"
     return metric, means.pop(1), means
+
+
+def known_labels(backbone: Backbone, examples: Examples) -> list[int] | None:
+    """Class numbers of the examples' labels where the answer is a class; None where answers are not measured so.
+
+    InputError names a label that the model does not have.
+    """
+    if backbone.task not in CLASSIFIERS or examples.labels is None or len(backbone.labels) < 2:
+        return None
+    return label_ids(examples.labels, backbone.labels, examples.origin)
 
 
 def _hits(backbone: Backbone, student: Tensor, teacher: Tensor, mask: Tensor, truth: Tensor | None) -> Tensor:

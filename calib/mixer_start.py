@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib.arithmetic import autocast
+from calib.arithmetic import autocast, to_device
 from calib.batches import Batch, batches_by_length, collate_for
 from calib.progress import Progress, silent
 from calib.settings import FitSettings
@@ -30,9 +30,13 @@ def start_mixers(
     plugins: Mapping[int, VariatorPlugins],
     rows: Sequence[Mapping[str, Any]],
     settings: FitSettings,
+    device: torch.device,
     progress: Progress = silent,
 ) -> None:
-    """Overwrite the mixers of ``plugins`` (by ratio) with what a random sample of ``rows`` says about quiet tokens."""
+    """Overwrite the mixers of ``plugins`` (by ratio) with what a random sample of ``rows`` says about quiet tokens.
+
+    Backbone and plugins are on ``device``.
+    """
     sample: list[Mapping[str, Any]] = []
     tokens = 0
     for index in torch.randperm(len(rows)).tolist():
@@ -40,8 +44,9 @@ def start_mixers(
         tokens += len(rows[index]["input_ids"])
         if tokens >= TOKENS_PER_CHANNEL * backbone.hidden_size:
             break
-    batches = batches_by_length(sample, 2 * settings.batch_size, collate_for(backbone))
-    with autocast(settings):
+    made = batches_by_length(sample, 2 * settings.batch_size, collate_for(backbone))
+    batches = [to_device(batch, device) for batch in made]
+    with autocast(settings.precision):
         prefer_quiet_tokens(backbone, plugins, _affordable(backbone, batches, settings), progress)
 
 
@@ -94,7 +99,7 @@ def quiet_direction(x: Tensor, norms: Tensor) -> Tensor:
     """
     centred = x - x.mean(0)
     variance = (centred.T @ centred).double()
-    variance += RIDGE * variance.diagonal().mean() * torch.eye(len(variance), dtype=torch.float64)
+    variance += RIDGE * variance.diagonal().mean() * torch.eye(len(variance), dtype=torch.float64, device=x.device)
     slope = torch.linalg.solve(variance, (centred.T @ (norms - norms.mean())).double()).float()
     return -slope / (QUIET_UNIT * norms.mean()).clamp_min(1e-6)
 

@@ -24,7 +24,7 @@ from exporter.methods.variator import VariatorPlugins
 from tests.models import TEXTS
 
 MANY = [f"{text} {number}" for number in range(6) for text in TEXTS]
-QUICK = FitSettings(steps=2, batch_size=4, max_length=24, bf16=False)
+QUICK = FitSettings(steps=2, batch_size=4, max_length=24, precision="fp32")
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +107,7 @@ def test_mixers_start_by_preferring_quiet_tokens() -> None:
 
 
 def test_steps_lower_the_error(backbone: Backbone) -> None:
-    settings = FitSettings(steps=40, batch_size=8, max_length=24, bf16=False, widths={4: 8})
+    settings = FitSettings(steps=40, batch_size=8, max_length=24, precision="fp32", widths={4: 8})
     result = fit_variator(backbone, MANY, [4], held_out=MANY, settings=settings)
     start = fit_variator(backbone, MANY, [4], held_out=MANY, settings=FitSettings(**{**vars(settings), "steps": 1}))
     assert result.record["student"]["4"] > start.record["student"]["4"]
@@ -160,7 +160,7 @@ def test_settings_are_checked(backbone: Backbone, wrong: dict[str, object]) -> N
 
 def test_batches_hold_texts_of_similar_length() -> None:
     lengths = [3, 40] * 20 + [5]
-    order = list(LengthBuckets(lengths, 4, seed=0))
+    order = [i for batch in LengthBuckets(lengths, 4, 0, 11) for i in batch]
     assert sorted(order) == list(range(41))
     batches = [[lengths[i] for i in order[start : start + 4]] for start in range(0, 41, 4)]
     assert sum(len(set(batch)) > 1 for batch in batches) <= 4
@@ -169,7 +169,7 @@ def test_batches_hold_texts_of_similar_length() -> None:
 def test_a_late_start_still_leaves_time_for_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr("calib.clock.time.monotonic", lambda: now[0])
-    clock = Clock(0.0, FitSettings(steps=1000, max_seconds=60.0), stepping=100.0)
+    clock = Clock(0.0, 1000, 60.0, stepping=100.0)
     now[0] = 115.0
     assert clock.share(3) == pytest.approx(0.5)
     now[0] = 130.0
