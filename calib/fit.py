@@ -151,10 +151,11 @@ def fit_separately(
     return _together(results, settings)
 
 
-def _report(
-    progress: Progress, prefix: str, message: str, done: float | None = None, total: float | None = None
-) -> None:
-    progress(prefix + message, done, total)
+def _prefixed(progress: Progress, prefix: str) -> Progress:
+    def report(message: str, done: float | None = None, total: float | None = None) -> None:
+        progress(prefix + message, done, total)
+
+    return report
 
 
 def _together(results: Sequence[FitResult], settings: FitSettings) -> FitResult:
