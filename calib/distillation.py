@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from calib.batches import Batch, collate_for
 from calib.clock import Clock
-from calib.losses import batch_loss, takes_part
+from calib.losses import STEPS_SHARE, batch_loss, takes_part
 from calib.progress import Progress, silent
 from calib.settings import FitSettings
 from calib.students import Students
@@ -58,7 +58,7 @@ def distillation(
         seed=settings.seed,
         precision=settings.precision,
         betas=BETAS,
-        partial=len(plugins) > 1,
+        partial=max(plugins) > STEPS_SHARE * smallest,
         unfinished=unfinished,
         progress=progress,
     )

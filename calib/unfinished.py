@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,15 +54,11 @@ class Unfinished:
             if other != checkpoint:
                 shutil.rmtree(other, ignore_errors=True)
 
-    def remove(self) -> None:
-        """The run is finished and its result written."""
-        processes.by_first(lambda: shutil.rmtree(self.folder, ignore_errors=True))
-
 
 def place(output: Path) -> Path:
     """Where the unfinished run of ``output`` is kept."""
-    output = output.resolve()
-    return output.with_name(output.name + SUFFIX)
+    named = output if output.name not in {"", ".."} else output.resolve()
+    return named.with_name(named.name + SUFFIX)
 
 
 def require_none(output: Path) -> None:
@@ -78,26 +75,38 @@ def require_none(output: Path) -> None:
         raise InputError(describe(f"{folder}: already there", expected="nothing, or an unfinished run of ours"))
 
 
-def begin(output: Path, run: Mapping[str, Any], *, resume: bool, save_every: int | None = None) -> Unfinished:
-    """Prepare the folder for the run that ``run`` describes (JSON values); with ``resume``, keep what is there.
+@contextmanager
+def keeping(
+    output: Path, run: Mapping[str, Any], *, resume: bool, save_every: int | None = None
+) -> Iterator[Unfinished]:
+    """The folder of the run that ``run`` describes (JSON values); with ``resume``, what is there is kept.
 
+    Write the result inside: afterwards the folder is gone. An error leaves it, if there is anything to go on from.
     Raises InputError for a run that was left unfinished when it is not to be resumed, or had other settings.
     """
     folder = place(output)
     # Through JSON and back, so that it compares equal to what was read.
     wanted = json.loads(json.dumps({"format": FORMAT, **run}))
+    processes.by_first(lambda: _prepare(output, wanted, resume))
+    try:
+        yield Unfinished(folder, save_every)
+    except BaseException:
+        # Not asked of all: the others may have failed elsewhere.
+        if processes.rank() == 0 and not any(folder.rglob(CLOCK)):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    processes.by_first(lambda: shutil.rmtree(folder, ignore_errors=True))
 
-    def prepare() -> None:
-        if resume and any(folder.rglob(CLOCK)):
-            _require_same(folder, wanted)
-            return
-        require_none(output)
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        write_json(folder / RUN, wanted)
 
-    processes.by_first(prepare)
-    return Unfinished(folder, save_every)
+def _prepare(output: Path, wanted: Mapping[str, Any], resume: bool) -> None:
+    folder = place(output)
+    if resume and any(folder.rglob(CLOCK)):
+        _require_same(folder, wanted)
+        return
+    require_none(output)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write_json(folder / RUN, wanted)
 
 
 def _require_same(folder: Path, wanted: Mapping[str, Any]) -> None:
