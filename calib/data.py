@@ -8,46 +8,27 @@ from __future__ import annotations
 
 import csv
 import gc
+import hashlib
+import json
 import logging
+import random
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from calib.columns import Columns, choose_columns, listed
 from calib.docstrings import docstrings
 from compexport.errors import InputError, describe
 
 __all__ = ["Columns", "Examples", "docstrings", "read"]
 
-# Usual names, most telling first; compared without case.
-TEXT_NAMES = ("text", "sentence", "sentence1", "source", "question", "premise", "review", "content", "tokens", "words")
-PAIR_NAMES = ("sentence2", "text_pair", "text2", "context", "hypothesis", "answer_sentence")
-LABEL_NAMES = ("label", "labels", "answers", "answer", "ner_tags", "tags", "class", "category", "score")
-TARGET_NAMES = ("target", "summary", "translation")
-# A pair is assumed only beside the first text it belongs to.
-PARTNERS = {"sentence1": ("sentence2",), "question": ("context", "sentence", "answer_sentence"),
-            "premise": ("hypothesis",), "text": ("text_pair", "text2"), "sentence": ("sentence2",)}  # fmt: skip
-
 BUILDERS = {".tsv": "csv", ".csv": "csv", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".txt": "text"}
 SPLIT_NAMES = {"train": ("train", "training"), "dev": ("dev", "validation", "valid", "val", "eval", "test")}
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Which column serves as what; None where there is none."""
-
-    text: str
-    text_pair: str | None = None
-    label: str | None = None
-    target: str | None = None
-
-    def __str__(self) -> str:
-        chosen = {"text": self.text, "text-pair": self.text_pair, "label": self.label, "target": self.target}
-        return ", ".join(f"{role} = {name}" for role, name in chosen.items() if name is not None)
 
 
 @dataclass(frozen=True)
@@ -55,7 +36,7 @@ class Examples:
     """Rows in the order of the file. ``pairs``, ``labels`` and ``targets`` are None or as long as ``texts``.
 
     A label is a string, a number, a list (one per token) or, for question answering, a list of accepted answers.
-    ``origin`` names the file that was read.
+    ``label_names``, where the data say so, are what class numbers mean. ``origin`` names the file that was read.
     """
 
     texts: list[str]
@@ -64,6 +45,7 @@ class Examples:
     targets: list[str] | None = None
     columns_chosen: Columns = field(default_factory=lambda: Columns("text"))
     origin: str = ""
+    label_names: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -77,6 +59,17 @@ class Examples:
 
         texts = [self.texts[index] for index in chosen]
         return replace(self, texts=texts, pairs=pick(self.pairs), labels=pick(self.labels), targets=pick(self.targets))
+
+    def sample(self, limit: int | None, seed: int) -> Examples:
+        """At most ``limit`` of them, drawn by ``seed``, in the order they have here."""
+        if limit is None or limit >= len(self):
+            return self
+        return self.take(sorted(random.Random(seed).sample(range(len(self)), limit)))
+
+    def sha256(self) -> str:
+        """Identity of what is in them, wherever it was read."""
+        content = json.dumps([self.texts, self.pairs, self.labels, self.targets], ensure_ascii=False, default=str)
+        return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
     @property
     def inputs(self) -> list[str | tuple[str, str]]:
@@ -96,6 +89,8 @@ def read(
 ) -> Examples:
     """Read ``split`` ("train" or "dev") of a folder, or a file as a whole; at most the first ``limit`` rows.
 
+    A folder's ``labels.txt`` says what class numbers mean, one name a line, from 0.
+
     Raises InputError, in one line, for a missing, empty or damaged file, an unknown kind of file, a column that is not
     there (naming those that are), an empty text, or a label that is missing in some row.
     """
@@ -108,46 +103,39 @@ def read(
         columns = choose_columns(names, origin, text=text, text_pair=text_pair, label=label, target=target)
         examples = _examples(islice(rows, limit), columns, origin)
         del rows
+    if path.is_dir() and columns.label is not None:
+        examples = replace(examples, label_names=_label_names(path))
     if not examples.texts:
         raise InputError(describe(f"{origin}: no rows", expected="at least one"))
     return examples
 
 
-def choose_columns(
-    names: Sequence[str],
-    origin: str,
-    *,
-    text: str | None = None,
-    text_pair: str | None = None,
-    label: str | None = None,
-    target: str | None = None,
-) -> Columns:
-    """The columns asked for, and for the rest the usual names; InputError lists what there is."""
-    for role, name in {"text": text, "text-pair": text_pair, "label": label, "target": target}.items():
-        if name is not None and name not in names:
-            raise InputError(describe(f"{origin}: no column for --{role}", got=name, expected=_listed(names)))
-    chosen = text or _recognised(TEXT_NAMES, names)
-    if chosen is None:
-        hint = "name the column with --text"
-        raise InputError(
-            describe(f"{origin}: no text column recognised", expected=f"one of {_listed(names)}", hint=hint)
-        )
-    partners = PARTNERS.get(chosen.lower(), ()) if text is None else ()
-    return Columns(
-        text=chosen,
-        text_pair=text_pair or _recognised(partners, names),
-        label=label or _recognised(LABEL_NAMES, names),
-        target=target or _recognised(TARGET_NAMES, names),
-    )
+def has_split(path: str | Path, split: str) -> bool:
+    """Whether ``path`` is a folder with data of this split."""
+    path = Path(path)
+    if not path.is_dir():
+        return False
+    if _saved_by_datasets(path):
+        names = {file.name for file in path.iterdir() if file.is_dir()}
+        return (path / "dataset_dict.json").is_file() and bool(names & set(SPLIT_NAMES.get(split, (split,))))
+    stems = {file.stem.lower() for file in path.iterdir() if file.is_file() and file.suffix.lower() in BUILDERS}
+    return bool(stems & set(SPLIT_NAMES.get(split, (split,))))
 
 
-def _recognised(usual: Iterable[str], names: Sequence[str]) -> str | None:
-    by_lower = {name.lower(): name for name in reversed(names)}
-    return next((by_lower[name] for name in usual if name in by_lower), None)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names) or "no columns at all"
+def _label_names(folder: Path) -> list[str] | None:
+    """The lines of ``labels.txt``; for a folder that ``datasets`` saved, names stand in the rows already."""
+    file = folder / "labels.txt"
+    if not file.is_file():
+        return None
+    try:
+        names = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(describe(f"{file}: cannot be read", got=_first_line(error), expected="UTF-8 text")) from error
+    while names and not names[-1]:
+        names.pop()
+    if not names or "" in names or len({name.lower() for name in names}) != len(names):
+        raise InputError(describe(f"{file}: label names", got=listed(names), expected="distinct names, one a line"))
+    return names
 
 
 # --- rows ----------------------------------------------------------------------------------------------------------
@@ -209,7 +197,7 @@ def _saved_rows(folder: Path, split: str | None) -> _Opened:
         wanted = SPLIT_NAMES.get(split or "train", (split or "train",))
         name = next((name for name in wanted if name in data), None)
         if name is None:
-            raise InputError(describe(f"{folder}: no split {split or 'train'}", expected=_listed(list(data))))
+            raise InputError(describe(f"{folder}: no split {split or 'train'}", expected=listed(list(data))))
         data = data[name]
     return str(folder), list(data.column_names), (_named_labels(row, data.features) for row in data)
 
@@ -292,7 +280,7 @@ def _header(file: Path, form: dict[str, Any]) -> list[str]:
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(describe(f"{file}: cannot be read", got=_first_line(error), expected="UTF-8 text")) from error
     if len(set(names)) != len(names):
-        raise InputError(describe(f"{file}: two columns of one name", got=_listed(names), expected="distinct names"))
+        raise InputError(describe(f"{file}: two columns of one name", got=listed(names), expected="distinct names"))
     return names
 
 

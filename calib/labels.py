@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compexport.errors import InputError, describe
+
+if TYPE_CHECKING:
+    from calib.data import Examples
+
+# Tasks whose answer is one class of a text. "label-words": the class is the most likely of some words.
+CLASSIFIERS = ("sequence-classification", "label-words")
+MOST_CLASSES = 1000  # more distinct labels than this are something else than classes
+SHOWN = 5  # labels in a message
 
 
 def label_ids(labels: Sequence[Any], names: Sequence[str], origin: str = "") -> list[int]:
@@ -13,10 +21,46 @@ def label_ids(labels: Sequence[Any], names: Sequence[str], origin: str = "") -> 
     by_name = {str(index): index for index in range(len(names))} | {name.lower(): i for i, name in enumerate(names)}
     found = []
     for row, label in enumerate(labels, start=1):
-        key = str(int(label)) if isinstance(label, float) and label == int(label) else str(label).strip().lower()
+        key = _text(label).lower()
         if key not in by_name:
             where = f"{origin}: row {row}: " if origin else ""
             expected = f"one of {', '.join(names)} or 0 to {len(names) - 1}"
             raise InputError(describe(f"{where}unknown label", got=repr(label), expected=expected))
         found.append(by_name[key])
     return found
+
+
+def class_names(examples: Examples) -> list[str]:
+    """The names of the classes that the labels of ``examples`` tell apart, in the order of their numbers.
+
+    Whole numbers are ordered as such, names by the alphabet. Where the data name their numbers (``label_names``), these
+    are the names. InputError for labels that are no classes: none, lists, fractions, all alike, or nearly all distinct.
+    """
+    origin = examples.origin or "data"
+    if examples.labels is None:
+        hint = "name the column with --label"
+        raise InputError(describe(f"{origin}: no label column recognised", expected="labels", hint=hint))
+    if examples.label_names is not None:
+        label_ids(examples.labels, examples.label_names, origin)
+        return examples.label_names
+    spelled: dict[str, str] = {}
+    for row, label in enumerate(examples.labels, start=1):
+        if isinstance(label, list | tuple | dict) or (isinstance(label, float) and not label.is_integer()):
+            got, hint = repr(label), "name another column with --label"
+            raise InputError(describe(f"{origin}: row {row}: label", got=got, expected="one class", hint=hint))
+        spelled.setdefault(_text(label).lower(), _text(label))
+    names = list(spelled.values())
+    shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+    if len(names) < 2:
+        raise InputError(describe(f"{origin}: labels", got=f"only {shown}", expected="at least two classes"))
+    if len(names) > min(MOST_CLASSES, max(2, len(examples) // 2)):
+        got, hint = f"{len(names)} distinct ones ({shown}) in {len(examples)} rows", "name another column with --label"
+        raise InputError(describe(f"{origin}: labels", got=got, expected="few classes", hint=hint))
+    try:
+        return sorted(names, key=int)
+    except ValueError:
+        return sorted(names, key=str.lower)
+
+
+def _text(label: Any) -> str:
+    return str(int(label)) if isinstance(label, float) and label.is_integer() else str(label).strip()

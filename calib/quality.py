@@ -10,13 +10,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from calib.data import Examples
 from calib.labels import label_ids
+from calib.progress import Progress, silent
 from compexport.errors import InputError, describe
 from engines.runtime import Runtime
 
@@ -25,16 +26,6 @@ PAIRS = 20_000  # pairs of texts, at most, whose similarities are ranked
 ARTICLES = {"a", "an", "the"}
 
 Answers = Sequence[Mapping[str, Any]]
-
-
-class Progress(Protocol):
-    """How long work reports itself: the stage, and how far it is when that is known."""
-
-    def __call__(self, message: str, done: float | None = None, total: float | None = None) -> None: ...
-
-
-def _silent(message: str, done: float | None = None, total: float | None = None) -> None:
-    """The progress of callers that want none."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +41,7 @@ class Evaluation:
         return {**{name: self.table[name] for name in names}, "variants": self.rows}
 
 
-def evaluate(runtime: Runtime, examples: Examples, *, data: str = "", progress: Progress = _silent) -> Evaluation:
+def evaluate(runtime: Runtime, examples: Examples, *, data: str = "", progress: Progress = silent) -> Evaluation:
     """Let every variant of ``runtime`` answer ``examples`` and compare; nothing is written.
 
     Metrics: "cosine" with the backbone's embedding, and Spearman's correlation of pair similarities; "accuracy" of

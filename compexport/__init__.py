@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from compexport.api import Columns, Device, Fit, bench, build, evaluate, inspect, load, train, verify
+    from compexport.api import Columns, Device, Fit, Rows, Saving, bench, build, evaluate, inspect, load, verify
     from compexport.errors import (
         BundleError,
         CompexportError,
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         ParityError,
         TargetMissed,
     )
+    from compexport.training import train
     from engines.bundle import Bundle
     from engines.runtime import Result, Runtime
     from engines.selector import Decision
@@ -48,6 +49,8 @@ __all__ = [
     "Columns",
     "Device",
     "Fit",
+    "Rows",
+    "Saving",
     # what can go wrong
     "BundleError",
     "CompexportError",
@@ -58,8 +61,9 @@ __all__ = [
 ]  # fmt: skip
 
 _HOMES = {
-    **dict.fromkeys(("bench", "build", "evaluate", "inspect", "load", "train", "verify"), "compexport.api"),
-    **dict.fromkeys(("Columns", "Device", "Fit"), "compexport.api"),
+    **dict.fromkeys(("bench", "build", "evaluate", "inspect", "load", "verify"), "compexport.api"),
+    **dict.fromkeys(("Columns", "Device", "Fit", "Rows", "Saving"), "compexport.api"),
+    "train": "compexport.training",
     "Bundle": "engines.bundle",
     "Decision": "engines.selector",
     "Result": "engines.runtime",

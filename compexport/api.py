@@ -1,4 +1,4 @@
-"""What one does with compexport: build, train, load, bench, evaluate, select, run, inspect, verify.
+"""What one does with compexport, but for training: build, load, bench, evaluate, select, run, inspect, verify.
 
 Each is a short composition of the folders below; the command line calls the same functions. Those whose result a
 command prints return that command's JSON document as a dict.
@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 
 METHODS = ("variator",)
 PRECISIONS: tuple[Literal["fp32"], ...] = ("fp32",)
-LOSSES: tuple[Literal["hidden", "task", "task-hidden"], ...] = ("hidden", "task", "task-hidden")
 DEFAULT_RATIOS = (2, 4, 8)
-UNTIL_TIME_IS_UP = 1_000_000  # steps, for a fit that only a number of seconds ends
 
 
 Name = TypeVar("Name", bound=str)
@@ -42,12 +40,41 @@ class Columns:
 
 @dataclass(frozen=True)
 class Fit:
-    """How long and from which seed plugins are fitted; None keeps the method's own default."""
+    """How a model or its plugins are trained; None keeps the method's own default.
+
+    ``batch_size`` in texts per step, of all processes together; ``max_length`` in tokens. ``epochs`` and ``steps``
+    exclude each other. Plugins only: ``loss``; ``separately``, one ratio after the other; ``fresh``, not from plugins
+    that are there already; ``start``, from those of another folder.
+    """
 
     steps: int | None = None
     max_seconds: float | None = None
     seed: int = 0
     loss: str = "hidden"
+    epochs: float | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    max_length: int | None = None
+    precision: str = "auto"
+    separately: bool = False
+    fresh: bool = False
+    start: str | Path | None = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of the training data to use: at most ``limit``, drawn by the seed, or the ``first`` ones."""
+
+    limit: int | None = None
+    first: bool = False
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Whether to go on with an unfinished run, and after how many steps to save besides every 30 s or so."""
+
+    resume: bool = False
+    save_every: int | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +86,7 @@ class Device:
     threads: int | None = None
 
 
-COLUMNS, FIT, DEVICE = Columns(), Fit(), Device()  # the defaults
+COLUMNS, FIT, DEVICE, ROWS, SAVING = Columns(), Fit(), Device(), Rows(), Saving()  # the defaults
 
 
 def quiet(message: str, done: float | None = None, total: float | None = None) -> None:
@@ -134,53 +161,6 @@ def _unchecked(path: Path) -> Bundle | None:
 # --- making a family -----------------------------------------------------------------------------------------------
 
 
-def train(
-    model: str | Path,
-    data: str | Path,
-    *,
-    ratios: Sequence[float] | None = None,
-    output: str | Path = "trained",
-    method: str = "variator",
-    columns: Columns = COLUMNS,
-    fit: Fit = FIT,
-    progress: Progress = quiet,
-) -> dict[str, Any]:
-    """Fit plugins to ``model`` on the texts of ``data`` and write the method checkpoint ``output``.
-
-    Raises InputError for bad input, in which case nothing was written.
-    """
-    _choice("method", method, METHODS)
-    wanted = whole_ratios(ratios if ratios is not None else DEFAULT_RATIOS)
-    if not wanted:
-        raise InputError(describe("nothing to fit: ratio 1 is the backbone", expected="ratios above 1, like 2,4,8"))
-    _require_checkpoint_place(Path(output), Path(model))
-    texts = _read(data, "train", columns, progress)
-    return fit_texts(model, texts, ratios=wanted, output=output, fit=fit, progress=progress)
-
-
-def fit_texts(
-    model: str | Path,
-    texts: Examples | Sequence[str],
-    *,
-    ratios: Sequence[int],
-    output: str | Path,
-    fit: Fit = FIT,
-    progress: Progress = quiet,
-) -> dict[str, Any]:
-    """Fit Variator plugins on ``texts``; ``output`` may be ``model`` itself, whose own files are never changed."""
-    from calib import training
-    from exporter.backbone import load_backbone
-
-    loss = _choice("loss", fit.loss, LOSSES)
-    progress("loading the model")
-    backbone = load_backbone(model, attention="sdpa")
-    steps = fit.steps or (training.FitSettings.steps if fit.max_seconds is None else UNTIL_TIME_IS_UP)
-    settings = training.FitSettings(steps=steps, max_seconds=fit.max_seconds, seed=fit.seed, loss=loss)
-    result = training.fit_variator(backbone, texts, ratios, settings=settings, progress=progress)
-    result.save(output, backbone)
-    return {"output": str(output), **result.record}
-
-
 def build(
     model: str | Path = ".", ratios: Sequence[float] | None = None, output: str | Path = "bundle", **options: Any
 ) -> Bundle:
@@ -209,12 +189,13 @@ def build_document(
     ``ratios`` defaults to those ``model`` has plugins for, or 2, 4, 8. Raises InputError for bad input, in which case
     nothing was written, and ParityError when a graph differs from PyTorch, in which case no bundle was.
     """
+    from compexport import training
     from engines import backends
     from exporter import family
     from exporter.checkpoint import find_checkpoint
 
-    _choice("method", method or METHODS[0], METHODS)
-    arithmetic = _choice("precision", precision, PRECISIONS)
+    choice("method", method or METHODS[0], METHODS)
+    arithmetic = choice("precision", precision, PRECISIONS)
     wanted = whole_ratios(ratios) if ratios is not None else None
     _require_free(output)
     backends.load(backend)
@@ -224,8 +205,8 @@ def build_document(
         wanted = there or list(DEFAULT_RATIOS)
     missing = [ratio for ratio in wanted if ratio not in there]
     if missing and data is not None and not untrained:
-        texts = _read(data, "train", columns, progress)
-        fit_texts(model, texts, ratios=missing, output=model, fit=fit, progress=progress)
+        texts = read_examples(data, "train", columns, progress)
+        training.fit_texts(model, texts, ratios=missing, output=model, fit=fit, progress=progress)
     report = family.build(
         model,
         wanted,
@@ -240,7 +221,9 @@ def build_document(
     return report.document()
 
 
-def _read(data: str | Path, split: str, columns: Columns, progress: Progress, limit: int | None = None) -> Examples:
+def read_examples(
+    data: str | Path, split: str, columns: Columns, progress: Progress, limit: int | None = None
+) -> Examples:
     """The examples of a file or folder, after saying which columns were taken."""
     from calib import data as reading
 
@@ -250,16 +233,6 @@ def _read(data: str | Path, split: str, columns: Columns, progress: Progress, li
     )
     progress(f"{len(examples)} texts of {examples.origin} ({examples.columns_chosen})")
     return examples
-
-
-def _require_checkpoint_place(output: Path, model: Path) -> None:
-    """Refuse an output that is something else before minutes are spent on it."""
-    from exporter.checkpoint import find_checkpoint
-
-    if not output.exists() or output.resolve() == model.resolve():
-        return
-    if not output.is_dir() or (any(output.iterdir()) and find_checkpoint(output) is None):
-        raise InputError(describe(f"{output}: already there", expected="a new folder, or a checkpoint of this model"))
 
 
 def _require_free(output: str | Path) -> None:
@@ -313,7 +286,9 @@ def evaluate(
     Without labels the backbone's own answers are the truth.
     """
     open_bundle(bundle)  # a wrong bundle is said before a large file is read
-    return evaluate_examples(bundle, _read(data, "dev", columns, progress, limit), device=device, progress=progress)
+    return evaluate_examples(
+        bundle, read_examples(data, "dev", columns, progress, limit), device=device, progress=progress
+    )
 
 
 def evaluate_examples(
@@ -393,8 +368,8 @@ def whole_ratios(ratios: Sequence[float]) -> list[int]:
     return [ratio for ratio in checked if ratio != 1]
 
 
-def _choice(what: str, got: str, choices: Sequence[Name]) -> Name:
-    for choice in choices:
-        if choice == got:
-            return choice
+def choice(what: str, got: str, choices: Sequence[Name]) -> Name:
+    for one in choices:
+        if one == got:
+            return one
     raise InputError(describe(f"unknown {what}", got=got, expected=" or ".join(choices)))

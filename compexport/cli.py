@@ -1,4 +1,4 @@
-"""The command line: one function per verb, each parses, calls ``compexport.api`` and prints.
+"""The command line: one function per verb, each parses, calls ``compexport.api`` or ``compexport.training`` and prints.
 
 A command's function parameters are its options; ``compexport.toml`` takes its keys and types from them too. Nothing
 heavy is imported before a command runs, so ``--help`` stays quick.
@@ -7,6 +7,7 @@ heavy is imported before a command runs, so ``--help`` stays quick.
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -99,50 +100,95 @@ def _root(
 
 @app.command()
 def train(
-    method: Annotated[str, typer.Argument(metavar="METHOD", help="variator")],
+    method: Annotated[
+        str, typer.Argument(metavar="METHOD", help="variator: fit plugins. finetune: teach MODEL itself labels.")
+    ],
     model: Model = Path(),
     *,
     data: Data = None,
     ratio: Ratio = None,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder of the checkpoint.")] = Path(
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder of the result.")] = Path(
         "trained"
     ),
     text: TextColumn = None,
     text_pair: PairColumn = None,
     label: LabelColumn = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Use N rows only, drawn by --seed.")] = None,
+    first: Annotated[bool, typer.Option("--first", help="With --limit: the first N rows instead.")] = False,
     loss: Annotated[
         str, typer.Option(metavar="NAME", help="What to learn from: hidden (no labels), task, or task-hidden.")
     ] = "hidden",
+    separately: Annotated[
+        bool, typer.Option("--separately", help="Fit one ratio after the other, not all together.")
+    ] = False,
+    start: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Start from the plugins of this folder [default: MODEL's].")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew where MODEL has plugins already.")] = False,
     steps: Steps = None,
+    epochs: Annotated[float | None, typer.Option(metavar="N", help="Passes over the data, instead of --steps.")] = None,
     max_seconds: MaxSeconds = None,
+    batch_size: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Texts per step, of all processes together.")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(metavar="X", help="Peak learning rate.")] = None,
+    max_length: Annotated[int | None, typer.Option(metavar="N", help="Cut texts at this many tokens.")] = None,
+    precision: Annotated[
+        str, typer.Option(metavar="NAME", help="Arithmetic: auto (bf16 where it is native), fp32 or bf16.")
+    ] = "auto",
     seed: Seed = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that left OUT.unfinished.")] = False,
+    save_every: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Save after so many steps too, not only every 30 s.")
+    ] = None,
     as_json: Json = False,
     config: Config = None,
     debug: Debug = False,
 ) -> None:
-    """Fit a method's plugins to MODEL.
+    """Fit a method's plugins to MODEL, or fine-tune it.
 
-    The plugins learn by distillation to reproduce what MODEL itself computes; no labels are needed. OUT is MODEL with
-    one small file per ratio beside it; `compexport build OUT` makes the engines.
+    variator: plugins learn by distillation to reproduce what MODEL itself computes; no labels are needed. OUT is MODEL
+    with one small file per ratio beside it; `compexport build OUT` makes the engines. finetune: all of MODEL learns the
+    labels of the data; OUT is a classifier. Either runs in several processes too: `torchrun --nproc-per-node 2 -m
+    compexport train ...`.
     """
-    from compexport import api, present, tables
+    if "RANK" in os.environ:
+        # Before torch is loaded: its C++ side would warn of steps in which some ratio has a rest, which are meant.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from compexport import api, present, tables, training
 
     if data is None:
-        raise InputError(describe("train needs texts", expected="--data FILE", hint="no labels are needed"))
-    columns = api.Columns(text=text, text_pair=text_pair, label=label)
-    fit = api.Fit(steps=steps, max_seconds=max_seconds, seed=seed, loss=loss)
+        raise InputError(describe("train needs texts", expected="--data FILE", hint="variator needs no labels"))
+    fit = api.Fit(
+        steps=steps,
+        max_seconds=max_seconds,
+        seed=seed,
+        loss=loss,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        max_length=max_length,
+        precision=precision,
+        separately=separately,
+        fresh=fresh,
+        start=start,
+    )
     with _screen(as_json) as screen, present.progress() as progress:
-        document = api.train(
+        document = training.train(
             model,
             data,
             ratios=None if ratio is None else _numbers("ratio", ratio),
             output=output,
             method=method,
-            columns=columns,
+            columns=api.Columns(text=text, text_pair=text_pair, label=label),
+            rows=api.Rows(limit, first),
             fit=fit,
+            saving=api.Saving(resume, save_every),
             progress=progress,
         )
-    screen.document(document, [tables.train_table(document)])
+    screen.document(
+        document, [tables.finetune_table(document) if method == "finetune" else tables.train_table(document)]
+    )
 
 
 @app.command()
@@ -451,8 +497,11 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _report(error: BaseException) -> int:
     """Say in one line on stderr what went wrong, and return the exit code that goes with it."""
+    from compexport.present import leads
+
     line, code = _explain(error)
-    if line:
+    # Bad input is bad in every process of a training run, and said once; what fails in one only is said by that one.
+    if line and (leads() or code != InputError.exit_code):
         with contextlib.suppress(OSError):
             print(f"compexport: {' '.join(line.split())}", file=sys.stderr)
     return code

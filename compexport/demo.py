@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compexport import api, present, report, tables
+from compexport import api, present, report, tables, training
 from compexport.errors import DependencyError, InputError, describe
 from compexport.present import Screen, Table
 from engines.runtime import BatchResult, Runtime
@@ -56,7 +56,7 @@ def run_demo(output: Path, *, fast: bool, seed: int, screen: Screen) -> dict[str
         progress("reading docstrings of the installed packages")
         texts, held_out = _docstrings(plan, seed)
         fit = api.Fit(max_seconds=plan.fit_seconds, seed=seed)
-        trained = api.fit_texts(model, texts, ratios=RATIOS, output=output / "model", fit=fit, progress=progress)
+        trained = training.fit_texts(model, texts, ratios=RATIOS, output=output / "model", fit=fit, progress=progress)
     screen.show(fitted := tables.train_table(trained))
     with present.progress() as progress:
         built = api.build_document(

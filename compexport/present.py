@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -54,6 +55,11 @@ def cell(value: Cell) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}" if abs(value) >= 0.1 else f"{value:.2g}"
 
 
+def leads() -> bool:
+    """Whether this process speaks: of several that train together (torchrun, accelerate), only the first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 class Screen:
     """Where a command's result goes. ``out`` is the real stdout, taken before it is redirected to stderr."""
 
@@ -63,14 +69,14 @@ class Screen:
 
     def document(self, document: object, tables: Iterable[Table] = ()) -> None:
         """Print the JSON document, or the tables when people are reading."""
-        if self.as_json:
+        if self.as_json and leads():
             text = json.dumps(_without_nan(document), indent=2, ensure_ascii=False, allow_nan=False)
             print(text, file=self.out, flush=True)
         self.show(*tables)
 
     def show(self, *tables: Table) -> None:
         """Print tables for people; a program that asked for JSON does not get them."""
-        if self.as_json:
+        if self.as_json or not leads():
             return
         draw = _draw_rich if self.out.isatty() else _draw_plain
         for table in tables:
@@ -79,7 +85,7 @@ class Screen:
 
     def line(self, text: str) -> None:
         """One line for people; a program that asked for JSON does not get it."""
-        if not self.as_json:
+        if not self.as_json and leads():
             print(text, file=self.out, flush=True)
 
 
@@ -129,6 +135,9 @@ def _draw_rich(table: Table, out: TextIO) -> None:
 def progress(stream: TextIO | None = None) -> Iterator[Progress]:
     """Progress on stderr: one live bar on a terminal; in a pipe a line per stage and one every ten seconds."""
     err = stream if stream is not None else sys.stderr
+    if not leads():
+        yield lambda message, done=None, total=None: None
+        return
     if not err.isatty():
         yield _Lines(err)
         return
@@ -169,6 +178,8 @@ class _WarningLine(logging.Handler):
     """A warning as one line on whatever stderr is at that moment."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if not leads():
+            return
         print(f"compexport: warning: {' '.join(record.getMessage().split())}", file=sys.stderr, flush=True)
 
 

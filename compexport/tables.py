@@ -140,6 +140,17 @@ def train_table(document: Mapping[str, Any]) -> Table:
     return Table(title, ("ratio", "extra parameters", "share", f"{metric}, held out"), rows, notes)
 
 
+def finetune_table(document: Mapping[str, Any]) -> Table:
+    """``train finetune``: how good the model is, beside what needs no model."""
+    title = f"{document['output']}: fine-tuned in {document['steps']} steps, {document['seconds']:.0f} s"
+    labels = f"{len(document['labels'])} labels: {', '.join(document['labels'])}"
+    if document["value"] is None:
+        notes = [labels, "no dev data beside the training data: not measured"]
+        return Table(title, (), (), notes)
+    rows = [("fine-tuned", document["value"]), ("most common label", document["majority"])]
+    return Table(title, ("", f"{document['metric']}, {document['held_out']} dev rows"), rows, [labels])
+
+
 def inspect_tables(manifest: Mapping[str, Any]) -> list[Table]:
     """``inspect``: the manifest in short."""
     backbone = manifest["backbone"]

@@ -1,0 +1,222 @@
+"""Plain fine-tuning of a classifier on labelled texts, so that the whole path starts from a pre-trained model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from calib import processes
+from calib.arithmetic import PRECISIONS, Precision, moved, plain_attention, to_device
+from calib.batches import Batch, batches_by_length, collate_for, tokenise
+from calib.clock import Clock
+from calib.data import Examples
+from calib.labels import label_ids
+from calib.learners import Learner
+from calib.progress import Progress, silent
+from calib.trainer import Training
+from calib.unfinished import Unfinished
+from compexport.errors import InputError, describe
+
+RECORD = "finetune.json"
+WEIGHT_DECAY = 0.01  # of matrices; biases and norms have none
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """How a model is fine-tuned. ``max_length`` in tokens; ``learning_rate`` is the peak.
+
+    ``steps`` take the place of ``epochs``. ``max_seconds`` ends it early, with the learning rate brought down in time.
+    ``batch_size`` counts the texts of one step, of all processes together.
+    """
+
+    steps: int | None = None
+    epochs: float = 3.0
+    batch_size: int = 32
+    max_length: int = 128
+    learning_rate: float = 5e-5
+    seed: int = 0
+    max_seconds: float | None = None
+    precision: Precision = "auto"
+
+    def checked(self) -> FinetuneSettings:
+        """Itself, or InputError for a value that cannot be meant."""
+        for name in ("steps", "epochs", "batch_size", "learning_rate", "max_seconds"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise InputError(describe(name, got=value, expected="more than 0"))
+        if self.max_length < 4:
+            raise InputError(describe("max_length", got=self.max_length, expected="at least 4 tokens"))
+        if self.precision not in PRECISIONS:
+            raise InputError(describe("unknown precision", got=self.precision, expected=" or ".join(PRECISIONS)))
+        return self
+
+    def steps_for(self, rows: int) -> int:
+        """How many steps that is on so many rows."""
+        return self.steps or max(1, math.ceil(self.epochs * math.ceil(rows / self.batch_size)))
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """A fine-tuned model, on the CPU in eval mode, and the ``train`` JSON document (without "output")."""
+
+    learner: Learner
+    record: dict[str, Any]
+    settings: FinetuneSettings
+
+    def save(self, folder: str | Path) -> None:
+        """Write a Hugging Face folder, whole or not at all; an older one of ours is replaced."""
+        made_from = {"sha256": self.learner.backbone.sha256, "folder": self.learner.backbone.folder.name}
+        document = {"format": 1, "from": made_from, "settings": asdict(self.settings), "record": self.record}
+
+        def write(staging: Path) -> None:
+            self.learner.write(staging)
+            (staging / RECORD).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+        _replace_folder(Path(folder), write)
+
+
+def require_place(output: Path, model: Path) -> None:
+    """InputError where a fine-tuned model must not be written: over anything but an earlier one."""
+    if output.resolve() == model.resolve():
+        raise InputError(describe(f"{output}: is the model itself", expected="another folder"))
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not (output / RECORD).is_file():
+        raise InputError(describe(f"{output}: already there", expected=f"a new folder, or a model with {RECORD}"))
+    if (output / "compexport.json").is_file():
+        hint = "give another folder, or delete it"
+        raise InputError(describe(f"{output}: plugins were fitted to the model that is there", hint=hint))
+
+
+def finetune(
+    learner: Learner,
+    training: Examples,
+    dev: Examples | None = None,
+    *,
+    settings: FinetuneSettings | None = None,
+    unfinished: Unfinished | None = None,
+    progress: Progress = silent,
+) -> Finetuned:
+    """Fine-tune all of ``learner`` on ``training`` and measure its accuracy on ``dev``.
+
+    In several processes (``calib.processes``) all must call it alike. ``unfinished`` is where the run is saved, and
+    from where it goes on. Raises InputError for a label that the model does not have or a setting out of range,
+    CompexportError when numbers are no longer finite.
+    """
+    settings = (settings or FinetuneSettings()).checked()
+    assert training.labels is not None
+    classes = label_ids(training.labels, learner.labels, training.origin)
+    wanted = None if dev is None else _dev_classes(dev, learner)
+    clock = Clock(time.monotonic(), settings.steps_for(len(training)), settings.max_seconds)
+    with torch.random.fork_rng(), plain_attention(learner.model), moved(learner):
+        torch.manual_seed(settings.seed)
+        progress("tokenise")
+        rows = tokenise(learner.backbone, learner.reads(training), settings.max_length, classes)
+        steps = Training(
+            model=learner,
+            groups=parameter_groups(learner, settings.learning_rate),
+            loss=_cross_entropy,
+            rows=rows,
+            collate=collate_for(learner.backbone),
+            clock=clock,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            precision=settings.precision,
+            unfinished=unfinished,
+            progress=progress,
+        ).run()
+        learner.eval().requires_grad_(False)
+        value = None
+        if dev is not None and wanted is not None:
+            examples, truth = dev, wanted
+            value = processes.by_first(lambda: accuracy(learner, examples, truth, settings, progress))
+    record = {
+        "method": "finetune",
+        "labels": learner.labels,
+        "steps": steps,
+        "epochs": round(steps * settings.batch_size / len(training), 3),
+        "seconds": round(time.monotonic() - clock.started, 2),
+        "metric": "accuracy",
+        "value": value,
+        # What always giving the most common label reaches.
+        "majority": None if wanted is None else Counter(wanted).most_common(1)[0][1] / len(wanted),
+        "texts": len(training),
+        "held_out": 0 if dev is None else len(dev),
+    }
+    return Finetuned(learner, record, settings)
+
+
+def _dev_classes(dev: Examples, learner: Learner) -> list[int]:
+    if dev.labels is None:
+        raise InputError(describe(f"{dev.origin}: no label column", expected="labels, to measure the accuracy"))
+    return label_ids(dev.labels, learner.labels, dev.origin)
+
+
+def _cross_entropy(model: nn.Module, batch: Batch, step: int) -> Tensor:
+    labels = batch.pop("labels")
+    return F.cross_entropy(model(**batch).float(), labels)
+
+
+def parameter_groups(model: nn.Module, learning_rate: float) -> list[dict[str, Any]]:
+    """All tensors, matrices with weight decay."""
+    trained = [one for one in model.parameters() if one.requires_grad]
+    matrices, rest = ([one for one in trained if (one.dim() > 1) is wide] for wide in (True, False))
+    return [
+        {"params": matrices, "lr": learning_rate, "weight_decay": WEIGHT_DECAY},
+        {"params": rest, "lr": learning_rate, "weight_decay": 0.0},
+    ]
+
+
+@torch.no_grad()
+def accuracy(
+    learner: Learner, examples: Examples, wanted: Sequence[int], settings: FinetuneSettings, progress: Progress = silent
+) -> float:
+    """The share of examples whose most likely class is the wanted one, in fp32."""
+    rows = tokenise(learner.backbone, learner.reads(examples), settings.max_length, wanted)
+    device = next(learner.parameters()).device
+    right = done = 0
+    for made in batches_by_length(rows, settings.batch_size, collate_for(learner.backbone)):
+        progress("measure", done, len(rows))
+        batch = to_device(made, device)
+        truth = batch.pop("labels")
+        right += int((learner(**batch).argmax(-1) == truth).sum())
+        done += len(truth)
+    return right / len(rows)
+
+
+def _replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """``write`` into a folder beside it that then takes its place; the older one is kept until then."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+    older = staging.with_suffix(".old")
+    try:
+        write(staging)
+        staging.chmod(0o755)
+        if folder.exists():
+            os.replace(folder, older)
+        os.replace(staging, folder)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        if older.exists() and not folder.exists():
+            os.replace(older, folder)
+        raise
+    shutil.rmtree(older, ignore_errors=True)
+
+
+def run_description(settings: FinetuneSettings, learner: Learner, *examples: Examples | None) -> Mapping[str, Any]:
+    """What must be the same for a run to go on where another stopped."""
+    data = [one.sha256() for one in examples if one is not None]
+    return {"command": "train finetune", "model": learner.backbone.sha256, "data": data, **asdict(settings)}

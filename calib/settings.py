@@ -1,0 +1,51 @@
+"""How plugins are fitted, as the caller says it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from calib.arithmetic import PRECISIONS, Precision
+from compexport.errors import InputError, describe
+from exporter.methods.variator import PadMode
+
+Loss = Literal["hidden", "task", "task-hidden"]
+LOSSES = ("hidden", "task", "task-hidden")
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How plugins are fitted. ``max_length`` in tokens; ``learning_rate`` is the peak.
+
+    ``max_seconds`` ends the fit early, whatever ``steps`` says, with the learning rate brought down in time; a run
+    that it ends depends on the machine's speed, one that ``steps`` ends is repeated by its ``seed``. ``widths`` gives
+    adapter widths by ratio; by default a ratio's plugins add at most 1 % to the backbone. ``batch_size`` counts the
+    texts of one step, of all processes together.
+    """
+
+    steps: int = 600
+    batch_size: int = 16
+    max_length: int = 48
+    learning_rate: float = 1.5e-3
+    seed: int = 0
+    loss: Loss = "hidden"
+    widths: Mapping[int, int] | None = None
+    pad: PadMode = "masked"
+    max_seconds: float | None = None
+    precision: Precision = "auto"
+
+    def checked(self) -> FitSettings:
+        """Itself, or InputError for a value that cannot be meant."""
+        for name in ("steps", "batch_size", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise InputError(describe(name, got=getattr(self, name), expected="more than 0"))
+        if self.max_length < 4:
+            raise InputError(describe("max_length", got=self.max_length, expected="at least 4 tokens"))
+        if self.max_seconds is not None and not self.max_seconds > 0:
+            raise InputError(describe("max_seconds", got=self.max_seconds, expected="more than 0"))
+        if self.precision not in PRECISIONS:
+            raise InputError(describe("unknown precision", got=self.precision, expected=" or ".join(PRECISIONS)))
+        if self.loss not in LOSSES:
+            raise InputError(describe("unknown loss", got=repr(self.loss), expected=" or ".join(LOSSES)))
+        return self

@@ -1,0 +1,47 @@
+"""The backbone as teacher, and one student per ratio. Letters: B batch, S sequence length, H hidden size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from exporter.backbone import Backbone
+from exporter.methods.variator import VariatorEncoder, VariatorPlugins
+
+
+class Students(nn.Module):
+    """The backbone and one student per ratio, which share all of it but their plugins."""
+
+    def __init__(self, backbone: Backbone, plugins: Mapping[int, VariatorPlugins]) -> None:
+        super().__init__()
+        self.teacher = VariatorEncoder(backbone)
+        self.plugins = nn.ModuleDict({str(ratio): one for ratio, one in plugins.items()})
+        self._students: dict[int, VariatorEncoder] = {}
+        for ratio, one in plugins.items():
+            self._students[ratio] = VariatorEncoder(backbone)
+            self._students[ratio].attach(one)
+
+    def train(self, mode: bool = True) -> Students:
+        """Stay in eval mode: the backbone's dropout would blur what is to be learnt, plugins have none."""
+        return super().train(False)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+        *,
+        ratios: Sequence[int] | None = None,
+    ) -> tuple[list[Tensor], dict[int, list[Tensor]]]:
+        """Hidden states [B,S,H] of embeddings and every layer: the teacher's, and of all or some students by ratio."""
+        feeds = (input_ids, attention_mask, token_type_ids)
+        with torch.no_grad():
+            teacher = list(self.teacher(*feeds, keep_states=True).hidden_states)
+        students = {
+            ratio: list(student(*feeds, keep_states=True).hidden_states)
+            for ratio, student in self._students.items()
+            if ratios is None or ratio in ratios
+        }
+        return teacher, students

@@ -1,0 +1,154 @@
+"""What an interrupted training run leaves, so that it can go on: a folder beside its output, ``OUT.unfinished``.
+
+    run.json                        what was asked for; another run must not continue it
+    checkpoint-120/                 of transformers.Trainer: optimizer, schedule, random numbers
+        trainable.safetensors       the tensors that are trained, and no others
+        clock.json                  seconds used so far; written last, so a checkpoint without it is not whole
+
+Runs of several fits (ratios one after the other) keep each fit's checkpoints in a folder of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calib import processes
+from compexport.errors import InputError, describe
+
+SUFFIX = ".unfinished"
+RUN, CLOCK, TRAINER_STATE, TENSORS = "run.json", "clock.json", "trainer_state.json", "trainable.safetensors"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """The folder of one run, or of one fit in it. ``save_every``: steps after which it is saved whatever the time."""
+
+    folder: Path
+    save_every: int | None = None
+
+    def part(self, name: str) -> Unfinished:
+        """The place of one of several fits."""
+        return Unfinished(self.folder / name, self.save_every)
+
+    def latest(self) -> Path | None:
+        """The newest whole checkpoint; the same in all processes."""
+
+        def find() -> Path | None:
+            whole = [path.parent for path in self.folder.glob(f"checkpoint-*/{CLOCK}")]
+            return max(whole, key=step_of, default=None)
+
+        return processes.by_first(find)
+
+    def complete(self, checkpoint: Path, clock: Mapping[str, Any]) -> None:
+        """Mark ``checkpoint`` as whole and drop all others; by the first process only."""
+        write_json(checkpoint / CLOCK, clock)
+        for other in self.folder.glob("checkpoint-*"):
+            if other != checkpoint:
+                shutil.rmtree(other, ignore_errors=True)
+
+
+def place(output: Path) -> Path:
+    """Where the unfinished run of ``output`` is kept."""
+    named = output if output.name not in {"", ".."} else output.resolve()
+    return named.with_name(named.name + SUFFIX)
+
+
+def require_none(output: Path) -> None:
+    """InputError when an unfinished run of ``output`` would be lost."""
+    folder = place(output)
+    if not folder.exists():
+        return
+    kept = sorted(folder.rglob(CLOCK), key=lambda path: step_of(path.parent))
+    if kept:
+        step = step_of(kept[-1].parent)
+        hint = "add --resume to continue it, or delete that folder to start anew"
+        raise InputError(describe(f"{folder}: holds an unfinished run", got=f"step {step}", hint=hint))
+    if any(folder.iterdir()) and not (folder / RUN).is_file():
+        raise InputError(describe(f"{folder}: already there", expected="nothing, or an unfinished run of ours"))
+
+
+@contextmanager
+def keeping(
+    output: Path, run: Mapping[str, Any], *, resume: bool, save_every: int | None = None
+) -> Iterator[Unfinished]:
+    """The folder of the run that ``run`` describes (JSON values); with ``resume``, what is there is kept.
+
+    Write the result inside: afterwards the folder is gone. An error leaves it, if there is anything to go on from.
+    Raises InputError for a run that was left unfinished when it is not to be resumed, or had other settings.
+    """
+    folder = place(output)
+    # Through JSON and back, so that it compares equal to what was read.
+    wanted = json.loads(json.dumps({"format": FORMAT, **run}))
+    processes.by_first(lambda: _prepare(output, wanted, resume))
+    try:
+        yield Unfinished(folder, save_every)
+    except BaseException:
+        # Not asked of all: the others may have failed elsewhere.
+        if processes.rank() == 0 and not any(folder.rglob(CLOCK)):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    processes.by_first(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+def _prepare(output: Path, wanted: Mapping[str, Any], resume: bool) -> None:
+    folder = place(output)
+    if resume and any(folder.rglob(CLOCK)):
+        _require_same(folder, wanted)
+        return
+    require_none(output)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write_json(folder / RUN, wanted)
+
+
+def _require_same(folder: Path, wanted: Mapping[str, Any]) -> None:
+    try:
+        found = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        other = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
+    except (OSError, ValueError, TypeError) as error:
+        hint = "delete that folder to start anew"
+        raise InputError(describe(f"{folder / RUN}: unreadable", got=error, hint=hint)) from error
+    if other:
+        hint = "repeat the first command to continue, or delete that folder to start anew"
+        then, now = (", ".join(f"{name} {_short(each.get(name))}" for name in other) for each in (found, wanted))
+        raise InputError(
+            describe(f"{folder}: the unfinished run had other settings", got=now, expected=then, hint=hint)
+        )
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:12] + "..."
+
+
+def step_of(checkpoint: Path) -> int:
+    """Steps done at a checkpoint; its name ends in them."""
+    number = checkpoint.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else 0
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file of a checkpoint; InputError when it is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError) as error:
+        hint = "delete its folder to start anew"
+        raise InputError(describe(f"{path}: unreadable", got=error, hint=hint)) from error
+    return found
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """A file that is there whole or not at all."""
+    partial = path.with_name(f".{path.name}.tmp")
+    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)

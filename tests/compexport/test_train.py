@@ -1,0 +1,246 @@
+"""``compexport train`` from the command line: both methods, killed and resumed, in several processes, and refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.models import TEXTS
+
+Cli = Callable[..., Any]
+ROOT = Path(__file__).resolve().parents[2]
+LABELS = ("good", "bad", "neither")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A folder with train.tsv (48 rows, three labels that the words tell) and dev.tsv (12)."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = [f"{LABELS[n % 3]} {TEXTS[n % 8]} {n}\t{LABELS[n % 3]}" for n in range(60)]
+    (folder / "train.tsv").write_text("\n".join(["sentence\tlabel", *rows[:48]]) + "\n")
+    (folder / "dev.tsv").write_text("\n".join(["sentence\tlabel", *rows[48:]]) + "\n")
+    return folder
+
+
+def tensors(file: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(file)
+
+
+def same(first: Path, second: Path) -> bool:
+    ours, theirs = tensors(first), tensors(second)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def in_a_process(folder: Path, *command: object, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def killed_once_saved(folder: Path, output: str, *command: object) -> None:
+    """Start a run in ``folder`` and kill it as soon as something of it is saved."""
+    process = in_a_process(folder, "-m", "compexport", *command, "-o", output)
+    deadline = time.monotonic() + 120
+    while not list((folder / f"{output}.unfinished").rglob("clock.json")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (folder / output).exists()
+
+
+RUNS = {
+    "together": ("variator", "--ratio", "2,8", ["variator-r2.safetensors", "variator-r8.safetensors"]),
+    "separately": ("variator", "--ratio=2,4", "--separately", ["variator-r2.safetensors", "variator-r4.safetensors"]),
+    "finetune": ("finetune", "--max-length", "16", ["model.safetensors"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_killed_run_goes_on(cli: Cli, tiny: Callable[..., Path], data: Path, tmp_path: Path, kind: str) -> None:
+    method, *options, files = RUNS[kind]
+    steps = ["--steps", 150, "--batch-size", 8, "--save-every", 10, "--precision", "fp32"]
+    command = ["train", method, tiny(), "--data", data, *options, *steps]
+    killed_once_saved(tmp_path, "killed", *command)
+
+    refused = cli(*command, "-o", "killed")
+    assert refused.code == 2
+    assert "killed.unfinished: holds an unfinished run: got step" in refused.error
+    assert "add --resume to continue it, or delete that folder" in refused.error
+    other = cli(*command, "-o", "killed", "--resume", "--learning-rate", 0.5)
+    assert other.code == 2
+    assert "the unfinished run had other settings: got learning_rate 0.5, expected learning_rate" in other.error
+
+    done = cli(*command, "-o", "killed", "--resume", "--json")
+    assert done.code == 0 and done.document["steps"] == 150
+    assert not (tmp_path / "killed.unfinished").exists()
+    assert cli(*command, "-o", "whole").code == 0
+    for file in files:
+        assert same(tmp_path / "killed" / str(file), tmp_path / "whole" / str(file))
+
+
+def test_what_was_only_not_written_is_not_trained_again(
+    cli: Cli, tiny: Callable[..., Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from calib.fit import FitResult
+
+    command = ["train", "variator", tiny(), "--data", data, "--ratio", "2", "--steps", 3, "-o", "out"]
+    with monkeypatch.context() as broken:
+        broken.setattr(FitResult, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        assert cli(*command).error == "No space left on device"
+    kept = [path.name for path in (tmp_path / "out.unfinished").iterdir()]
+    assert sorted(kept) == ["checkpoint-3", "run.json"]
+    done = cli(*command, "--resume", "--json")
+    assert done.document["steps"] == 3 and "fit " not in done.err
+    assert (tmp_path / "out" / "variator-r2.safetensors").exists() and not (tmp_path / "out.unfinished").exists()
+
+
+def test_nothing_is_left_of_a_run_that_never_began(
+    cli: Cli, tiny: Callable[..., Path], data: Path, tmp_path: Path
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    classifier = tiny("tiny-bert", "sequence-classification")
+    # Its labels are negative and positive: said before the fit, although the loss needs none.
+    done = cli("train", "variator", classifier, "--data", data, "--ratio", "2", "--steps", 10**6)
+    assert done.code == 2 and "unknown label: got 'good', expected one of negative, positive" in done.error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.slow
+def test_two_processes_fit_as_one(cli: Cli, tiny: Callable[..., Path], data: Path, tmp_path: Path) -> None:
+    # Cross-entropy is a mean over rows, so the mean of two halves is that of the whole, up to rounding.
+    tuned = tmp_path / "tuned"
+    assert cli("train", "finetune", tiny(), "--data", data, "--steps", 2, "-o", tuned).code == 0
+    command = ["train", "variator", tuned, "--data", data, "--ratio", "2,8", "--loss", "task", "--precision", "fp32"]
+    command += ["--steps", 4, "--batch-size", 8, "--json"]
+    launched = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "compexport"]
+    process = in_a_process(tmp_path, *launched, *command, "-o", "two")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    document = json.loads(out)  # of one process: two would not be one document
+    assert err.count("loading the model") == 1 and "Warning" not in err
+    alone = cli(*command, "-o", "one").document
+    assert document["steps"] == alone["steps"] == 4 and not (tmp_path / "two.unfinished").exists()
+    for ratio in (2, 8):
+        file = f"variator-r{ratio}.safetensors"
+        ours, theirs = tensors(tmp_path / "two" / file), tensors(tmp_path / "one" / file)
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_bad_input_of_two_processes_is_said_once(tiny: Callable[..., Path], data: Path, tmp_path: Path) -> None:
+    launched = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "compexport", "train"]
+    process = in_a_process(tmp_path, *launched, "variator", tiny(), "--data", data, "--batch-size", 1)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert err.count("compexport: batch size: got 1, expected at least 2, one text for each process") == 1
+    assert not list(tmp_path.glob("trained*"))
+
+
+def test_the_whole_path_from_a_pre_trained_model(
+    cli: Cli, tiny: Callable[..., Path], data: Path, tmp_path: Path
+) -> None:
+    tuned = cli("train", "finetune", tiny(), "--data", data, "--epochs", 2, "--batch-size", 8, "-o", "tuned", "--json")
+    assert set(tuned.document) >= {"method", "labels", "steps", "seconds", "metric", "value", "majority", "output"}
+    assert tuned.document["labels"] == sorted(LABELS) and tuned.document["steps"] == 12
+    assert tuned.document["metric"] == "accuracy" and 0 <= tuned.document["value"] <= 1
+    assert tuned.document["majority"] == pytest.approx(1 / 3)
+    # Pre-training of plugins without labels, on the model that was not yet fine-tuned, then adaptation.
+    pre = cli("train", "variator", tiny(), "--data", data, "--ratio", "2,4", "--steps", 2, "-o", "pre", "--json")
+    assert pre.document["metric"] == "cosine" and pre.document["continued"] == []
+    command = ["train", "variator", "tuned", "--data", data, "--steps", 2, "--ratio", "2,4", "--loss", "task-hidden"]
+    adapted = cli(*command, "--start", "pre", "-o", "fitted", "--json").document
+    assert adapted["metric"] == "accuracy" and adapted["continued"] == [2, 4]
+    again = cli("train", "variator", "fitted", "--data", data, "--steps", 1, "--ratio", "2", "-o", "fitted", "--json")
+    assert again.document["continued"] == [2]
+    fresh = cli(*command, "--fresh", "--separately", "-o", "fitted", "--json").document
+    assert fresh["continued"] == [] and fresh["separately"] and fresh["ratios"] == [2, 4]
+    assert cli("build", "fitted", "--ratio", "2,4").code == 0
+
+
+def test_a_few_rows_by_seed_or_the_first(cli: Cli, tiny: Callable[..., Path], data: Path) -> None:
+    command = ("train", "variator", tiny(), "--data", data, "--ratio", "2", "--steps", 1)
+    done = cli(*command, "--limit", 20, "--seed", 3, "-o", "a", "--json")
+    assert done.document["texts"] + done.document["held_out"] == 20 and "drawn by seed 3" in done.err
+    first = cli(*command, "--limit", 20, "--first", "-o", "b", "--json")
+    assert "20 texts of" in first.err and "drawn" not in first.err
+
+
+def test_epochs_are_passes_over_the_rows(cli: Cli, tiny: Callable[..., Path], data: Path) -> None:
+    command = ("train", "variator", tiny(), "--data", data, "--ratio", "2", "--limit", 20, "--batch-size", 8)
+    assert cli(*command, "--epochs", 2, "--json").document["steps"] == 2 * 3
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("finetune", ["--ratio", "2"], "--ratio: got finetune, expected the method variator"),
+        ("finetune", ["--loss", "task"], "fine-tuning has no plugins"),
+        ("finetune", ["--separately"], "fine-tuning has no plugins"),
+        ("finetune", ["--epochs", "2", "--steps", "3"], "both --steps and --epochs were given"),
+        ("finetune", ["--epochs", "0"], "--epochs: got 0.0, expected more than 0"),
+        ("finetune", ["--label", "sentence"], "48 distinct ones (good a fine film"),
+        ("finetune", ["--label", "gold"], "no column for --label: got gold, expected sentence, label"),
+        ("finetune", ["--precision", "fp8"], "unknown precision: got fp8, expected auto or fp32 or bf16"),
+        ("finetune", ["--learning-rate", "-1"], "learning_rate: got -1.0, expected more than 0"),
+        ("finetune", ["--max-length", "1"], "max_length: got 1, expected at least 4 tokens"),
+        ("variator", ["--loss", "labels"], "unknown loss: got labels, expected hidden or task or task-hidden"),
+        ("variator", ["--precision", "fp8"], "unknown precision: got fp8"),
+        ("variator", ["--loss", "task"], "loss task: got feature-extraction, expected sequence-classification"),
+        ("variator", ["--start", "data"], "data: no plugins, expected a folder made by `compexport train`"),
+        ("variator", ["--start", "x", "--fresh"], "both --fresh and --start were given"),
+    ],
+)
+def test_refused(
+    cli: Cli, tiny: Callable[..., Path], data: Path, tmp_path: Path, method: str, options: list[str], message: str
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    done = cli("train", method, tiny(), "--data", data, *options)
+    assert done.code == 2 and message in done.error.replace(": expected", ", expected")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_fine_tuned_model_replaces_nothing_but_an_older_one(
+    cli: Cli, tiny: Callable[..., Path], data: Path, tmp_path: Path
+) -> None:
+    command = ["train", "finetune", tiny(), "--data", data, "--steps", 1]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    assert "mine: already there" in cli(*command, "-o", "mine").error
+    assert "is the model itself" in cli(*command, "-o", tiny()).error
+    assert cli(*command, "-o", "new").code == 0
+    first = (tmp_path / "new" / "model.safetensors").read_bytes()
+    assert cli(*command, "-o", "new", "--seed", 5).code == 0
+    assert (tmp_path / "new" / "model.safetensors").read_bytes() != first
+    (tmp_path / "new" / "compexport.json").write_text("{}")
+    assert "plugins were fitted to the model that is there" in cli(*command, "-o", "new").error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "mine", "new"]
