@@ -35,13 +35,13 @@ class PluginTrainer(Trainer):
         self,
         *args: Any,
         backbone: Backbone,
-        fit: FitSettings,
+        clock: Clock,
         sampler: LengthBuckets,
         ratios: Sequence[int],
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.backbone, self.fit, self.sampler = backbone, fit, sampler
+        self.backbone, self.clock, self.sampler = backbone, clock, sampler
         self.ratios = ratios
 
     def compute_loss(
@@ -51,9 +51,8 @@ class PluginTrainer(Trainer):
         mask = inputs["attention_mask"]
         taught = [ratio for ratio in self.ratios if takes_part(ratio, min(self.ratios), self.state.global_step)]
         teacher, students = model(**inputs, ratios=taught)
-        losses = [
-            batch_loss(self.backbone, teacher, one, mask, labels, self.fit.loss) for ratio, one in students.items()
-        ]
+        loss, share = self.clock.settings.loss, self.clock.share(self.state.global_step)
+        losses = [batch_loss(self.backbone, teacher, one, mask, labels, loss, share) for one in students.values()]
         total = torch.stack(losses).sum()
         return (total, students) if return_outputs else total
 
@@ -105,7 +104,7 @@ def run_trainer(
             optimizers=(optimizer, schedule),
             callbacks=[_Watch(clock, progress, model)],
             backbone=backbone,
-            fit=settings,
+            clock=clock,
             sampler=sampler,
             ratios=list(plugins),
         )
