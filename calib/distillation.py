@@ -44,7 +44,8 @@ def distillation(
         mask = batch["attention_mask"]
         taught = [ratio for ratio in plugins if takes_part(ratio, smallest, step)]
         teacher, students = model(**batch, ratios=taught)
-        losses = [batch_loss(backbone, teacher, one, mask, labels, settings.loss) for one in students.values()]
+        share = clock.share(step)
+        losses = [batch_loss(backbone, teacher, one, mask, labels, settings.loss, share) for one in students.values()]
         return torch.stack(losses).sum()
 
     return Training(

@@ -16,7 +16,8 @@ from calib.settings import Loss
 from exporter.backbone import Backbone
 from exporter.methods.variator import pool, task_outputs
 
-# Of the hidden-state error, in units of the teacher's variance, beside the output error.
+# Of the hidden-state error, in units of the teacher's variance, beside the output error, at the first step. It fades to
+# nothing at the last: layers need guidance to start with, in the end only the answer counts.
 HIDDEN_WEIGHT = 1.0
 # What a ratio gains by a step falls with the ratio: fewer of its errors can be mended by so few parameters. Time that
 # the large ones leave goes to the small ones.
@@ -30,13 +31,13 @@ def batch_loss(
     mask: Tensor,
     labels: Tensor | None,
     loss: Loss,
+    share: float = 0.0,
 ) -> Tensor:
-    """The loss of one ratio on one batch."""
+    """The loss of one ratio on one batch; ``share`` of the fit is done."""
     total = torch.zeros(())
     if loss != "task":
-        total = HIDDEN_WEIGHT * hidden_error(student, teacher, mask) + output_error(
-            backbone, student[-1], teacher[-1], mask
-        )
+        guidance = HIDDEN_WEIGHT * (1.0 - share) * hidden_error(student, teacher, mask)
+        total = guidance + output_error(backbone, student[-1], teacher[-1], mask)
     if loss != "hidden":
         assert labels is not None
         total = total + F.cross_entropy(task_outputs(backbone, student[-1], mask)[0].float(), labels)
