@@ -15,7 +15,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from compexport.api import Columns, Device, Fit, bench, build, evaluate, inspect, load, train, verify
+    from compexport.api import (
+        Columns,
+        Device,
+        Fit,
+        bench,
+        build,
+        evaluate,
+        import_checkpoint,
+        inspect,
+        load,
+        train,
+        verify,
+    )
     from compexport.errors import (
         BundleError,
         CompexportError,
@@ -35,6 +47,7 @@ __all__ = [
     "bench",
     "build",
     "evaluate",
+    "import_checkpoint",
     "inspect",
     "load",
     "train",
@@ -58,7 +71,8 @@ __all__ = [
 ]  # fmt: skip
 
 _HOMES = {
-    **dict.fromkeys(("bench", "build", "evaluate", "inspect", "load", "train", "verify"), "compexport.api"),
+    **dict.fromkeys(("bench", "build", "evaluate", "import_checkpoint"), "compexport.api"),
+    **dict.fromkeys(("inspect", "load", "train", "verify"), "compexport.api"),
     **dict.fromkeys(("Columns", "Device", "Fit"), "compexport.api"),
     "Bundle": "engines.bundle",
     "Decision": "engines.selector",

@@ -1,4 +1,4 @@
-"""What one does with compexport: build, train, load, bench, evaluate, select, run, inspect, verify.
+"""What one does with compexport: build, train, import, load, bench, evaluate, select, run, inspect, verify.
 
 Each is a short composition of the folders below; the command line calls the same functions. Those whose result a
 command prints return that command's JSON document as a dict.
@@ -179,6 +179,25 @@ def fit_texts(
     result = training.fit_variator(backbone, texts, ratios, settings=settings, progress=progress)
     result.save(output, backbone)
     return {"output": str(output), **result.record}
+
+
+def import_checkpoint(
+    file: str | Path,
+    *,
+    backbone: str | Path,
+    output: str | Path = "imported",
+    method: str = "variator",
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Turn an official file of ``method`` and the folder ``backbone`` it belongs to into the checkpoint ``output``.
+
+    Raises InputError for a file that does not fit exactly, in which case nothing was written.
+    """
+    _choice("method", method, METHODS)
+    progress(f"importing {file}")
+    from exporter.importers.variator import import_variator
+
+    return import_variator(file, backbone, output).document()
 
 
 def build(

@@ -130,7 +130,7 @@ def train_table(document: Mapping[str, Any]) -> Table:
         (
             ratio,
             f"{document['extra_params'][str(ratio)]:,}",
-            f"{100 * document['extra_params_share'][str(ratio)]:.2f} %",
+            _percent(document["extra_params_share"][str(ratio)]),
             f"{document['student'][str(ratio)]:.4f}",
         )
         for ratio in document["ratios"]
@@ -138,6 +138,22 @@ def train_table(document: Mapping[str, Any]) -> Table:
     title = f"{document['output']}: plugins fitted in {document['steps']} steps, {document['seconds']:.0f} s"
     notes = [f"{metric} of the backbone itself: {document['teacher']:.4f}"]
     return Table(title, ("ratio", "extra parameters", "share", f"{metric}, held out"), rows, notes)
+
+
+def import_table(document: Mapping[str, Any]) -> Table:
+    """``import``: what the file added to the model, and what its backbone is made of."""
+    ratio = document["ratio"]
+    rows = [] if ratio is None else [(ratio, f"{document['extra_params']:,}", _percent(document["extra_params_share"]))]
+    source = "this file" if document["backbone_from_file"] else document["backbone"]
+    notes = [f"backbone from {source}; ratios there now: {', '.join(map(str, document['ratios'])) or 'none'}"]
+    if document["lora"]:
+        notes.append(f"LoRA updates merged into {document['lora']} matrices")
+    title = f"{document['output']}: {document['tensors']} tensors imported"
+    return Table(title, ("ratio", "extra parameters", "share") if rows else (), rows, notes)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
 
 
 def inspect_tables(manifest: Mapping[str, Any]) -> list[Table]:

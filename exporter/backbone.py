@@ -117,7 +117,7 @@ def load_backbone(folder: str | Path, task: str | None = None, *, attention: str
     Raises InputError for a folder without a model, an unsupported architecture or task, or pickled weights.
     """
     folder = Path(folder)
-    config = _config(folder)
+    config = load_config(folder)
     host = host_of(config.model_type, folder)
     known = _known_task(task, folder) if task is not None else _task(config, folder)
     _require_safetensors(folder)
@@ -136,7 +136,8 @@ def load_backbone(folder: str | Path, task: str | None = None, *, attention: str
     )
 
 
-def _config(folder: Path) -> Any:
+def load_config(folder: Path) -> Any:
+    """``config.json`` of a model folder, as transformers reads it; InputError if there is none of a known kind."""
     if not (folder / "config.json").is_file():
         found = "no such folder" if not folder.is_dir() else "no config.json in it"
         raise InputError(
