@@ -16,14 +16,17 @@ from engines.manifest import Task
 from exporter.hosts import Host, host_of
 from exporter.identity import backbone_sha256
 
-# Suffix of the class named in config.json -> task, and the transformers class that loads it.
-TASKS: dict[str, tuple[Task, str]] = {
-    "ForSequenceClassification": ("sequence-classification", "AutoModelForSequenceClassification"),
-    "ForTokenClassification": ("token-classification", "AutoModelForTokenClassification"),
-    "ForQuestionAnswering": ("question-answering", "AutoModelForQuestionAnswering"),
-    "Model": ("feature-extraction", "AutoModel"),
+# Suffix of the class named in config.json -> task.
+TASKS: dict[str, Task] = {
+    "ForSequenceClassification": "sequence-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForConditionalGeneration": "feature-extraction",  # the encoder of a generating model
+    "Model": "feature-extraction",
 }
-AUTO_CLASSES = dict(TASKS.values())
+# Relative positions have no end; texts are cut here where the tokenizer's settings name no limit.
+DEFAULT_MAX_LENGTH = 512
+_NO_LIMIT = 1e29  # transformers writes 1e30 for "none"
 _TOKENIZERS = ("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model")
 
 
@@ -67,11 +70,6 @@ class Backbone:
     @property
     def num_layers(self) -> int:
         return int(self._normalized.num_layers)
-
-    @property
-    def feed_forward_size(self) -> int:
-        name = "hidden_dim" if self.config.model_type == "distilbert" else "intermediate_size"
-        return int(getattr(self.config, name))
 
     @property
     def params(self) -> int:
@@ -119,9 +117,9 @@ def load_backbone(folder: str | Path, task: str | None = None, *, attention: str
     folder = Path(folder)
     config = load_config(folder)
     host = host_of(config.model_type, folder)
-    known = _known_task(task, folder) if task is not None else _task(config, folder)
+    known = _known_task(task, host, folder) if task is not None else _task(config, host, folder)
     _require_safetensors(folder)
-    model = _load_model(folder, known, attention)
+    model = _load_model(folder, host.classes[known], known, attention)
     labels = [config.id2label[i] for i in range(config.num_labels)] if known.endswith("classification") else []
     return Backbone(
         folder=folder,
@@ -164,22 +162,23 @@ def _layers(config: Any) -> int:
     return int(config.num_hidden_layers)
 
 
-def _known_task(name: str, folder: Path) -> Task:
-    for task in AUTO_CLASSES:
+def _known_task(name: str, host: Host, folder: Path) -> Task:
+    for task in host.classes:
         if task == name:
             return task
-    raise InputError(describe(f"{folder}: unknown task", got=repr(name), expected=", ".join(AUTO_CLASSES)))
+    raise InputError(describe(f"{folder}: unknown task", got=repr(name), expected=", ".join(host.classes)))
 
 
-def _task(config: Any, folder: Path) -> Task:
+def _task(config: Any, host: Host, folder: Path) -> Task:
     architecture = str((config.architectures or ["Model"])[0])
-    for suffix, (task, _) in TASKS.items():
-        if architecture.endswith(suffix):
+    for suffix, task in TASKS.items():
+        if architecture.endswith(suffix) and task in host.classes:
             return task
     if architecture.endswith(("ForMaskedLM", "ForPreTraining")):
         return "feature-extraction"  # the pre-training head is of no use to a service
+    suffixes = [suffix for suffix, task in TASKS.items() if task in host.classes]
     raise InputError(
-        describe(f"{folder}: unsupported task head", got=architecture, expected=" or ".join(f"*{s}" for s in TASKS))
+        describe(f"{folder}: unsupported task head", got=architecture, expected=" or ".join(f"*{s}" for s in suffixes))
     )
 
 
@@ -197,14 +196,14 @@ def _require_safetensors(folder: Path) -> None:
     )
 
 
-def _load_model(folder: Path, task: Task, attention: str) -> nn.Module:
+def _load_model(folder: Path, class_name: str, task: Task, attention: str) -> nn.Module:
     import transformers
 
     from exporter.quiet import quiet_transformers
 
     try:
         with quiet_transformers():
-            model, found = getattr(transformers, AUTO_CLASSES[task]).from_pretrained(
+            model, found = getattr(transformers, class_name).from_pretrained(
                 folder,
                 local_files_only=True,
                 use_safetensors=True,
@@ -220,6 +219,8 @@ def _load_model(folder: Path, task: Task, attention: str) -> nn.Module:
         got = f"no {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
         hint = "" if task == "feature-extraction" else f"fine-tune the model for {task} first"
         raise InputError(describe(f"{folder}: weights are missing", got=got, expected=f"a {task} model", hint=hint))
+    if task == "feature-extraction" and model.config.is_encoder_decoder:
+        model = model.get_encoder()  # nobody reads the decoder
     loaded: nn.Module = model.eval().requires_grad_(False)
     return loaded
 
@@ -260,14 +261,14 @@ def _pooling_mode(settings: dict[str, Any], folder: Path) -> str:
 
 
 def _max_length(folder: Path, config: Any, host: Host) -> int:
-    limits = [int(config.max_position_embeddings) - host.position_offset]
-    sentence = folder / "sentence_bert_config.json"
-    if sentence.exists():
-        limits.append(int(_read_json(sentence).get("max_seq_length") or limits[0]))
-    tokenizer = folder / "tokenizer_config.json"
-    if tokenizer.exists():
-        limits.append(int(_read_json(tokenizer).get("model_max_length") or limits[0]))
-    return max(1, min(limits))
+    """The smallest limit that the folder names; without any, ``DEFAULT_MAX_LENGTH``."""
+    positions = getattr(config, "max_position_embeddings", None)
+    limits = [] if positions is None else [int(positions) - host.position_offset]
+    for name, key in (("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
+        limit = _read_json(folder / name).get(key) if (folder / name).exists() else None
+        if limit and limit < _NO_LIMIT:
+            limits.append(int(limit))
+    return max(1, min(limits, default=DEFAULT_MAX_LENGTH))
 
 
 def _input_names(config: Any) -> tuple[str, ...]:
