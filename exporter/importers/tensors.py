@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -25,20 +26,23 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise InputError(describe(f"{path}: no such file", expected="a plugin file or a task checkpoint"))
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise InputError(describe(f"{path}: cannot be read", got=error.strerror or type(error).__name__)) from error
-    except Exception as error:  # a hostile pickle can make the reader fail in any way
-        raise InputError(
-            describe(f"{path}: not a file of tensors", got=_reason(error), expected="what torch.save makes of a dict")
-        ) from error
+    with path.open("rb") as stream:
+        found = _load(path, stream)
     if not isinstance(found, dict) or not found:
         got = type(found).__name__ if not isinstance(found, dict) else "an empty one"
         raise InputError(describe(f"{path}: not a file of tensors", got=got, expected="a dict of tensors by name"))
     for name, value in found.items():
         _require_plain(path, name, value)
     return {name: value.detach() for name, value in found.items()}
+
+
+def _load(path: Path, stream: BinaryIO) -> object:
+    try:
+        return torch.load(stream, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or hostile pickle can make the reader fail in any way
+        raise InputError(
+            describe(f"{path}: not a file of tensors", got=_reason(error), expected="what torch.save makes of a dict")
+        ) from error
 
 
 def _reason(error: Exception) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+Tensors = dict[str, Tensor]
 EPSILON = 1e-6
 LORA_RANK, LORA_SCALING = 16, 2.0  # alpha 32
 
@@ -35,7 +36,7 @@ class Sizes:
 class Official:
     """One official wrapper. ``ratio`` None runs it without plugins; arithmetic is in the dtype of ``tensors``."""
 
-    def __init__(self, tensors: dict[str, Tensor], sizes: Sizes, ratio: int | None) -> None:
+    def __init__(self, tensors: Tensors, sizes: Sizes, ratio: int | None) -> None:
         self.tensors, self.sizes, self.ratio = tensors, sizes, ratio
 
     # --- encoder ---------------------------------------------------------------------------------------------------
@@ -165,7 +166,7 @@ def norm(x: Tensor, weight: Tensor) -> Tensor:
 # --- files of the official layout ----------------------------------------------------------------------------------
 
 
-def random_t5(sizes: Sizes, seed: int = 0) -> dict[str, Tensor]:
+def random_t5(sizes: Sizes, seed: int = 0) -> Tensors:
     """A random backbone under ``t5.``, fp64, at ModelCenter's scale; every tensor moves the output noticeably."""
     draw = _Draw(seed)
     inner = sizes.heads * sizes.head_width
@@ -189,7 +190,7 @@ def random_t5(sizes: Sizes, seed: int = 0) -> dict[str, Tensor]:
     return tensors
 
 
-def random_plugins(sizes: Sizes, ratio: int, seed: int = 0) -> dict[str, Tensor]:
+def random_plugins(sizes: Sizes, ratio: int, seed: int = 0) -> Tensors:
     """Random plugins for a stream of 1/100: what reads u is large, what writes into the stream is small."""
     draw = _Draw(1000 * ratio + seed)
     hidden, width, tensors = sizes.hidden, sizes.width, {}
@@ -206,7 +207,7 @@ def random_plugins(sizes: Sizes, ratio: int, seed: int = 0) -> dict[str, Tensor]
     return tensors
 
 
-def random_lora(sizes: Sizes, seed: int = 0) -> dict[str, Tensor]:
+def random_lora(sizes: Sizes, seed: int = 0) -> Tensors:
     """Updates of the q and v projections of every self-attention, as large as the matrices themselves."""
     draw = _Draw(77 + seed)
     inner, tensors = sizes.heads * sizes.head_width, {}
@@ -228,7 +229,7 @@ class _Draw:
         return 1 + self(*shape, std=0.2)
 
 
-def modelcenter_from_t5(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def modelcenter_from_t5(state: Tensors) -> Tensors:
     """A Hugging Face T5 of the original kind in ModelCenter's form under ``t5.``, fp64: the stream at 1/100."""
     out = {"t5.input_embedding.weight": state["shared.weight"].double() / 100}
     for stack, short in (("encoder", "enc"), ("decoder", "dec")):
@@ -255,12 +256,12 @@ def modelcenter_from_t5(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def as_stored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def as_stored(tensors: Tensors) -> Tensors:
     """Rounded to fp16 as in a file, and back: the numbers that file and arithmetic share."""
     return {name: tensor.half().double() for name, tensor in tensors.items()}
 
 
-def write(path: Path, *groups: dict[str, Tensor]) -> Path:
+def write(path: Path, *groups: Tensors) -> Path:
     """A file as the official code writes it: one flat dict of fp16 tensors."""
     torch.save({name: tensor.half() for group in groups for name, tensor in group.items()}, path)
     return path
