@@ -27,6 +27,7 @@ HEAD_CLASSES = {
     "question-answering": "ForQuestionAnswering",
 }
 T5_CLASSES = {"feature-extraction": "EncoderModel"}
+BART_CLASSES = {"feature-extraction": "Model"}
 TEXTS = [
     "a fine film with a quiet heart",
     "the plot is thin and the actors look bored",
@@ -100,6 +101,18 @@ _SIZES = {
     "intermediate_size": FFN,
     "max_position_embeddings": MAX_LENGTH,
 }
+_BART_SIZES = {
+    "init_std": 0.2,
+    "d_model": HIDDEN,
+    "encoder_layers": LAYERS,
+    "decoder_layers": LAYERS,
+    "encoder_attention_heads": HEADS,
+    "decoder_attention_heads": HEADS,
+    "encoder_ffn_dim": FFN,
+    "decoder_ffn_dim": FFN,
+    "max_position_embeddings": MAX_LENGTH,
+    "scale_embedding": True,
+}
 # Sixteen buckets up to distance 40: the 128 tokens of a parity check reach beyond the last of them.
 _T5_SIZES = {
     "d_model": HIDDEN,
@@ -134,6 +147,9 @@ MODELS = {
     "tiny-t5": Tiny("T5", _T5_SIZES, _unigram, T5_CLASSES),
     # Version 1.1: a gated FFN. Heads as wide together as no other part, so that no two sizes can be mixed up.
     "tiny-t5-gated": Tiny("T5", {**_T5_SIZES, "d_kv": 12, "feed_forward_proj": "gated-gelu"}, _unigram, T5_CLASSES),
+    "tiny-bart": Tiny("Bart", _BART_SIZES, _byte_level, BART_CLASSES),
+    # Pre-norm, with a norm at the end.
+    "tiny-mbart": Tiny("MBart", _BART_SIZES, _byte_level, BART_CLASSES),
 }
 
 

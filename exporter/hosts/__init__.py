@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from compexport.errors import InputError, describe
-from exporter.hosts import bert, t5
+from exporter.hosts import bart, bert, t5
 from exporter.hosts.host import Host
 
-HOSTS: dict[str, Host] = {**bert.HOSTS, **t5.HOSTS}
+HOSTS: dict[str, Host] = {**bert.HOSTS, **t5.HOSTS, **bart.HOSTS}
 
 
 def host_of(model_type: str, folder: Path) -> Host:

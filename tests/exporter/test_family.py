@@ -36,6 +36,7 @@ FAMILIES = [
     *((name, "feature-extraction", "masked") for name in models.MODELS),
     *(("tiny-bert", task, "masked") for task in models.HEAD_CLASSES if task != "feature-extraction"),
     ("tiny-bert", "feature-extraction", "official"),
+    ("tiny-t5", "feature-extraction", "official"),
 ]
 
 

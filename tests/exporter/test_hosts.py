@@ -95,6 +95,8 @@ def _portrait(model: nn.Module) -> object:
 
 
 def test_unknown_architecture_names_the_supported_ones() -> None:
-    with pytest.raises(InputError, match="got 'gpt2', expected one of bert, distilbert, electra, roberta, t5;"):
+    with pytest.raises(
+        InputError, match="got 'gpt2', expected one of bart, bert, distilbert, electra, mbart, roberta, t5;"
+    ):
         host_of("gpt2", Path("model"))
-    assert sorted(HOSTS) == ["bert", "distilbert", "electra", "roberta", "t5"]
+    assert sorted(HOSTS) == ["bart", "bert", "distilbert", "electra", "mbart", "roberta", "t5"]

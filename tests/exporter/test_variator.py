@@ -24,8 +24,8 @@ from tests.models import HIDDEN, LAYERS
 
 PADS = ("masked", "official")
 every_pad = pytest.mark.parametrize("pad", PADS)
-# One host of each kind: post-norm with positions of its own, pre-norm with a position bias.
-every_kind = pytest.mark.parametrize("name", ["tiny-bert", "tiny-t5"])
+# One host of each kind: post-norm, pre-norm with a position bias, pre-norm with learnt positions.
+every_kind = pytest.mark.parametrize("name", ["tiny-bert", "tiny-t5", "tiny-mbart"])
 
 
 def _feed(backbone: Backbone, real: list[int], length: int, *, pad_id: int = 0, seed: int = 0) -> dict[str, Tensor]:
