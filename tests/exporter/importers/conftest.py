@@ -42,6 +42,10 @@ def make_t5(folder: Path, **changes: Any) -> Path:
 
 @pytest.fixture(scope="session")
 def sizes(t5: Path) -> Sizes:
+    return sizes_of(t5)
+
+
+def sizes_of(t5: Path) -> Sizes:
     return replace(Sizes(), vocab=json.loads((t5 / "config.json").read_text())["vocab_size"])
 
 
