@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 FORMAT: Final = 1
 
-Task = Literal["feature-extraction", "sequence-classification", "token-classification", "question-answering"]
+Task = Literal[
+    "feature-extraction", "sequence-classification", "token-classification", "question-answering", "label-words"
+]
 
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
@@ -113,6 +115,18 @@ class Tokenizer(Record):
     inputs: list[str]
 
 
+class LabelWords(Record):
+    """How a generating model classifies: the text stands in ``template``, and the word of a label scores for it.
+
+    The graph's ``logits`` are those of ``word_ids``, one per label, after the decoder has read ``decoder_input_ids``.
+    """
+
+    words: list[str]
+    word_ids: list[int] = Field(description="the first sub-token of each word")
+    decoder_input_ids: list[int]
+    template: str = Field(description="holds {text} and perhaps {text_pair}")
+
+
 class Backbone(Record):
     """The model the family was made from."""
 
@@ -135,6 +149,7 @@ class Manifest(Record):
     labels: list[str] = []
     pooling: str | None = None
     tokenizer: Tokenizer | None = None
+    label_words: LabelWords | None = None
     variants: dict[str, Variant]
     graphs: dict[str, Graph]
     engines: dict[str, Engine] = {}
@@ -143,6 +158,14 @@ class Manifest(Record):
     )
     versions: dict[str, str]
     command: str
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """``label_words`` is written for its task only: manifests of other tasks stay readable by older versions."""
+        document: dict[str, Any] = handler(self)
+        if document.get("label_words", ...) is None:
+            del document["label_words"]
+        return document
 
 
 if __name__ == "__main__":

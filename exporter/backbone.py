@@ -12,16 +12,17 @@ import torch
 from torch import nn
 
 from compexport.errors import InputError, describe
-from engines.manifest import Task
+from engines.manifest import LabelWords, Task
 from exporter.hosts import Host, host_of
-from exporter.identity import backbone_sha256
+from exporter.identity import LABEL_WORDS, backbone_sha256
+from exporter.label_words import read_label_words
 
 # Suffix of the class named in config.json -> task.
 TASKS: dict[str, Task] = {
     "ForSequenceClassification": "sequence-classification",
     "ForTokenClassification": "token-classification",
     "ForQuestionAnswering": "question-answering",
-    "ForConditionalGeneration": "feature-extraction",  # the encoder of a generating model
+    "ForConditionalGeneration": "label-words",  # without the words, its encoder: feature-extraction
     "Model": "feature-extraction",
 }
 # Relative positions have no end; texts are cut here where the tokenizer's settings name no limit.
@@ -54,6 +55,7 @@ class Backbone:
     max_length: int
     input_names: tuple[str, ...]
     config: Any = field(repr=False)
+    label_words: LabelWords | None = None
 
     @property
     def encoder(self) -> nn.Module:
@@ -89,21 +91,7 @@ class Backbone:
     @cached_property
     def tokenizer_json(self) -> str:
         """The fast tokenizer as text; converted from a slow one where the folder has no ``tokenizer.json``."""
-        path = self.folder / "tokenizer.json"
-        if path.exists():
-            return path.read_text(encoding="utf-8")
-        from transformers import AutoTokenizer
-
-        try:
-            if not any((self.folder / name).exists() for name in _TOKENIZERS):
-                raise FileNotFoundError("none of its files")  # transformers would make up an empty one
-            tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-            text: str = tokenizer.backend_tokenizer.to_str()
-        except Exception as error:
-            raise InputError(
-                describe(f"{self.folder}: no usable tokenizer", got=_first_line(error), expected="tokenizer.json")
-            ) from error
-        return text
+        return _tokenizer_json(self.folder)
 
 
 def load_backbone(folder: str | Path, task: str | None = None, *, attention: str = "eager") -> Backbone:
@@ -119,8 +107,8 @@ def load_backbone(folder: str | Path, task: str | None = None, *, attention: str
     host = host_of(config.model_type, folder)
     known = _known_task(task, host, folder) if task is not None else _task(config, host, folder)
     _require_safetensors(folder)
+    labels, words = _labels(folder, known, config)
     model = _load_model(folder, host.classes[known], known, attention)
-    labels = [config.id2label[i] for i in range(config.num_labels)] if known.endswith("classification") else []
     return Backbone(
         folder=folder,
         model=model,
@@ -131,7 +119,16 @@ def load_backbone(folder: str | Path, task: str | None = None, *, attention: str
         max_length=_max_length(folder, config, host),
         input_names=_input_names(config),
         config=config,
+        label_words=words,
     )
+
+
+def _labels(folder: Path, task: Task, config: Any) -> tuple[list[str], LabelWords | None]:
+    if task == "label-words":
+        return read_label_words(folder, _tokenizer_json(folder), config)
+    if task.endswith("classification"):
+        return [config.id2label[i] for i in range(config.num_labels)], None
+    return [], None
 
 
 def load_config(folder: Path) -> Any:
@@ -173,7 +170,8 @@ def _task(config: Any, host: Host, folder: Path) -> Task:
     architecture = str((config.architectures or ["Model"])[0])
     for suffix, task in TASKS.items():
         if architecture.endswith(suffix) and task in host.classes:
-            return task
+            wordless = task == "label-words" and not (folder / LABEL_WORDS).is_file()
+            return "feature-extraction" if wordless else task
     if architecture.endswith(("ForMaskedLM", "ForPreTraining")):
         return "feature-extraction"  # the pre-training head is of no use to a service
     suffixes = [suffix for suffix, task in TASKS.items() if task in host.classes]
@@ -275,6 +273,24 @@ def _input_names(config: Any) -> tuple[str, ...]:
     names = ("input_ids", "attention_mask")
     uses_types = config.model_type in {"bert", "electra"} and config.type_vocab_size > 1
     return (*names, "token_type_ids") if uses_types else names
+
+
+def _tokenizer_json(folder: Path) -> str:
+    path = folder / "tokenizer.json"
+    if path.exists():
+        return path.read_text(encoding="utf-8")
+    from transformers import AutoTokenizer
+
+    try:
+        if not any((folder / name).exists() for name in _TOKENIZERS):
+            raise FileNotFoundError("none of its files")  # transformers would make up an empty one
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        text: str = tokenizer.backend_tokenizer.to_str()
+    except Exception as error:
+        raise InputError(
+            describe(f"{folder}: no usable tokenizer", got=_first_line(error), expected="tokenizer.json")
+        ) from error
+    return text
 
 
 def _read_json(path: Path) -> Any:

@@ -19,6 +19,13 @@ MAX_LENGTH = 160  # tokens, special ones included
 LABELS = {
     "sequence-classification": ["negative", "positive"],
     "token-classification": ["O", "PER", "LOC"],
+    "label-words": ["negative", "positive"],
+}
+# The labels' words are among ``TEXTS``, so every tokenizer has a first sub-token for each.
+LABEL_WORDS = {
+    "labels": LABELS["label-words"],
+    "words": [" waste", " loved"],
+    "template": "the film: {text} it was <extra_id_0>",
 }
 HEAD_CLASSES = {
     "feature-extraction": "Model",
@@ -26,8 +33,8 @@ HEAD_CLASSES = {
     "token-classification": "ForTokenClassification",
     "question-answering": "ForQuestionAnswering",
 }
-T5_CLASSES = {"feature-extraction": "EncoderModel"}
-BART_CLASSES = {"feature-extraction": "Model"}
+T5_CLASSES = {"feature-extraction": "EncoderModel", "label-words": "ForConditionalGeneration"}
+BART_CLASSES = {"feature-extraction": "Model", "label-words": "ForConditionalGeneration"}
 TEXTS = [
     "a fine film with a quiet heart",
     "the plot is thin and the actors look bored",
@@ -149,7 +156,7 @@ MODELS = {
     "tiny-t5-gated": Tiny("T5", {**_T5_SIZES, "d_kv": 12, "feed_forward_proj": "gated-gelu"}, _unigram, T5_CLASSES),
     "tiny-bart": Tiny("Bart", _BART_SIZES, _byte_level, BART_CLASSES),
     # Pre-norm, with a norm at the end.
-    "tiny-mbart": Tiny("MBart", _BART_SIZES, _byte_level, BART_CLASSES),
+    "tiny-mbart": Tiny("MBart", {**_BART_SIZES, "decoder_start_token_id": 0}, _byte_level, BART_CLASSES),
 }
 
 
@@ -166,7 +173,7 @@ def make(
     tiny = MODELS[name]
     tokenizer = tiny.tokenizer()
     config = getattr(transformers, f"{tiny.prefix}Config")(**{"vocab_size": tokenizer.get_vocab_size(), **tiny.config})
-    if labels := LABELS.get(task):
+    if (labels := LABELS.get(task)) and task != "label-words":
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: i for i, label in enumerate(labels)}
     with torch.random.fork_rng():
@@ -174,6 +181,8 @@ def make(
         model = getattr(transformers, tiny.prefix + tiny.classes[task])(config)
     model.save_pretrained(folder)
     _save_tokenizer(tokenizer, folder)
+    if task == "label-words":
+        (folder / "label_words.json").write_text(json.dumps(LABEL_WORDS))
     if task == "feature-extraction" and pooling is not None:
         _save_pooling(folder, pooling)
     return folder

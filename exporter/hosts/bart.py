@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from exporter.hosts.host import Host
+from exporter.hosts.host import Decoder, Host
 
 
 def _embed(encoder: Any, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
@@ -44,6 +44,23 @@ def _encoder(model: Any) -> Any:
     return getattr(inner, "encoder", inner)
 
 
+def _score(model: Any, h: Tensor, attention_mask: Tensor, prefix: Tensor, words: Tensor) -> Tensor:
+    decoded = model.model.decoder(
+        input_ids=prefix.expand(h.shape[0], -1),
+        encoder_hidden_states=h,
+        encoder_attention_mask=attention_mask,
+        use_cache=False,
+    )
+    last = decoded.last_hidden_state[:, -1]
+    return nn.functional.linear(last, model.lm_head.weight[words], model.final_logits_bias[0, words])
+
+
+_DECODER = Decoder(
+    score=_score,
+    layers=lambda model: model.model.decoder.layers,
+    read_encoder=lambda layer: [layer.encoder_attn.k_proj, layer.encoder_attn.v_proj],
+)
+
 HOSTS: dict[str, Host] = {
     "bart": Host(
         encoder=_encoder,
@@ -53,7 +70,8 @@ HOSTS: dict[str, Host] = {
         attend=_attend,
         feed_forward=_feed_forward,
         finish=_norm,
-        classes={"feature-extraction": "BartModel"},
+        classes={"feature-extraction": "BartModel", "label-words": "BartForConditionalGeneration"},
+        decoder=_DECODER,
     ),
     "mbart": Host(
         encoder=_encoder,
@@ -64,6 +82,7 @@ HOSTS: dict[str, Host] = {
         enter=_norm,
         feed_forward=_feed_forward,
         close=lambda encoder, h: encoder.layer_norm(h),
-        classes={"feature-extraction": "MBartModel"},
+        classes={"feature-extraction": "MBartModel", "label-words": "MBartForConditionalGeneration"},
+        decoder=_DECODER,
     ),
 }

@@ -20,6 +20,20 @@ def _mask_alone(_: Any, mask: Tensor, buckets: Tensor | None) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Decoder:
+    """The decoder of a generating model, for one pass over a short prefix. P prefix ids, C words.
+
+    ``score(model, h, attention_mask, prefix, words)``: encoder states [B,S,H], mask [B,S] of 0 and 1, prefix ids [P],
+    word ids [C] -> the words' logits [B,C] after the prefix. ``layers(model)``, and of a layer ``read_encoder``: the
+    two products that act on encoder states, cross-attention's keys and values.
+    """
+
+    score: Callable[[Any, Tensor, Tensor, Tensor, Tensor], Tensor]
+    layers: Callable[[Any], nn.ModuleList]
+    read_encoder: Callable[[Any], list[nn.Linear]]
+
+
+@dataclass(frozen=True)
 class Host:
     """The parts of one encoder architecture. Tensors: h, x, z [B,S,H]; mask is additive, [B,1,1,S].
 
@@ -50,5 +64,6 @@ class Host:
     position_buckets: Callable[[Any], Tensor | None] = lambda encoder: None
     attention_bias: Callable[[Any, Tensor, Tensor | None], Tensor] = _mask_alone
     heads: Mapping[str, Callable[[Any, Tensor], Tensor]] = field(default_factory=dict)
+    decoder: Decoder | None = None
     position_offset: int = 0
     skips_padded_rows: bool = False

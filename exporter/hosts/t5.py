@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from exporter.hosts.host import Host
+from exporter.hosts.host import Decoder, Host
 
 
 def _attend(layer: Any, h: Tensor, bias: Tensor) -> Tensor:
@@ -56,6 +56,19 @@ def _attention_bias(encoder: Any, mask: Tensor, buckets: Tensor | None) -> Tenso
     return bias.unflatten(1, (length, length)) + mask
 
 
+def _score(model: Any, h: Tensor, attention_mask: Tensor, prefix: Tensor, words: Tensor) -> Tensor:
+    decoded = model.decoder(
+        input_ids=prefix.expand(h.shape[0], -1),
+        encoder_hidden_states=h,
+        encoder_attention_mask=attention_mask,
+        use_cache=False,
+    )
+    last = decoded.last_hidden_state[:, -1]
+    if model.config.scale_decoder_outputs:
+        last = last * model.model_dim**-0.5
+    return nn.functional.linear(last, model.lm_head.weight[words])
+
+
 HOSTS: dict[str, Host] = {
     "t5": Host(
         encoder=lambda model: getattr(model, "encoder", model),
@@ -68,7 +81,12 @@ HOSTS: dict[str, Host] = {
         close=lambda encoder, h: encoder.final_layer_norm(h),
         position_buckets=_position_buckets,
         attention_bias=_attention_bias,
-        classes={"feature-extraction": "T5EncoderModel"},
+        classes={"feature-extraction": "T5EncoderModel", "label-words": "T5ForConditionalGeneration"},
+        decoder=Decoder(
+            score=_score,
+            layers=lambda model: model.decoder.block,
+            read_encoder=lambda layer: [layer.layer[1].EncDecAttention.k, layer.layer[1].EncDecAttention.v],
+        ),
         skips_padded_rows=True,
     ),
 }

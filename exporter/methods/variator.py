@@ -235,10 +235,20 @@ def task_outputs(backbone: Backbone, h: Tensor, attention_mask: Tensor) -> tuple
     """Final hidden states [B,S,H] -> the task's output tensors."""
     if backbone.task == "feature-extraction":
         return (h,) if backbone.pooling is None else (h, pool(h, attention_mask, backbone))
+    if backbone.task == "label-words":
+        return (_word_logits(backbone, h, attention_mask),)
     logits = backbone.host.heads[backbone.task](backbone.model, h)
     if backbone.task == "question-answering":
         return logits[..., 0], logits[..., 1]
     return (logits,)
+
+
+def _word_logits(backbone: Backbone, h: Tensor, attention_mask: Tensor) -> Tensor:
+    """[B,C]: one decoder pass over the prefix, then the logits of the labels' words."""
+    words, decoder = backbone.label_words, backbone.host.decoder
+    assert words is not None and decoder is not None
+    prefix, ids = (torch.tensor(numbers, device=h.device) for numbers in (words.decoder_input_ids, words.word_ids))
+    return decoder.score(backbone.model, h, attention_mask, prefix, ids)
 
 
 def output_names(backbone: Backbone) -> tuple[str, ...]:
@@ -294,6 +304,8 @@ def _layer_macs(backbone: Backbone) -> tuple[int, int, int]:
 
 def _head_macs(backbone: Backbone) -> tuple[int, int]:
     """MACs of the linear layers around the encoder's: (per sequence, per token)."""
+    if backbone.task == "label-words":
+        return _decoder_macs(backbone)
     projection = getattr(backbone.encoder, "embeddings_project", None)
     inside = {*backbone.layers.modules(), projection}
     per_token = _macs([projection]) if projection is not None else 0
@@ -303,6 +315,21 @@ def _head_macs(backbone: Backbone) -> tuple[int, int]:
     if backbone.task == "sequence-classification":
         return around, per_token
     return 0, per_token + around
+
+
+def _decoder_macs(backbone: Backbone) -> tuple[int, int]:
+    """One pass over the prefix: keys and values of cross-attention per encoder token, the rest per sequence."""
+    words, decoder = backbone.label_words, backbone.host.decoder
+    assert words is not None and decoder is not None
+    prefix = len(words.decoder_input_ids)
+    fixed, per_token = len(words.word_ids) * backbone.hidden_size, 0
+    for layer in decoder.layers(backbone.model):
+        keys, values = decoder.read_encoder(layer)
+        wide = int(keys.out_features)
+        read = _macs([keys, values])
+        fixed += prefix * (_macs(layer.modules()) - read) + prefix * prefix * 2 * wide
+        per_token += read + prefix * 2 * wide
+    return fixed, per_token
 
 
 def _macs(modules: Iterable[nn.Module]) -> int:
