@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from tests.exporter.importers import official
 from tests.exporter.importers.compare import whole_groups
 from tests.exporter.importers.conftest import make_t5, sizes_of
 from tests.exporter.importers.official import Official, Sizes
+from tests.models import LABEL_WORDS
 
 Cli = Callable[..., Any]
 
@@ -115,8 +118,11 @@ def test_from_official_files_to_answers(cli: Cli, t5: Path, sizes: Sizes, tmp_pa
     """A task checkpoint, then plugin files of its backbone: the engines answer as the official network does."""
     backbone = official.random_t5(sizes) | official.random_lora(sizes)
     plugins = {ratio: official.random_plugins(sizes, ratio) for ratio in (2, 4, 8)}
+    model = tmp_path / "t5"
+    shutil.copytree(t5, model)
+    (model / "label_words.json").write_text(json.dumps(LABEL_WORDS))
     file = official.write(tmp_path / "best_model.pt", backbone, plugins[2])
-    assert cli("import", "variator", file, "--backbone", t5, "-o", "out").code == 0
+    assert cli("import", "variator", file, "--backbone", model, "-o", "out").code == 0
     for ratio in (4, 8):
         file = official.write(tmp_path / f"mux_{ratio}.pkl", plugins[ratio])
         assert cli("import", "variator", file, "--backbone", "out", "-o", "out").code == 0
@@ -129,19 +135,18 @@ def test_from_official_files_to_answers(cli: Cli, t5: Path, sizes: Sizes, tmp_pa
     for ratio, tensors in plugins.items():
         outputs = cli("run", *arguments, "--ratio", ratio, "--json").document["outputs"]
         network = Official(official.as_stored(backbone | tensors), sizes, ratio)
-        expected = mean_states(network, ids_and_mask(t5), ratio)
-        assert_allclose([output["embedding"] for output in outputs], expected, atol=1e-4)
+        scores = [[output["scores"][label] for label in LABEL_WORDS["labels"]] for output in outputs]
+        assert_allclose(scores, official_scores(network, Tokenizer.from_file(str(t5 / "tokenizer.json"))), atol=1e-4)
 
 
-def ids_and_mask(t5: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    tokenizer = Tokenizer.from_file(str(t5 / "tokenizer.json"))
+def official_scores(network: Official, tokenizer: Tokenizer) -> torch.Tensor:
+    """Probabilities of the label words after the prefix [2, <extra_id_0>], at the scale of Hugging Face's logits."""
     tokenizer.enable_padding(pad_id=0, pad_token="<pad>")
-    encoded = tokenizer.encode_batch(TEXTS)
-    return torch.tensor([row.ids for row in encoded]), torch.tensor([row.attention_mask for row in encoded])
-
-
-def mean_states(network: Official, batch: tuple[torch.Tensor, torch.Tensor], ratio: int) -> torch.Tensor:
-    """The mean of the official encoder's output over the tokens of each text."""
-    ids, mask = whole_groups(*batch, ratio)
-    states = network.encode(ids, mask)[-1]
-    return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    encoded = tokenizer.encode_batch([LABEL_WORDS["template"].replace("{text}", text) for text in TEXTS])
+    ids, mask = (torch.tensor([getattr(row, key) for row in encoded]) for key in ("ids", "attention_mask"))
+    assert network.ratio is not None
+    ids, mask = whole_groups(ids, mask, network.ratio)
+    prefix = torch.tensor([[2, tokenizer.token_to_id("<extra_id_0>")]]).expand(len(ids), -1)
+    logits = network.logits(prefix, network.encode(ids, mask)[-1], mask)[:, -1]
+    words = [tokenizer.encode(word, add_special_tokens=False).ids[0] for word in LABEL_WORDS["words"]]
+    return torch.softmax(logits[:, words] * 100 * network.sizes.hidden**-0.5, dim=-1)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from compexport.errors import InputError
 from exporter.checkpoint import DESCRIPTION
 from exporter.importers.variator import import_variator
+from tests import models
 from tests.exporter.importers import official
 from tests.exporter.importers.compare import (
     compare_encoders,
@@ -111,7 +112,7 @@ def test_task_checkpoints_of_one_backbone_share_a_folder(t5: Path, tmp_path: Pat
     out, tensors = tmp_path / "out", official.random_t5(sizes)
     bare = tmp_path / "bare"  # nothing but configuration and tokenizer is read of the backbone
     shutil.copytree(t5, bare, ignore=shutil.ignore_patterns("*.safetensors"))
-    (bare / "label_words.json").write_text("{}")
+    (bare / "label_words.json").write_text(json.dumps(models.LABEL_WORDS))
     (bare / "pytorch_model.bin").write_bytes(b"never opened")
     imported = import_variator(official.write(tmp_path / "backbone.pt", tensors), bare, out)
     assert (imported.ratio, imported.ratios, imported.extra_params) == (None, [], 0)
