@@ -7,7 +7,15 @@ from __future__ import annotations
 
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 FORMAT: Final = 1
 
@@ -15,6 +23,9 @@ Task = Literal[
     "feature-extraction", "sequence-classification", "token-classification", "question-answering", "label-words"
 ]
 
+
+# The places in a template; every other brace stands for itself.
+TEXT, TEXT_PAIR = "{text}", "{text_pair}"
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
@@ -124,7 +135,14 @@ class LabelWords(Record):
     words: list[str]
     word_ids: list[int] = Field(description="the first sub-token of each word")
     decoder_input_ids: list[int]
-    template: str = Field(description="holds {text} and perhaps {text_pair}")
+    template: str = Field(description="holds one {text} and at most one {text_pair}")
+
+    @field_validator("template")
+    @classmethod
+    def _has_its_places(cls, template: str) -> str:
+        if template.count(TEXT) != 1 or template.count(TEXT_PAIR) > 1:
+            raise ValueError(f"needs one {TEXT} and at most one {TEXT_PAIR}")
+        return template
 
 
 class Backbone(Record):
@@ -158,6 +176,15 @@ class Manifest(Record):
     )
     versions: dict[str, str]
     command: str
+
+    @model_validator(mode="after")
+    def _words_for_labels(self) -> Manifest:
+        words = self.label_words
+        if (self.task == "label-words") != (words is not None):
+            raise ValueError("label_words belong to the task label-words, and to no other")
+        if words is not None and not len(words.words) == len(words.word_ids) == len(self.labels):
+            raise ValueError(f"label_words: one word and one id for each of {len(self.labels)} labels")
+        return self
 
     @model_serializer(mode="wrap")
     def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

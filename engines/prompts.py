@@ -8,12 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from compexport.errors import InputError, describe
+from engines.manifest import TEXT, TEXT_PAIR
 
-TEXT, PAIR = "{text}", "{text_pair}"
 _PLACES = re.compile(r"\{text\}|\{text_pair\}")
 
 
@@ -31,27 +30,18 @@ class Prompted:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A template with one ``{text}`` and at most one ``{text_pair}``; all other braces stand for themselves."""
+    """A template with one ``{text}`` and at most one ``{text_pair}``, as :class:`LabelWords` checks it."""
 
     template: str
-
-    @classmethod
-    def parse(cls, template: str, origin: str | Path = "template") -> Prompt:
-        """InputError where a place is missing or there twice."""
-        places = _PLACES.findall(template)
-        if places.count(TEXT) != 1 or places.count(PAIR) > 1:
-            expected = f"one {TEXT} and at most one {PAIR}"
-            raise InputError(describe(f"{origin}: template", got=repr(template), expected=expected))
-        return cls(template)
 
     @property
     def reads_pairs(self) -> bool:
         """Whether there is a place for a second text."""
-        return PAIR in self.template
+        return TEXT_PAIR in self.template
 
     def fill(self, text: str, pair: str | None = None) -> tuple[str, list[tuple[int, int]]]:
         """The whole prompt, and where in it the text and, if there is a place for it, the pair stand."""
-        values = {TEXT: text, PAIR: pair or ""}
+        values = {TEXT: text, TEXT_PAIR: pair or ""}
         filled, end = "", 0
         spans = {}
         for place in _PLACES.finditer(self.template):
@@ -59,7 +49,7 @@ class Prompt:
             spans[place.group()] = (len(filled), len(filled) + len(values[place.group()]))
             filled += values[place.group()]
             end = place.end()
-        return filled + self.template[end:], [spans[key] for key in (TEXT, PAIR) if key in spans]
+        return filled + self.template[end:], [spans[key] for key in (TEXT, TEXT_PAIR) if key in spans]
 
     def encode(self, tokenizer: Any, items: Sequence[tuple[str, str | None]], max_length: int) -> list[Prompted]:
         """Tokenise filled templates, each cut to ``max_length`` tokens, special ones included.

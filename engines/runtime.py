@@ -435,8 +435,7 @@ class Runtime:
                     what = f"bundle {self.bundle.path} has no tokenizer, so it cannot read text"
                     raise InputError(describe(what, hint="build it from a model folder with a tokenizer.json"))
                 path = self.bundle.file(manifest.tokenizer.path)
-                template = manifest.label_words.template if manifest.label_words is not None else None
-                self._encoder = TextEncoder(path, manifest.tokenizer, manifest.task, template)
+                self._encoder = TextEncoder(path, manifest.tokenizer, manifest.task, manifest.label_words)
             return self._encoder
 
     def _checked_variants(self, variants: Sequence[str] | None) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compexport.errors import BundleError, CompexportError, DependencyError, InputError, describe
+from engines.manifest import LabelWords
 from engines.manifest import Tokenizer as TokenizerSpec
 from engines.prompts import Prompt
 
@@ -59,10 +60,10 @@ class EncodedText:
 class TextEncoder:
     """A bundle's tokenizer. Its settings are fixed when it is made, so threads may share it."""
 
-    def __init__(self, path: Path, spec: TokenizerSpec, task: str, template: str | None = None) -> None:
+    def __init__(self, path: Path, spec: TokenizerSpec, task: str, words: LabelWords | None = None) -> None:
         """``path``: the ``tokenizer.json``. Question answering cuts only the context, other tasks the longer text.
 
-        ``template``: every text is put into it first, and only the text is cut.
+        ``words``: every text is put into their template first, and only the text is cut.
 
         Raises BundleError for a file that is no tokenizer, an input it cannot feed, or a limit too small for any
         text; DependencyError when `tokenizers` is not installed.
@@ -76,7 +77,7 @@ class TextEncoder:
         self._tokenizer = _tokenizer_from_file(path)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._prompt = None if template is None else Prompt.parse(template)
+        self._prompt = None if words is None else Prompt(words.template)
         special = self._overhead()
         if spec.max_length <= special:
             what = f"tokenizer max_length leaves no room beside {special} special tokens"

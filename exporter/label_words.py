@@ -15,7 +15,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compexport.errors import InputError, describe
 from engines.manifest import LabelWords
-from engines.prompts import Prompt
 from exporter.identity import LABEL_WORDS
 
 MAX_PREFIX = 16  # ids; all of them run through the decoder for every text
@@ -50,9 +49,12 @@ def read_label_words(folder: Path, tokenizer_json: str, config: Any) -> tuple[li
         expected = f"ids from 0 to {config.vocab_size - 1}"
         raise InputError(describe(f"{path}: decoder_input_ids", got=unknown[0], expected=expected))
     ids = _first_ids(path, tokenizer, found.words)
-    return found.labels, LabelWords(
-        words=found.words, word_ids=ids, decoder_input_ids=prefix, template=Prompt.parse(found.template, path).template
-    )
+    try:
+        words = LabelWords(words=found.words, word_ids=ids, decoder_input_ids=prefix, template=found.template)
+    except ValidationError as error:
+        expected = "one {text} and at most one {text_pair}"
+        raise InputError(describe(f"{path}: template", got=repr(found.template), expected=expected)) from error
+    return found.labels, words
 
 
 def _parse(path: Path) -> _File:

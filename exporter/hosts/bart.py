@@ -7,14 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from exporter.hosts.decoding import causal, cross_attend
 from exporter.hosts.host import Decoder, Host
 
 
-def _embed(encoder: Any, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
+def _embed(stack: Any, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
+    """Of the encoder or the decoder."""
     # One row of positions for the whole batch; left alone, the module looks them up for every text.
     position = torch.arange(input_ids.shape[1], device=input_ids.device)
-    places = encoder.embed_positions(input_ids, position_ids=position)
-    out: Tensor = encoder.layernorm_embedding(encoder.embed_tokens(input_ids) + places)
+    places = stack.embed_positions(input_ids, position_ids=position)
+    out: Tensor = stack.layernorm_embedding(stack.embed_tokens(input_ids) + places)
     return out
 
 
@@ -44,21 +46,35 @@ def _encoder(model: Any) -> Any:
     return getattr(inner, "encoder", inner)
 
 
-def _score(model: Any, h: Tensor, attention_mask: Tensor, prefix: Tensor, words: Tensor) -> Tensor:
-    decoded = model.model.decoder(
-        input_ids=prefix.expand(h.shape[0], -1),
-        encoder_hidden_states=h,
-        encoder_attention_mask=attention_mask,
-        use_cache=False,
-    )
-    last = decoded.last_hidden_state[:, -1]
-    return nn.functional.linear(last, model.lm_head.weight[words], model.final_logits_bias[0, words])
+def _score(model: Any, h: Tensor, bias: Tensor, prefix: Tensor, words: Tensor) -> Tensor:
+    """BART normalises after each sublayer, mBART before it and once at the end."""
+    decoder, length = model.model.decoder, prefix.shape[0]
+    pre_norm = hasattr(decoder, "layer_norm")
+    # Batch 1 up to the first look at the text: that much is the same for all and a runtime computes it once.
+    state, own = _embed(decoder, prefix[None], None), causal(length, h)
+    for layer in decoder.layers:
+        state = (_attend_pre_norm if pre_norm else _attend)(layer, state, own)
+        norm = layer.encoder_attn_layer_norm
+        seen = _cross_attend(layer.encoder_attn, norm(state) if pre_norm else state, h, bias)
+        state = state + seen if pre_norm else norm(state + seen)
+        norm = layer.final_layer_norm
+        state = state + _feed_forward(layer, norm(state)) if pre_norm else norm(state + _feed_forward(layer, state))
+    last = decoder.layer_norm(state[:, -1]) if pre_norm else state[:, -1]
+    rows = nn.functional.embedding(words, model.lm_head.weight)
+    return nn.functional.linear(last, rows, model.final_logits_bias[0, words])
+
+
+def _cross_attend(attention: Any, state: Tensor, h: Tensor, bias: Tensor) -> Tensor:
+    query = attention.q_proj(state) * attention.scaling
+    seen = cross_attend(query, h, bias, attention.k_proj, attention.v_proj, attention.num_heads)
+    out: Tensor = attention.out_proj(seen)
+    return out
 
 
 _DECODER = Decoder(
     score=_score,
     layers=lambda model: model.model.decoder.layers,
-    read_encoder=lambda layer: [layer.encoder_attn.k_proj, layer.encoder_attn.v_proj],
+    heads=lambda config: config.decoder_attention_heads,
 )
 
 HOSTS: dict[str, Host] = {

@@ -23,14 +23,14 @@ def _mask_alone(_: Any, mask: Tensor, buckets: Tensor | None) -> Tensor:
 class Decoder:
     """The decoder of a generating model, for one pass over a short prefix. P prefix ids, C words.
 
-    ``score(model, h, attention_mask, prefix, words)``: encoder states [B,S,H], mask [B,S] of 0 and 1, prefix ids [P],
-    word ids [C] -> the words' logits [B,C] after the prefix. ``layers(model)``, and of a layer ``read_encoder``: the
-    two products that act on encoder states, cross-attention's keys and values.
+    ``score(model, h, bias, prefix, words)``: encoder states [B,S,H], additive mask [B,1,S], prefix ids [P], word ids
+    [C] -> the words' logits [B,C] after the prefix. ``layers(model)`` are the decoder's, ``heads(config)`` the number
+    of heads of its cross-attention.
     """
 
     score: Callable[[Any, Tensor, Tensor, Tensor, Tensor], Tensor]
     layers: Callable[[Any], nn.ModuleList]
-    read_encoder: Callable[[Any], list[nn.Linear]]
+    heads: Callable[[Any], int]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from exporter.hosts.decoding import causal, cross_attend
 from exporter.hosts.host import Decoder, Host
 
 
@@ -56,17 +57,21 @@ def _attention_bias(encoder: Any, mask: Tensor, buckets: Tensor | None) -> Tenso
     return bias.unflatten(1, (length, length)) + mask
 
 
-def _score(model: Any, h: Tensor, attention_mask: Tensor, prefix: Tensor, words: Tensor) -> Tensor:
-    decoded = model.decoder(
-        input_ids=prefix.expand(h.shape[0], -1),
-        encoder_hidden_states=h,
-        encoder_attention_mask=attention_mask,
-        use_cache=False,
-    )
-    last = decoded.last_hidden_state[:, -1]
+def _score(model: Any, h: Tensor, bias: Tensor, prefix: Tensor, words: Tensor) -> Tensor:
+    decoder, length = model.decoder, prefix.shape[0]
+    # Batch 1 up to the first look at the text: that much is the same for all and a runtime computes it once.
+    state = decoder.embed_tokens(prefix)[None]
+    own = decoder.block[0].layer[0].SelfAttention.compute_bias(length, length) + causal(length, h)
+    for block in decoder.block:
+        state = block.layer[0](state, position_bias=own)[0]
+        crossing, attention = block.layer[1], block.layer[1].EncDecAttention
+        query = attention.q(crossing.layer_norm(state))
+        seen = cross_attend(query, h, bias, attention.k, attention.v, attention.n_heads)
+        state = block.layer[2](state + attention.o(seen))
+    last = decoder.final_layer_norm(state[:, -1])
     if model.config.scale_decoder_outputs:
         last = last * model.model_dim**-0.5
-    return nn.functional.linear(last, model.lm_head.weight[words])
+    return nn.functional.linear(last, nn.functional.embedding(words, model.lm_head.weight))
 
 
 HOSTS: dict[str, Host] = {
@@ -85,7 +90,7 @@ HOSTS: dict[str, Host] = {
         decoder=Decoder(
             score=_score,
             layers=lambda model: model.decoder.block,
-            read_encoder=lambda layer: [layer.layer[1].EncDecAttention.k, layer.layer[1].EncDecAttention.v],
+            heads=lambda config: config.num_heads,
         ),
         skips_padded_rows=True,
     ),

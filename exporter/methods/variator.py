@@ -159,8 +159,7 @@ class VariatorEncoder(nn.Module):
 
     def attention_bias(self, mask: Tensor) -> Tensor:
         """Mask [B,S] of 0 and 1 in the hidden states' dtype -> what all layers add to their attention scores."""
-        additive_mask = ((1.0 - mask) * torch.finfo(mask.dtype).min)[:, None, None, :]
-        return self.backbone.host.attention_bias(self.encoder, additive_mask, self.position_buckets)
+        return self.backbone.host.attention_bias(self.encoder, additive(mask)[:, None, None, :], self.position_buckets)
 
     def run_layer(self, index: int, h: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
         """One encoder layer, [B,S,H] -> [B,S,H]; bias as :meth:`attention_bias` makes it from mask [B,S]."""
@@ -248,7 +247,12 @@ def _word_logits(backbone: Backbone, h: Tensor, attention_mask: Tensor) -> Tenso
     words, decoder = backbone.label_words, backbone.host.decoder
     assert words is not None and decoder is not None
     prefix, ids = (torch.tensor(numbers, device=h.device) for numbers in (words.decoder_input_ids, words.word_ids))
-    return decoder.score(backbone.model, h, attention_mask, prefix, ids)
+    return decoder.score(backbone.model, h, additive(attention_mask.to(h.dtype)).unsqueeze(1), prefix, ids)
+
+
+def additive(mask: Tensor) -> Tensor:
+    """Mask of 0 and 1 -> 0 where there is a token, the lowest number where there is none."""
+    return (1.0 - mask) * torch.finfo(mask.dtype).min
 
 
 def output_names(backbone: Backbone) -> tuple[str, ...]:
@@ -318,18 +322,14 @@ def _head_macs(backbone: Backbone) -> tuple[int, int]:
 
 
 def _decoder_macs(backbone: Backbone) -> tuple[int, int]:
-    """One pass over the prefix: keys and values of cross-attention per encoder token, the rest per sequence."""
+    """One pass over the prefix: scores and sums of cross-attention per encoder token, all else per sequence."""
     words, decoder = backbone.label_words, backbone.host.decoder
     assert words is not None and decoder is not None
-    prefix = len(words.decoder_input_ids)
-    fixed, per_token = len(words.word_ids) * backbone.hidden_size, 0
-    for layer in decoder.layers(backbone.model):
-        keys, values = decoder.read_encoder(layer)
-        wide = int(keys.out_features)
-        read = _macs([keys, values])
-        fixed += prefix * (_macs(layer.modules()) - read) + prefix * prefix * 2 * wide
-        per_token += read + prefix * 2 * wide
-    return fixed, per_token
+    prefix, layers = len(words.decoder_input_ids), decoder.layers(backbone.model)
+    width = next(module for module in layers[0].modules() if isinstance(module, nn.Linear)).out_features
+    fixed = prefix * _macs(layers.modules()) + len(layers) * prefix * prefix * 2 * width
+    per_token = len(layers) * 2 * decoder.heads(backbone.config) * prefix * backbone.hidden_size
+    return fixed + len(words.word_ids) * backbone.hidden_size, per_token
 
 
 def _macs(modules: Iterable[nn.Module]) -> int:

@@ -85,16 +85,16 @@ def random_plugins(backbone: Backbone, ratio: int, pad: str = "masked", width: i
 @pytest.fixture(scope="session")
 def official_of(tmp_path_factory: pytest.TempPathFactory, backbone: Callable[..., Backbone]) -> Callable[..., Path]:
     """``official_of("tiny-t5")``: a checkpoint with plugins of pad mode "official". Do not write into it."""
-    made: dict[str, Path] = {}
+    made: dict[tuple[str, str], Path] = {}
 
-    def get(name: str) -> Path:
-        if name not in made:
-            loaded = backbone(name)
+    def get(name: str, task: str = "feature-extraction") -> Path:
+        if (name, task) not in made:
+            loaded = backbone(name, task)
             folder = tmp_path_factory.mktemp("official") / "checkpoint"
             plugins = {ratio: random_plugins(loaded, ratio, "official").state_dict() for ratio in RATIOS}
             save_checkpoint(folder, loaded.folder, "variator", {"pad": "official"}, plugins)
-            made[name] = folder
-        return made[name]
+            made[name, task] = folder
+        return made[name, task]
 
     return get
 
@@ -114,14 +114,14 @@ def built(
 ) -> Callable[..., Path]:
     """``built("tiny-bert")``: a bundle of ratios 1, 2, 4, made once per session. Do not write into it.
 
-    Its plugins are untrained, or with ``pad="official"`` those of ``official_of(name)``.
+    Its plugins are untrained, or with ``pad="official"`` those of ``official_of``.
     """
     made: dict[tuple[str, str, str], Path] = {}
 
     def get(name: str = "tiny-bert", task: str = "feature-extraction", pad: str = "masked") -> Path:
         if (name, task, pad) not in made:
             folder = tmp_path_factory.mktemp("bundles") / "bundle"
-            model = tiny(name, task) if pad == "masked" else official_of(name)
+            model = tiny(name, task) if pad == "masked" else official_of(name, task)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(trace, "onnx_from_module", trace_memory)
                 family.build(model, RATIOS, folder, untrained=pad == "masked")

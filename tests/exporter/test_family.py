@@ -37,7 +37,7 @@ FAMILIES = [
     *(("tiny-bert", task, "masked") for task in models.HEAD_CLASSES if task != "feature-extraction"),
     *((name, "label-words", "masked") for name in models.MODELS if "label-words" in models.MODELS[name].classes),
     ("tiny-bert", "feature-extraction", "official"),
-    ("tiny-t5", "feature-extraction", "official"),
+    ("tiny-t5", "label-words", "official"),
 ]
 
 
