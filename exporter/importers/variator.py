@@ -90,8 +90,8 @@ def import_variator(file: str | Path, backbone: str | Path, output: str | Path) 
         saved = save_checkpoint(output, folder, "variator", settings, by_ratio)
     if config.layer_norm_epsilon != EPSILON_HERE:
         _log.warning(
-            "%s/config.json has layer_norm_epsilon %s instead of %s: the official network has the latter at 1/%d of the "
-            "scale of hidden states, which is %s here",
+            "%s/config.json has layer_norm_epsilon %s instead of %s: the official network has the latter, at 1/%d of "
+            "this scale of hidden states, which is %s here",
             *(output, EPSILON_HERE, config.layer_norm_epsilon, SCALE, EPSILON_HERE),
         )
     extra = sum(tensor.numel() for tensor in converted.values())
