@@ -15,7 +15,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from compexport.api import Columns, Device, Fit, Rows, Saving, bench, build, evaluate, inspect, load, verify
+    from compexport.api import (
+        Columns,
+        Device,
+        Fit,
+        Rows,
+        Saving,
+        bench,
+        build,
+        evaluate,
+        import_checkpoint,
+        inspect,
+        load,
+        verify,
+    )
     from compexport.errors import (
         BundleError,
         CompexportError,
@@ -36,6 +49,7 @@ __all__ = [
     "bench",
     "build",
     "evaluate",
+    "import_checkpoint",
     "inspect",
     "load",
     "train",
@@ -61,7 +75,8 @@ __all__ = [
 ]  # fmt: skip
 
 _HOMES = {
-    **dict.fromkeys(("bench", "build", "evaluate", "inspect", "load", "verify"), "compexport.api"),
+    **dict.fromkeys(("bench", "build", "evaluate", "import_checkpoint"), "compexport.api"),
+    **dict.fromkeys(("inspect", "load", "verify"), "compexport.api"),
     **dict.fromkeys(("Columns", "Device", "Fit", "Rows", "Saving"), "compexport.api"),
     "train": "compexport.training",
     "Bundle": "engines.bundle",

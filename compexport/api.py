@@ -1,4 +1,4 @@
-"""What one does with compexport, but for training: build, load, bench, evaluate, select, run, inspect, verify.
+"""What one does with compexport, but for training: build, import, load, bench, evaluate, select, run, inspect, verify.
 
 Each is a short composition of the folders below; the command line calls the same functions. Those whose result a
 command prints return that command's JSON document as a dict.
@@ -159,6 +159,25 @@ def _unchecked(path: Path) -> Bundle | None:
 
 
 # --- making a family -----------------------------------------------------------------------------------------------
+
+
+def import_checkpoint(
+    file: str | Path,
+    *,
+    backbone: str | Path,
+    output: str | Path = "imported",
+    method: str = "variator",
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Turn an official file of ``method`` and the folder ``backbone`` it belongs to into the checkpoint ``output``.
+
+    Raises InputError for a file that does not fit exactly, in which case nothing was written.
+    """
+    choice("method", method, METHODS)
+    progress(f"importing {file}")
+    from exporter.importers.variator import import_variator
+
+    return import_variator(file, backbone, output).document()
 
 
 def build(

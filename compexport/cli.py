@@ -191,6 +191,34 @@ def train(
     )
 
 
+@app.command("import")
+def import_(
+    method: Annotated[str, typer.Argument(metavar="METHOD", help="variator")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A plugin file (.pkl) or a task checkpoint (.pt).")],
+    *,
+    backbone: Annotated[
+        Path,
+        typer.Option(metavar="MODEL", help="The T5 folder that FILE was made for."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder of the checkpoint.")] = Path(
+        "imported"
+    ),
+    as_json: Json = False,
+    config: Config = None,
+    debug: Debug = False,
+) -> None:
+    """Import an official checkpoint of a method.
+
+    OUT becomes a model folder with the plugins of FILE, at the scale of its T5; import further ratios into the same
+    OUT. FILE is a pickle, of which only tensors are read. `compexport build OUT` makes the engines.
+    """
+    from compexport import api, present, tables
+
+    with _screen(as_json) as screen, present.progress() as progress:
+        document = api.import_checkpoint(file, backbone=backbone, output=output, method=method, progress=progress)
+    screen.document(document, [tables.import_table(document)])
+
+
 @app.command()
 def build(
     model: Model = Path(),

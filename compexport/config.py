@@ -104,14 +104,18 @@ def schema() -> dict[str, Any]:
     """The JSON schema of the file, from the options of the commands."""
     from compexport.cli import app
 
-    functions = [command.callback for command in app.registered_commands if command.callback is not None]
+    functions = {
+        command.name or command.callback.__name__: command.callback
+        for command in app.registered_commands
+        if command.callback is not None
+    }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": FILE_NAME,
         "description": "Options of the compexport commands, one table per command; the command line wins.",
         "type": "object",
         "additionalProperties": False,
-        "properties": {function.__name__: _table_schema(function) for function in functions},
+        "properties": {name: _table_schema(function) for name, function in functions.items()},
     }
 
 

@@ -130,7 +130,7 @@ def train_table(document: Mapping[str, Any]) -> Table:
         (
             ratio,
             f"{document['extra_params'][str(ratio)]:,}",
-            f"{100 * document['extra_params_share'][str(ratio)]:.2f} %",
+            _percent(document["extra_params_share"][str(ratio)]),
             f"{document['student'][str(ratio)]:.4f}",
         )
         for ratio in document["ratios"]
@@ -149,6 +149,22 @@ def finetune_table(document: Mapping[str, Any]) -> Table:
         return Table(title, (), (), notes)
     rows = [("fine-tuned", document["value"]), ("most common label", document["majority"])]
     return Table(title, ("", f"{document['metric']}, {document['held_out']} dev rows"), rows, [labels])
+
+
+def import_table(document: Mapping[str, Any]) -> Table:
+    """``import``: what the file added to the model, and what its backbone is made of."""
+    ratio = document["ratio"]
+    rows = [] if ratio is None else [(ratio, f"{document['extra_params']:,}", _percent(document["extra_params_share"]))]
+    source = "this file" if document["backbone_from_file"] else document["backbone"]
+    notes = [f"backbone from {source}; ratios there now: {', '.join(map(str, document['ratios'])) or 'none'}"]
+    if document["lora"]:
+        notes.append(f"LoRA updates merged into {document['lora']} matrices")
+    title = f"{document['output']}: {document['tensors']} tensors imported"
+    return Table(title, ("ratio", "extra parameters", "share") if rows else (), rows, notes)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
 
 
 def inspect_tables(manifest: Mapping[str, Any]) -> list[Table]:

@@ -141,4 +141,5 @@ _ANSWERS: dict[str, Callable[[Mapping[str, Array], EncodedText, Sequence[str]], 
     "token-classification": label_tokens,
     "question-answering": cut_answer,
     "feature-extraction": embed,
+    "label-words": classify,
 }

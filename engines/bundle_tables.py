@@ -111,4 +111,4 @@ def _reading(manifest: Manifest) -> tuple[object, ...]:
     """What turns text into inputs and outputs into answers, outside the graphs."""
     tokenizer = manifest.tokenizer
     content = manifest.files[tokenizer.path].sha256 if tokenizer else None
-    return manifest.task, manifest.labels, manifest.pooling, tokenizer, content
+    return manifest.task, manifest.labels, manifest.label_words, manifest.pooling, tokenizer, content

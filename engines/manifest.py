@@ -7,12 +7,25 @@ from __future__ import annotations
 
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 FORMAT: Final = 1
 
-Task = Literal["feature-extraction", "sequence-classification", "token-classification", "question-answering"]
+Task = Literal[
+    "feature-extraction", "sequence-classification", "token-classification", "question-answering", "label-words"
+]
 
+
+# The places in a template; every other brace stands for itself.
+TEXT, TEXT_PAIR = "{text}", "{text_pair}"
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
@@ -113,6 +126,25 @@ class Tokenizer(Record):
     inputs: list[str]
 
 
+class LabelWords(Record):
+    """How a generating model classifies: the text stands in ``template``, and the word of a label scores for it.
+
+    The graph's ``logits`` are those of ``word_ids``, one per label, after the decoder has read ``decoder_input_ids``.
+    """
+
+    words: list[str]
+    word_ids: list[int] = Field(description="the first sub-token of each word")
+    decoder_input_ids: list[int]
+    template: str = Field(description="holds one {text} and at most one {text_pair}")
+
+    @field_validator("template")
+    @classmethod
+    def _has_its_places(cls, template: str) -> str:
+        if template.count(TEXT) != 1 or template.count(TEXT_PAIR) > 1:
+            raise ValueError(f"needs one {TEXT} and at most one {TEXT_PAIR}")
+        return template
+
+
 class Backbone(Record):
     """The model the family was made from."""
 
@@ -135,6 +167,7 @@ class Manifest(Record):
     labels: list[str] = []
     pooling: str | None = None
     tokenizer: Tokenizer | None = None
+    label_words: LabelWords | None = None
     variants: dict[str, Variant]
     graphs: dict[str, Graph]
     engines: dict[str, Engine] = {}
@@ -143,6 +176,23 @@ class Manifest(Record):
     )
     versions: dict[str, str]
     command: str
+
+    @model_validator(mode="after")
+    def _words_for_labels(self) -> Manifest:
+        words = self.label_words
+        if (self.task == "label-words") != (words is not None):
+            raise ValueError("label_words belong to the task label-words, and to no other")
+        if words is not None and not len(words.words) == len(words.word_ids) == len(self.labels):
+            raise ValueError(f"label_words: one word and one id for each of {len(self.labels)} labels")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """``label_words`` is written for its task only: manifests of other tasks stay readable by older versions."""
+        document: dict[str, Any] = handler(self)
+        if document.get("label_words", ...) is None:
+            del document["label_words"]
+        return document
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ class Backend(Protocol):
 class Result:
     """The answer to one text. ``output`` is the task's answer as ``run --json`` prints it.
 
-    ``label`` and ``scores`` are None for tasks other than sequence classification. ``predicted_ms`` is the engine's
+    ``label`` and ``scores`` are None for tasks that do not classify whole texts. ``predicted_ms`` is the engine's
     corrected p99 for the whole request, ``latency_ms`` what the whole request took (tokenising and waiting included),
     ``met_budget`` whether that kept the budget. ``truncated``: the text was longer than the model reads.
     """
@@ -435,7 +435,7 @@ class Runtime:
                     what = f"bundle {self.bundle.path} has no tokenizer, so it cannot read text"
                     raise InputError(describe(what, hint="build it from a model folder with a tokenizer.json"))
                 path = self.bundle.file(manifest.tokenizer.path)
-                self._encoder = TextEncoder(path, manifest.tokenizer, manifest.task)
+                self._encoder = TextEncoder(path, manifest.tokenizer, manifest.task, manifest.label_words)
             return self._encoder
 
     def _checked_variants(self, variants: Sequence[str] | None) -> tuple[str, ...]:

@@ -6,7 +6,8 @@ The `tokenizers` package is imported when a ``TextEncoder`` is made, not with th
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from compexport.errors import BundleError, DependencyError, InputError, describe
+from compexport.errors import BundleError, CompexportError, DependencyError, InputError, describe
+from engines.manifest import LabelWords
 from engines.manifest import Tokenizer as TokenizerSpec
+from engines.prompts import Prompt
 
 Text = str | tuple[str, str] | list[str]  # a list is a pair that came through JSON
 Ids = npt.NDArray[np.int64]
@@ -57,8 +60,10 @@ class EncodedText:
 class TextEncoder:
     """A bundle's tokenizer. Its settings are fixed when it is made, so threads may share it."""
 
-    def __init__(self, path: Path, spec: TokenizerSpec, task: str) -> None:
+    def __init__(self, path: Path, spec: TokenizerSpec, task: str, words: LabelWords | None = None) -> None:
         """``path``: the ``tokenizer.json``. Question answering cuts only the context, other tasks the longer text.
+
+        ``words``: every text is put into their template first, and only the text is cut.
 
         Raises BundleError for a file that is no tokenizer, an input it cannot feed, or a limit too small for any
         text; DependencyError when `tokenizers` is not installed.
@@ -70,19 +75,25 @@ class TextEncoder:
         self.spec = spec
         self.answers_questions = task == QUESTION_ANSWERING
         self._tokenizer = _tokenizer_from_file(path)
-        special = self._tokenizer.num_special_tokens_to_add(self.answers_questions)
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._prompt = None if words is None else Prompt(words.template)
+        special = self._overhead()
         if spec.max_length <= special:
             what = f"tokenizer max_length leaves no room beside {special} special tokens"
+            if self._prompt is not None:
+                what = f"tokenizer max_length leaves no room beside the template's {special} tokens"
             raise BundleError(describe(what, got=spec.max_length, hint="build the bundle again"))
-        self._tokenizer.no_padding()
-        strategy = "only_second" if self.answers_questions else "longest_first"
-        self._tokenizer.enable_truncation(spec.max_length, stride=0, strategy=strategy, direction="right")
+        if self._prompt is None:
+            strategy = "only_second" if self.answers_questions else "longest_first"
+            self._tokenizer.enable_truncation(spec.max_length, stride=0, strategy=strategy, direction="right")
 
     def encode(self, texts: Sequence[Text], *, truncate: bool = True) -> list[EncodedText]:
         """Tokenise, in the order given. A text beyond ``max_length`` tokens is cut, with a logged warning.
 
         Raises InputError that names the text: empty, only spaces, or nothing the tokenizer can see; not a string or
-        pair of strings; not valid Unicode; a single text for question answering; too long with ``truncate=False``.
+        pair of strings; not valid Unicode; a single text for question answering or a template that reads pairs, and a
+        pair for one that does not; too long with ``truncate=False``.
         """
         if isinstance(texts, str) or not isinstance(texts, Sequence):
             raise InputError(
@@ -91,12 +102,7 @@ class TextEncoder:
         if not texts:
             raise InputError(describe("no text was given", expected="at least one"))
         items = [self._checked(number, text) for number, text in enumerate(texts)]
-        encoded = [
-            EncodedText(*_split(item), encoding, bool(encoding.overflowing))
-            for item, encoding in zip(items, self._encode(items), strict=True)
-        ]
-        for number, one in enumerate(encoded):
-            _refuse_blank(number, one)
+        encoded = self._prompted(items) if self._prompt is not None else self._plain(items)
         too_long = [number for number, one in enumerate(encoded) if one.truncated]
         if too_long:
             self._report_too_long(too_long, len(encoded), truncate)
@@ -129,13 +135,49 @@ class TextEncoder:
             raise InputError(describe(what, got=type(text).__name__, expected=expected))
         if self.answers_questions and len(parts) == 1:
             raise InputError(describe(f"text {number} is single", expected="a pair: the question and its context"))
+        if self._prompt is not None and self._prompt.reads_pairs != (len(parts) == 2):
+            what = f"text {number} is {'a pair' if len(parts) == 2 else 'single'}"
+            expected = f"{'a pair' if self._prompt.reads_pairs else 'one text'}, as the template"
+            raise InputError(describe(what, got=self._prompt.template, expected=expected))
         if not all(part.strip() for part in parts):
             raise InputError(describe(f"text {number} is empty", expected="at least one visible character"))
         return parts[0] if len(parts) == 1 else (parts[0], parts[1])
 
-    def _encode(self, items: list[str | tuple[str, str]]) -> list[Any]:
+    def _overhead(self) -> int:
+        """Tokens that are there whatever the text is."""
+        if self._prompt is None:
+            return int(self._tokenizer.num_special_tokens_to_add(self.answers_questions))
+        return len(self._tokenizer.encode(self._prompt.fill("", "")[0]))
+
+    def _plain(self, items: list[str | tuple[str, str]]) -> list[EncodedText]:
+        with self._telling(items):
+            encodings = self._tokenizer.encode_batch(items)
+        found = [
+            EncodedText(*_split(item), encoding, bool(encoding.overflowing))
+            for item, encoding in zip(items, encodings, strict=True)
+        ]
+        for number, one in enumerate(found):
+            if all(one.encoding.special_tokens_mask):
+                raise _blank(number)
+        return found
+
+    def _prompted(self, items: list[str | tuple[str, str]]) -> list[EncodedText]:
+        assert self._prompt is not None
+        texts = [_split(item) for item in items]
+        with self._telling(items):
+            prompted = self._prompt.encode(self._tokenizer, texts, self.spec.max_length)
+        for number, one in enumerate(prompted):
+            if not one.visible:
+                raise _blank(number)
+        return [EncodedText(*text, one.encoding, one.truncated) for text, one in zip(texts, prompted, strict=True)]
+
+    @contextmanager
+    def _telling(self, items: list[str | tuple[str, str]]) -> Iterator[None]:
+        """Errors of the tokenizer, said in one line."""
         try:
-            return list(self._tokenizer.encode_batch(items))
+            yield
+        except CompexportError:
+            raise
         except (TypeError, UnicodeError) as error:  # lone surrogates cannot become UTF-8
             bad = [str(number) for number, item in enumerate(items) if not _is_unicode(item)]
             where = f"text {', '.join(bad)}" if bad else "a text"
@@ -174,10 +216,9 @@ def _values(name: str, one: EncodedText) -> list[int]:
     return list(one.encoding.ids if name == "input_ids" else one.encoding.type_ids)
 
 
-def _refuse_blank(number: int, one: EncodedText) -> None:
+def _blank(number: int) -> InputError:
     """Control characters alone, for example, pass for text but leave no token."""
-    if all(one.encoding.special_tokens_mask):
-        raise InputError(describe(f"text {number} is empty to the tokenizer", expected="at least one token"))
+    return InputError(describe(f"text {number} is empty to the tokenizer", expected="at least one token"))
 
 
 def _is_unicode(item: str | tuple[str, str]) -> bool:

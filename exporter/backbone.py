@@ -12,18 +12,22 @@ import torch
 from torch import nn
 
 from compexport.errors import InputError, describe
-from engines.manifest import Task
+from engines.manifest import LabelWords, Task
 from exporter.hosts import Host, host_of
-from exporter.identity import backbone_sha256
+from exporter.identity import LABEL_WORDS, backbone_sha256
+from exporter.label_words import read_label_words
 
-# Suffix of the class named in config.json -> task, and the transformers class that loads it.
-TASKS: dict[str, tuple[Task, str]] = {
-    "ForSequenceClassification": ("sequence-classification", "AutoModelForSequenceClassification"),
-    "ForTokenClassification": ("token-classification", "AutoModelForTokenClassification"),
-    "ForQuestionAnswering": ("question-answering", "AutoModelForQuestionAnswering"),
-    "Model": ("feature-extraction", "AutoModel"),
+# Suffix of the class named in config.json -> task.
+TASKS: dict[str, Task] = {
+    "ForSequenceClassification": "sequence-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForConditionalGeneration": "label-words",  # without the words, its encoder: feature-extraction
+    "Model": "feature-extraction",
 }
-AUTO_CLASSES = dict(TASKS.values())
+# Relative positions have no end; texts are cut here where the tokenizer's settings name no limit.
+DEFAULT_MAX_LENGTH = 512
+_NO_LIMIT = 1e29  # transformers writes 1e30 for "none"
 _TOKENIZERS = ("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model")
 
 
@@ -51,6 +55,7 @@ class Backbone:
     max_length: int
     input_names: tuple[str, ...]
     config: Any = field(repr=False)
+    label_words: LabelWords | None = None
 
     @property
     def encoder(self) -> nn.Module:
@@ -67,11 +72,6 @@ class Backbone:
     @property
     def num_layers(self) -> int:
         return int(self._normalized.num_layers)
-
-    @property
-    def feed_forward_size(self) -> int:
-        name = "hidden_dim" if self.config.model_type == "distilbert" else "intermediate_size"
-        return int(getattr(self.config, name))
 
     @property
     def params(self) -> int:
@@ -91,21 +91,7 @@ class Backbone:
     @cached_property
     def tokenizer_json(self) -> str:
         """The fast tokenizer as text; converted from a slow one where the folder has no ``tokenizer.json``."""
-        path = self.folder / "tokenizer.json"
-        if path.exists():
-            return path.read_text(encoding="utf-8")
-        from transformers import AutoTokenizer
-
-        try:
-            if not any((self.folder / name).exists() for name in _TOKENIZERS):
-                raise FileNotFoundError("none of its files")  # transformers would make up an empty one
-            tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-            text: str = tokenizer.backend_tokenizer.to_str()
-        except Exception as error:
-            raise InputError(
-                describe(f"{self.folder}: no usable tokenizer", got=_first_line(error), expected="tokenizer.json")
-            ) from error
-        return text
+        return _tokenizer_json(self.folder)
 
 
 def load_backbone(folder: str | Path, task: str | None = None, *, attention: str = "eager") -> Backbone:
@@ -117,12 +103,12 @@ def load_backbone(folder: str | Path, task: str | None = None, *, attention: str
     Raises InputError for a folder without a model, an unsupported architecture or task, or pickled weights.
     """
     folder = Path(folder)
-    config = _config(folder)
+    config = load_config(folder)
     host = host_of(config.model_type, folder)
-    known = _known_task(task, folder) if task is not None else _task(config, folder)
+    known = _known_task(task, host, folder) if task is not None else _task(config, host, folder)
     _require_safetensors(folder)
-    model = _load_model(folder, known, attention)
-    labels = [config.id2label[i] for i in range(config.num_labels)] if known.endswith("classification") else []
+    labels, words = _labels(folder, known, config)
+    model = _load_model(folder, host.classes[known], known, attention)
     return Backbone(
         folder=folder,
         model=model,
@@ -133,10 +119,20 @@ def load_backbone(folder: str | Path, task: str | None = None, *, attention: str
         max_length=_max_length(folder, config, host),
         input_names=_input_names(config),
         config=config,
+        label_words=words,
     )
 
 
-def _config(folder: Path) -> Any:
+def _labels(folder: Path, task: Task, config: Any) -> tuple[list[str], LabelWords | None]:
+    if task == "label-words":
+        return read_label_words(folder, _tokenizer_json(folder), config)
+    if task.endswith("classification"):
+        return [config.id2label[i] for i in range(config.num_labels)], None
+    return [], None
+
+
+def load_config(folder: Path) -> Any:
+    """``config.json`` of a model folder, as transformers reads it; InputError if there is none of a known kind."""
     if not (folder / "config.json").is_file():
         found = "no such folder" if not folder.is_dir() else "no config.json in it"
         raise InputError(
@@ -163,22 +159,24 @@ def _layers(config: Any) -> int:
     return int(config.num_hidden_layers)
 
 
-def _known_task(name: str, folder: Path) -> Task:
-    for task in AUTO_CLASSES:
+def _known_task(name: str, host: Host, folder: Path) -> Task:
+    for task in host.classes:
         if task == name:
             return task
-    raise InputError(describe(f"{folder}: unknown task", got=repr(name), expected=", ".join(AUTO_CLASSES)))
+    raise InputError(describe(f"{folder}: unknown task", got=repr(name), expected=", ".join(host.classes)))
 
 
-def _task(config: Any, folder: Path) -> Task:
+def _task(config: Any, host: Host, folder: Path) -> Task:
     architecture = str((config.architectures or ["Model"])[0])
-    for suffix, (task, _) in TASKS.items():
-        if architecture.endswith(suffix):
-            return task
+    for suffix, task in TASKS.items():
+        if architecture.endswith(suffix) and task in host.classes:
+            wordless = task == "label-words" and not (folder / LABEL_WORDS).is_file()
+            return "feature-extraction" if wordless else task
     if architecture.endswith(("ForMaskedLM", "ForPreTraining")):
         return "feature-extraction"  # the pre-training head is of no use to a service
+    suffixes = [suffix for suffix, task in TASKS.items() if task in host.classes]
     raise InputError(
-        describe(f"{folder}: unsupported task head", got=architecture, expected=" or ".join(f"*{s}" for s in TASKS))
+        describe(f"{folder}: unsupported task head", got=architecture, expected=" or ".join(f"*{s}" for s in suffixes))
     )
 
 
@@ -196,14 +194,14 @@ def _require_safetensors(folder: Path) -> None:
     )
 
 
-def _load_model(folder: Path, task: Task, attention: str) -> nn.Module:
+def _load_model(folder: Path, class_name: str, task: Task, attention: str) -> nn.Module:
     import transformers
 
     from exporter.quiet import quiet_transformers
 
     try:
         with quiet_transformers():
-            model, found = getattr(transformers, AUTO_CLASSES[task]).from_pretrained(
+            model, found = getattr(transformers, class_name).from_pretrained(
                 folder,
                 local_files_only=True,
                 use_safetensors=True,
@@ -219,6 +217,8 @@ def _load_model(folder: Path, task: Task, attention: str) -> nn.Module:
         got = f"no {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
         hint = "" if task == "feature-extraction" else f"fine-tune the model for {task} first"
         raise InputError(describe(f"{folder}: weights are missing", got=got, expected=f"a {task} model", hint=hint))
+    if task == "feature-extraction" and model.config.is_encoder_decoder:
+        model = model.get_encoder()  # nobody reads the decoder
     loaded: nn.Module = model.eval().requires_grad_(False)
     return loaded
 
@@ -259,20 +259,38 @@ def _pooling_mode(settings: dict[str, Any], folder: Path) -> str:
 
 
 def _max_length(folder: Path, config: Any, host: Host) -> int:
-    limits = [int(config.max_position_embeddings) - host.position_offset]
-    sentence = folder / "sentence_bert_config.json"
-    if sentence.exists():
-        limits.append(int(_read_json(sentence).get("max_seq_length") or limits[0]))
-    tokenizer = folder / "tokenizer_config.json"
-    if tokenizer.exists():
-        limits.append(int(_read_json(tokenizer).get("model_max_length") or limits[0]))
-    return max(1, min(limits))
+    """The smallest limit that the folder names; without any, ``DEFAULT_MAX_LENGTH``."""
+    positions = getattr(config, "max_position_embeddings", None)
+    limits = [] if positions is None else [int(positions) - host.position_offset]
+    for name, key in (("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
+        limit = _read_json(folder / name).get(key) if (folder / name).exists() else None
+        if limit and limit < _NO_LIMIT:
+            limits.append(int(limit))
+    return max(1, min(limits, default=DEFAULT_MAX_LENGTH))
 
 
 def _input_names(config: Any) -> tuple[str, ...]:
     names = ("input_ids", "attention_mask")
     uses_types = config.model_type in {"bert", "electra"} and config.type_vocab_size > 1
     return (*names, "token_type_ids") if uses_types else names
+
+
+def _tokenizer_json(folder: Path) -> str:
+    path = folder / "tokenizer.json"
+    if path.exists():
+        return path.read_text(encoding="utf-8")
+    from transformers import AutoTokenizer
+
+    try:
+        if not any((folder / name).exists() for name in _TOKENIZERS):
+            raise FileNotFoundError("none of its files")  # transformers would make up an empty one
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        text: str = tokenizer.backend_tokenizer.to_str()
+    except Exception as error:
+        raise InputError(
+            describe(f"{folder}: no usable tokenizer", got=_first_line(error), expected="tokenizer.json")
+        ) from error
+    return text
 
 
 def _read_json(path: Path) -> Any:

@@ -16,7 +16,7 @@ from engines import backends
 from engines.bundle import Bundle, BundleWriter
 from engines.manifest import Engine, Graph, Manifest, Precision, Variant
 from exporter.checkpoint import MethodCheckpoint, find_checkpoint
-from exporter.identity import backbone_sha256, graph_key, library_versions
+from exporter.identity import backbone_sha256, graph_key, label_words_sha256, library_versions
 
 if TYPE_CHECKING:
     from exporter.graphs import Family
@@ -152,7 +152,7 @@ def _graph_keys(plan: Plan) -> dict[str, str]:
         from exporter.backbone import load_backbone
 
         load_backbone(plan.folder)  # raises the error that says what is missing
-    backbone = backbone_sha256(plan.folder)
+    backbone, words = backbone_sha256(plan.folder), label_words_sha256(plan.folder)
     keys = {}
     for ratio in plan.ratios:
         plugins = None
@@ -161,7 +161,13 @@ def _graph_keys(plan: Plan) -> dict[str, str]:
             plugins = plan.checkpoint.sha256(ratio) if plan.checkpoint and trained else f"untrained {plan.seed}"
         pad = plan.checkpoint.pad if plan.checkpoint else "masked"
         keys[plan.graph(ratio)] = graph_key(
-            backbone=backbone, ratio=ratio, plugins=plugins, pad=pad, precision=plan.precision, task=plan.task
+            backbone=backbone,
+            words=words,
+            ratio=ratio,
+            plugins=plugins,
+            pad=pad,
+            precision=plan.precision,
+            task=plan.task,
         )
     return keys
 
@@ -213,6 +219,7 @@ def _write(
         labels=family.backbone.labels,
         pooling=str(family.backbone.pooling) if family.backbone.pooling else None,
         tokenizer=family.tokenizer("tokenizer.json"),
+        label_words=family.backbone.label_words,
         variants={plan.variant(ratio): family.variant(ratio) for ratio in plan.ratios},
         graphs=graphs,
         engines={f"{name}-{runtime.NAME}-cpu": engine for name, engine in engines.items()},

@@ -251,6 +251,10 @@ def _eager(model: VariatorModel, plugins: VariatorPlugins | None, feed: parity.A
 
 def _stock_outputs(backbone: Backbone, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """The outputs of the Hugging Face model as it is, pooled where the folder says so."""
+    if backbone.label_words is not None:
+        prefix = torch.tensor([backbone.label_words.decoder_input_ids] * len(tensors["input_ids"]))
+        logits = backbone.model(**tensors, decoder_input_ids=prefix).logits
+        return (logits[:, -1, backbone.label_words.word_ids],)
     outputs = backbone.model(**tensors)
     if backbone.task == "feature-extraction":
         hidden = outputs.last_hidden_state

@@ -15,9 +15,11 @@ _MEANING = (
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.txt",
+    "spiece.model",
     "modules.json",
     "sentence_bert_config.json",
 )
+LABEL_WORDS = "label_words.json"
 _LIBRARIES = ("torch", "transformers", "onnx", "onnxscript")
 
 
@@ -31,6 +33,12 @@ def backbone_sha256(folder: Path) -> str:
     for path in sorted(folder.glob("model*.safetensors")):
         digest.update(bytes.fromhex(file_sha256(path)))
     return digest.hexdigest()
+
+
+def label_words_sha256(folder: Path) -> str | None:
+    """Hash of the label words; no part of the backbone's identity, since plugins fit whatever the words are."""
+    path = folder / LABEL_WORDS
+    return file_sha256(path) if path.is_file() else None
 
 
 def file_sha256(path: Path) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,13 @@ MAX_LENGTH = 160  # tokens, special ones included
 LABELS = {
     "sequence-classification": ["negative", "positive"],
     "token-classification": ["O", "PER", "LOC"],
+    "label-words": ["negative", "positive"],
+}
+# The labels' words are among ``TEXTS``, so every tokenizer has a first sub-token for each.
+LABEL_WORDS = {
+    "labels": LABELS["label-words"],
+    "words": [" waste", " loved"],
+    "template": "the film: {text} it was <extra_id_0>",
 }
 HEAD_CLASSES = {
     "feature-extraction": "Model",
@@ -26,6 +33,8 @@ HEAD_CLASSES = {
     "token-classification": "ForTokenClassification",
     "question-answering": "ForQuestionAnswering",
 }
+T5_CLASSES = {"feature-extraction": "EncoderModel", "label-words": "ForConditionalGeneration"}
+BART_CLASSES = {"feature-extraction": "Model", "label-words": "ForConditionalGeneration"}
 TEXTS = [
     "a fine film with a quiet heart",
     "the plot is thin and the actors look bored",
@@ -40,11 +49,15 @@ TEXTS = [
 
 @dataclass(frozen=True)
 class Tiny:
-    """One named model: the prefix of its transformers classes, its config values, and its kind of tokenizer."""
+    """One named model: the prefix of its transformers classes, its config values, and its kind of tokenizer.
+
+    ``classes``: task -> the rest of the class name.
+    """
 
     prefix: str
     config: dict[str, Any]
     tokenizer: Callable[[], Any]
+    classes: dict[str, str] = field(default_factory=lambda: HEAD_CLASSES)
 
 
 def _wordpiece() -> Any:
@@ -69,12 +82,53 @@ def _byte_level() -> Any:
     return tokenizer
 
 
+def _unigram() -> Any:
+    """A T5 tokenizer: pieces with a score each, ``</s>`` at the end, no token types, sentinels as the last ids."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+    from tokenizers.models import Unigram
+
+    letters = [chr(code) for code in range(33, 127)]
+    words = sorted({"\u2581" + word for text in TEXTS for word in text.replace(",", "").split()})
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    pieces += [(piece, -3.0) for piece in words] + [(letter, -6.0) for letter in letters]
+    tokenizer = Tokenizer(Unigram(pieces, unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>", "<extra_id_1>", "<extra_id_0>"])
+    ends = [("</s>", 1)]
+    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", "$A </s> $B </s>", special_tokens=ends)
+    return tokenizer
+
+
 _SIZES = {
+    "initializer_range": 0.2,
     "hidden_size": HIDDEN,
     "num_hidden_layers": LAYERS,
     "num_attention_heads": HEADS,
     "intermediate_size": FFN,
     "max_position_embeddings": MAX_LENGTH,
+}
+_BART_SIZES = {
+    "init_std": 0.2,
+    "d_model": HIDDEN,
+    "encoder_layers": LAYERS,
+    "decoder_layers": LAYERS,
+    "encoder_attention_heads": HEADS,
+    "decoder_attention_heads": HEADS,
+    "encoder_ffn_dim": FFN,
+    "decoder_ffn_dim": FFN,
+    "max_position_embeddings": MAX_LENGTH,
+    "scale_embedding": True,
+}
+# Sixteen buckets up to distance 40: the 128 tokens of a parity check reach beyond the last of them.
+_T5_SIZES = {
+    "d_model": HIDDEN,
+    "num_layers": LAYERS,
+    "num_heads": HEADS,
+    "d_kv": HIDDEN // HEADS,
+    "d_ff": FFN,
+    "relative_attention_num_buckets": 16,
+    "relative_attention_max_distance": 40,
 }
 MODELS = {
     "tiny-bert": Tiny("Bert", _SIZES, _wordpiece),
@@ -87,6 +141,7 @@ MODELS = {
     "tiny-distilbert": Tiny(
         "DistilBert",
         {
+            "initializer_range": 0.2,
             "dim": HIDDEN,
             "n_layers": LAYERS,
             "n_heads": HEADS,
@@ -96,6 +151,12 @@ MODELS = {
         _wordpiece,
     ),
     "tiny-electra": Tiny("Electra", {**_SIZES, "embedding_size": 16}, _wordpiece),
+    "tiny-t5": Tiny("T5", _T5_SIZES, _unigram, T5_CLASSES),
+    # Version 1.1: a gated FFN. Heads as wide together as no other part, so that no two sizes can be mixed up.
+    "tiny-t5-gated": Tiny("T5", {**_T5_SIZES, "d_kv": 12, "feed_forward_proj": "gated-gelu"}, _unigram, T5_CLASSES),
+    "tiny-bart": Tiny("Bart", _BART_SIZES, _byte_level, BART_CLASSES),
+    # Pre-norm, with a norm at the end.
+    "tiny-mbart": Tiny("MBart", {**_BART_SIZES, "decoder_start_token_id": 0}, _byte_level, BART_CLASSES),
 }
 
 
@@ -111,17 +172,17 @@ def make(
 
     tiny = MODELS[name]
     tokenizer = tiny.tokenizer()
-    config = getattr(transformers, f"{tiny.prefix}Config")(
-        **{"initializer_range": 0.2, "vocab_size": tokenizer.get_vocab_size(), **tiny.config}
-    )
-    if labels := LABELS.get(task):
+    config = getattr(transformers, f"{tiny.prefix}Config")(**{"vocab_size": tokenizer.get_vocab_size(), **tiny.config})
+    if (labels := LABELS.get(task)) and task != "label-words":
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: i for i, label in enumerate(labels)}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = getattr(transformers, tiny.prefix + HEAD_CLASSES[task])(config)
+        model = getattr(transformers, tiny.prefix + tiny.classes[task])(config)
     model.save_pretrained(folder)
     _save_tokenizer(tokenizer, folder)
+    if task == "label-words":
+        (folder / "label_words.json").write_text(json.dumps(LABEL_WORDS))
     if task == "feature-extraction" and pooling is not None:
         _save_pooling(folder, pooling)
     return folder

@@ -1,7 +1,7 @@
 """Variator: plugins that merge k tokens into one around each feed-forward network of a frozen encoder.
 
-Source: Variator (arXiv 2310.15724) and its official code; for post-norm hosts, placement and padding rules are ours:
-the plugin sees the FFN's input x, and the layer closes with ``norm(x + u + D)``.
+Source: Variator (arXiv 2310.15724) and its official code, which knows T5; for post-norm hosts, placement and padding
+rules are ours: the plugin sees the FFN's input x, and the layer closes with ``norm(x + u + D)``.
 Letters: B batch, S sequence length, H hidden size, L layers, k ratio, m = ceil(S / k) groups, r adapter width.
 """
 
@@ -20,7 +20,7 @@ from exporter import ops
 from exporter.backbone import Backbone
 
 # "masked": padding never reaches a real token. "official": as the published code, pad tokens are merged like any other;
-# the published row mask of the attention is left out, since no plugins were ever published for these hosts.
+# only on hosts that plugins were published for does it include the published row mask of the attention.
 PadMode = Literal["masked", "official"]
 MAX_WIDTH = 64  # the official adapter width
 EXTRA_SHARE = 0.01
@@ -113,7 +113,10 @@ def default_width(backbone: Backbone, ratio: int) -> int:
 
 @dataclass
 class EncoderOutput:
-    """``last_hidden_state`` [B,S,H]; ``hidden_states``: embeddings, then every layer's output, when asked for."""
+    """``last_hidden_state`` [B,S,H]; ``hidden_states``: embeddings, then every layer's output, when asked for.
+
+    The last of them is ``last_hidden_state``, after the norm that closes a pre-norm encoder.
+    """
 
     last_hidden_state: Tensor
     hidden_states: tuple[Tensor, ...] = ()
@@ -123,14 +126,18 @@ class VariatorEncoder(nn.Module):
     """A backbone's encoder with or without plugins.
 
     It runs the backbone's own submodules in its own ``forward``, so attaching plugins changes nothing in the
-    backbone. With plugins, layer i computes ``finish(x + split(feed_forward(merge(x)), x))``.
+    backbone. With plugins, the second half of a layer is ``finish(h + split(feed_forward(merge(x)), x))`` with
+    ``x = enter(h)``.
     """
+
+    position_buckets: Tensor | None
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.backbone = backbone
         self.encoder = backbone.encoder
         self.plugins: VariatorPlugins | None = None
+        self.register_buffer("position_buckets", backbone.host.position_buckets(self.encoder), persistent=False)
 
     def attach(self, plugins: VariatorPlugins) -> None:
         """Use ``plugins`` from the next call on; InputError if they have another number of layers."""
@@ -150,16 +157,23 @@ class VariatorEncoder(nn.Module):
         """Ids [B,S] -> [B,S,H]."""
         return self.backbone.host.embed(self.encoder, input_ids, token_type_ids)
 
-    def run_layer(self, index: int, h: Tensor, additive_mask: Tensor, mask: Tensor) -> Tensor:
-        """One encoder layer, [B,S,H] -> [B,S,H]; additive_mask [B,1,1,S] for attention, mask [B,S] for merging."""
+    def attention_bias(self, mask: Tensor) -> Tensor:
+        """Mask [B,S] of 0 and 1 in the hidden states' dtype -> what all layers add to their attention scores."""
+        return self.backbone.host.attention_bias(self.encoder, additive(mask)[:, None, None, :], self.position_buckets)
+
+    def run_layer(self, index: int, h: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+        """One encoder layer, [B,S,H] -> [B,S,H]; bias as :meth:`attention_bias` makes it from mask [B,S]."""
         host, layer = self.backbone.host, self.backbone.layers[index]
-        x = host.attend(layer, h, additive_mask)
+        attended = host.attend(layer, h, bias)
+        if self._pads and host.skips_padded_rows:
+            attended = torch.where(mask.unsqueeze(-1) > 0, attended, h)
+        x = host.enter(layer, attended)
         if self.plugins is None:
-            return host.finish(layer, x + host.feed_forward(layer, x))
+            return host.finish(layer, attended + host.feed_forward(layer, x))
         plugin = self.plugins.mux_layer[index]
         assert isinstance(plugin, LayerPlugin)
         y = host.feed_forward(layer, plugin.merge(x, mask))
-        return host.finish(layer, x + plugin.split(y, x))
+        return host.finish(layer, attended + plugin.split(y, x))
 
     def forward(
         self,
@@ -174,11 +188,12 @@ class VariatorEncoder(nn.Module):
         input_ids, attention_mask, token_type_ids = self._whole_groups(input_ids, attention_mask, token_type_ids)
         h = self.embed(input_ids, token_type_ids)
         mask = attention_mask.to(h.dtype)
-        additive_mask = ((1.0 - mask) * torch.finfo(h.dtype).min)[:, None, None, :]
+        bias = self.attention_bias(mask)
         states = [h]
         for index in range(self.backbone.num_layers):
-            h = self.run_layer(index, h, additive_mask, mask)
+            h = self.run_layer(index, h, bias, mask)
             states.append(h)
+        states[-1] = self.backbone.host.close(self.encoder, h)
         states = [state[:, :length] for state in states] if self._pads else states
         return EncoderOutput(states[-1], tuple(states) if keep_states else ())
 
@@ -219,10 +234,25 @@ def task_outputs(backbone: Backbone, h: Tensor, attention_mask: Tensor) -> tuple
     """Final hidden states [B,S,H] -> the task's output tensors."""
     if backbone.task == "feature-extraction":
         return (h,) if backbone.pooling is None else (h, pool(h, attention_mask, backbone))
+    if backbone.task == "label-words":
+        return (_word_logits(backbone, h, attention_mask),)
     logits = backbone.host.heads[backbone.task](backbone.model, h)
     if backbone.task == "question-answering":
         return logits[..., 0], logits[..., 1]
     return (logits,)
+
+
+def _word_logits(backbone: Backbone, h: Tensor, attention_mask: Tensor) -> Tensor:
+    """[B,C]: one decoder pass over the prefix, then the logits of the labels' words."""
+    words, decoder = backbone.label_words, backbone.host.decoder
+    assert words is not None and decoder is not None
+    prefix, ids = (torch.tensor(numbers, device=h.device) for numbers in (words.decoder_input_ids, words.word_ids))
+    return decoder.score(backbone.model, h, additive(attention_mask.to(h.dtype)).unsqueeze(1), prefix, ids)
+
+
+def additive(mask: Tensor) -> Tensor:
+    """Mask of 0 and 1 -> 0 where there is a token, the lowest number where there is none."""
+    return (1.0 - mask) * torch.finfo(mask.dtype).min
 
 
 def output_names(backbone: Backbone) -> tuple[str, ...]:
@@ -248,31 +278,38 @@ def pool(h: Tensor, attention_mask: Tensor, backbone: Backbone) -> Tensor:
 
 def cost(backbone: Backbone, plugins: VariatorPlugins | None) -> Cost:
     """MACs of one sequence, encoder and task head; embedding look-ups count 0 (methods.md 1d and 5)."""
-    hidden, layers, ffn = backbone.hidden_size, backbone.num_layers, backbone.feed_forward_size
+    hidden, layers = backbone.hidden_size, backbone.num_layers
+    attention, ffn, per_pair = _layer_macs(backbone)
     head_fixed, head_token = _head_macs(backbone)
     if plugins is None:
-        return Cost(
-            fixed=head_fixed,
-            per_token=layers * (4 * hidden * hidden + 2 * hidden * ffn) + head_token,
-            per_pair=layers * 2 * hidden,
-        )
+        return Cost(fixed=head_fixed, per_token=layers * (attention + ffn) + head_token, per_pair=layers * per_pair)
     ratio, width = plugins.ratio, plugins.width
     # Mixer: k logits of k*H each, and the weighted sum of k vectors. Adapter: the token half of its input per token;
     # the group half of it, and its output for all k slots, per group.
     mixer = ratio * ratio * hidden + ratio * hidden
-    per_token = 4 * hidden * hidden + hidden * width
-    per_group = 2 * hidden * ffn + mixer + hidden * width + ratio * hidden * width
+    per_group = ffn + mixer + hidden * width + ratio * hidden * width
     return Cost(
         fixed=head_fixed,
-        per_token=layers * per_token + head_token,
+        per_token=layers * (attention + hidden * width) + head_token,
         per_group=layers * per_group,
         group=ratio,
-        per_pair=layers * 2 * hidden,
+        per_pair=layers * per_pair,
     )
+
+
+def _layer_macs(backbone: Backbone) -> tuple[int, int, int]:
+    """MACs of a bare layer: attention's and the FFN's products per token, scores and their use per pair of tokens."""
+    layer = backbone.layers[0]
+    attention = list(backbone.host.attention(layer).modules())
+    query = next(module for module in attention if isinstance(module, nn.Linear))
+    products = _macs(attention)
+    return products, _macs(layer.modules()) - products, 2 * query.out_features
 
 
 def _head_macs(backbone: Backbone) -> tuple[int, int]:
     """MACs of the linear layers around the encoder's: (per sequence, per token)."""
+    if backbone.task == "label-words":
+        return _decoder_macs(backbone)
     projection = getattr(backbone.encoder, "embeddings_project", None)
     inside = {*backbone.layers.modules(), projection}
     per_token = _macs([projection]) if projection is not None else 0
@@ -282,6 +319,17 @@ def _head_macs(backbone: Backbone) -> tuple[int, int]:
     if backbone.task == "sequence-classification":
         return around, per_token
     return 0, per_token + around
+
+
+def _decoder_macs(backbone: Backbone) -> tuple[int, int]:
+    """One pass over the prefix: scores and sums of cross-attention per encoder token, all else per sequence."""
+    words, decoder = backbone.label_words, backbone.host.decoder
+    assert words is not None and decoder is not None
+    prefix, layers = len(words.decoder_input_ids), decoder.layers(backbone.model)
+    width = next(module for module in layers[0].modules() if isinstance(module, nn.Linear)).out_features
+    fixed = prefix * _macs(layers.modules()) + len(layers) * prefix * prefix * 2 * width
+    per_token = len(layers) * 2 * decoder.heads(backbone.config) * prefix * backbone.hidden_size
+    return fixed + len(words.word_ids) * backbone.hidden_size, per_token
 
 
 def _macs(modules: Iterable[nn.Module]) -> int:

@@ -32,8 +32,14 @@ OUTPUTS = {
     "sequence-classification": ["logits"],
     "token-classification": ["logits"],
     "question-answering": ["start_logits", "end_logits"],
+    "label-words": ["logits"],
 }
-LABELS = {"sequence-classification": ["bad", "good"], "token-classification": ["O", "PER"]}
+LABELS = {
+    "sequence-classification": ["bad", "good"],
+    "token-classification": ["O", "PER"],
+    "label-words": ["no", "yes"],
+}
+WORDS = {"words": ["no", "yes"], "word_ids": [5, 6], "decoder_input_ids": [0], "template": "the {text} quick brown fox"}
 
 
 def make_manifest(task: str, **changes: Any) -> Manifest:
@@ -54,6 +60,7 @@ def make_manifest(task: str, **changes: Any) -> Manifest:
         "method": "variator",
         "task": task,
         "labels": LABELS.get(task, []),
+        **({"label_words": WORDS} if task == "label-words" else {}),
         "tokenizer": {"path": "tokenizer.json", "max_length": 16, "pad_id": 0, "inputs": ALL_INPUTS},
         "variants": {name: {**variant, "ratio": r, "graphs": {"encoder": f"r{r}"}} for name, r in MEMBERS},
         "graphs": {f"r{r}": {**graph, "path": f"graphs/r{r}.onnx"} for r in RATIOS},
@@ -109,7 +116,7 @@ class FakeSession:
             "last_hidden_state": per_token,
             "sentence_embedding": np.stack([total, mask.sum(axis=1)], axis=-1).astype(np.float32),
             "logits": np.stack([20 - total, total - 20], axis=-1)
-            if self.task == "sequence-classification"
+            if self.task in {"sequence-classification", "label-words"}
             else per_token,
             "start_logits": ids.astype(np.float32),
             "end_logits": ids.astype(np.float32),
@@ -226,12 +233,39 @@ def test_one_text_one_result(make_runtime: MakeRuntime) -> None:
         ("token-classification", "a film", {"labels"}),
         ("question-answering", ("who ?", "bob made it"), {"start", "end", "answer"}),
         ("feature-extraction", "a film", {"embedding"}),
+        ("label-words", "a film", {"label", "scores"}),
     ],
 )
 def test_every_task_has_its_keys(make_runtime: MakeRuntime, task: str, text: Any, keys: set[str]) -> None:
     result = make_runtime(task)(text)
     assert keys <= set(result.output)
-    assert (result.label is None) == (result.scores is None) == (task != "sequence-classification")
+    assert (result.label is None) == (result.scores is None) == (task not in {"sequence-classification", "label-words"})
+
+
+def test_label_words_are_asked_through_their_template(make_runtime: MakeRuntime) -> None:
+    """The fake says yes from ids that add up to 20: the text's own do not, with the template's words they do."""
+    assert make_runtime("sequence-classification")("a film").label == "bad"
+    assert make_runtime("label-words")("a film").label == "yes"
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "message"),
+    [
+        ("label-words", {"label_words": None}, "belong to the task label-words"),
+        ("feature-extraction", {"label_words": WORDS}, "belong to the task label-words"),
+        ("label-words", {"labels": ["no"]}, "one word and one id for each of 1 labels"),
+        ("label-words", {"label_words": {**WORDS, "word_ids": [5]}}, "one word and one id for each of 2 labels"),
+        ("label-words", {"label_words": {**WORDS, "template": "the"}}, r"needs one \{text\}"),
+    ],
+)
+def test_a_manifest_whose_words_do_not_fit_is_refused(task: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_manifest(task, **changes)
+
+
+def test_label_words_are_written_for_their_task_only() -> None:
+    assert make_manifest("label-words").model_dump()["label_words"] == WORDS
+    assert "label_words" not in make_manifest("feature-extraction").model_dump()
 
 
 def test_an_answer_from_the_context(make_runtime: MakeRuntime) -> None:

@@ -83,29 +83,45 @@ def random_plugins(backbone: Backbone, ratio: int, pad: str = "masked", width: i
 
 
 @pytest.fixture(scope="session")
-def official(tmp_path_factory: pytest.TempPathFactory, backbone: Callable[..., Backbone]) -> Path:
-    """A checkpoint of tiny-bert with plugins of pad mode "official". Do not write into it."""
-    bert = backbone()
-    folder = tmp_path_factory.mktemp("official") / "checkpoint"
-    plugins = {ratio: random_plugins(bert, ratio, "official").state_dict() for ratio in RATIOS}
-    save_checkpoint(folder, bert.folder, "variator", {"pad": "official"}, plugins)
-    return folder
+def official_of(tmp_path_factory: pytest.TempPathFactory, backbone: Callable[..., Backbone]) -> Callable[..., Path]:
+    """``official_of("tiny-t5")``: a checkpoint with plugins of pad mode "official". Do not write into it."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def get(name: str, task: str = "feature-extraction") -> Path:
+        if (name, task) not in made:
+            loaded = backbone(name, task)
+            folder = tmp_path_factory.mktemp("official") / "checkpoint"
+            plugins = {ratio: random_plugins(loaded, ratio, "official").state_dict() for ratio in RATIOS}
+            save_checkpoint(folder, loaded.folder, "variator", {"pad": "official"}, plugins)
+            made[name, task] = folder
+        return made[name, task]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def official(official_of: Callable[..., Path]) -> Path:
+    """The checkpoint of tiny-bert with plugins of pad mode "official"."""
+    return official_of("tiny-bert")
 
 
 @pytest.fixture(scope="session")
 def built(
-    tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Path], official: Path, trace_memory: Traces
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny: Callable[..., Path],
+    official_of: Callable[..., Path],
+    trace_memory: Traces,
 ) -> Callable[..., Path]:
     """``built("tiny-bert")``: a bundle of ratios 1, 2, 4, made once per session. Do not write into it.
 
-    Its plugins are untrained, or with ``pad="official"`` those of the checkpoint ``official``.
+    Its plugins are untrained, or with ``pad="official"`` those of ``official_of``.
     """
     made: dict[tuple[str, str, str], Path] = {}
 
     def get(name: str = "tiny-bert", task: str = "feature-extraction", pad: str = "masked") -> Path:
         if (name, task, pad) not in made:
             folder = tmp_path_factory.mktemp("bundles") / "bundle"
-            model = tiny(name, task) if pad == "masked" else official
+            model = tiny(name, task) if pad == "masked" else official_of(name, task)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(trace, "onnx_from_module", trace_memory)
                 family.build(model, RATIOS, folder, untrained=pad == "masked")

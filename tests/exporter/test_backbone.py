@@ -45,11 +45,11 @@ def refusal(folder: Path, task: str | None = None) -> str:
 @pytest.mark.parametrize("name", models.MODELS)
 def test_sizes(name: str, tiny: Callable[..., Path]) -> None:
     backbone = load_backbone(tiny(name))
-    assert (backbone.hidden_size, backbone.num_layers, backbone.feed_forward_size) == (HIDDEN, LAYERS, models.FFN)
+    assert (backbone.hidden_size, backbone.num_layers) == (HIDDEN, LAYERS)
     assert backbone.max_length == MAX_LENGTH
-    assert backbone.params == sum(
-        tensor.numel() for tensor in load_file(backbone.folder / "model.safetensors").values()
-    )
+    stored = load_file(backbone.folder / "model.safetensors")
+    # Nobody reads BART's decoder when features are asked for.
+    assert backbone.params == sum(t.numel() for name, t in stored.items() if not name.startswith("decoder."))
     assert not backbone.model.training
     assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
     types = ("token_type_ids",) if name in {"tiny-bert", "tiny-electra"} else ()
@@ -67,6 +67,22 @@ def test_task_and_labels_come_from_the_config(task: str, tiny: Callable[..., Pat
 def test_a_pretraining_head_is_left_out(model: Path) -> None:
     edit(model / "config.json", architectures=["BertForMaskedLM"])
     assert load_backbone(model).task == "feature-extraction"
+
+
+def test_a_generating_model_without_label_words_gives_its_encoder(tmp_path: Path) -> None:
+    import transformers
+
+    tiny = models.MODELS["tiny-t5"]
+    config = transformers.T5Config(**tiny.config, vocab_size=tiny.tokenizer().get_vocab_size())
+    generating = transformers.T5ForConditionalGeneration(config).eval()
+    generating.save_pretrained(tmp_path)
+    backbone = load_backbone(tmp_path)
+    assert (backbone.task, backbone.max_length) == ("feature-extraction", 512)
+    ids = torch.tensor([[7, 8, 9]])
+    with torch.no_grad():
+        expected = generating.encoder(ids).last_hidden_state
+        torch.testing.assert_close(backbone.model(input_ids=ids).last_hidden_state, expected)
+    assert backbone.params < sum(parameter.numel() for parameter in generating.parameters())
 
 
 def test_half_precision_weights_load_as_fp32(model: Path) -> None:
@@ -144,11 +160,14 @@ def test_no_config(tmp_path: Path) -> None:
     assert f"{tmp_path}: not a model: got no config.json in it, expected a Hugging Face folder" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "t5", "my-own-model"])
+@pytest.mark.parametrize("kind", ["gpt2", "umt5", "my-own-model"])
 def test_unsupported_architecture_names_the_supported(model: Path, kind: str) -> None:
     edit(model / "config.json", model_type=kind)
     message = refusal(model)
-    assert f"unsupported architecture: got '{kind}', expected one of bert, distilbert, electra, roberta" in message
+    assert (
+        f"unsupported architecture: got '{kind}', expected one of bart, bert, distilbert, electra, mbart, roberta, t5"
+        in message
+    )
 
 
 def test_unsupported_head(model: Path) -> None:
@@ -289,6 +308,15 @@ def test_roberta_positions_start_after_the_pad_id(tiny: Callable[..., Path]) -> 
         backbone.host.embed(backbone.encoder, ids, None)
         with pytest.raises((IndexError, RuntimeError), match="out of (range|bounds)"):
             backbone.host.embed(backbone.encoder, torch.full((1, backbone.max_length + 1), 5), None)
+
+
+@pytest.mark.parametrize(("tokenizer", "expected"), [(48, 48), (int(1e30), 512), (None, 512), (900, 900)])
+def test_relative_positions_set_no_limit(
+    tiny: Callable[..., Path], tmp_path: Path, tokenizer: int | None, expected: int
+) -> None:
+    model = Path(shutil.copytree(tiny("tiny-t5"), tmp_path / "model"))
+    edit(model / "tokenizer_config.json", model_max_length=tokenizer)
+    assert load_backbone(model).max_length == expected
 
 
 def test_tokenizer_is_the_file_as_it_is(model: Path) -> None:

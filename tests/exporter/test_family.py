@@ -35,7 +35,9 @@ PREFIX = "variator.plugins."
 FAMILIES = [
     *((name, "feature-extraction", "masked") for name in models.MODELS),
     *(("tiny-bert", task, "masked") for task in models.HEAD_CLASSES if task != "feature-extraction"),
+    *((name, "label-words", "masked") for name in models.MODELS if "label-words" in models.MODELS[name].classes),
     ("tiny-bert", "feature-extraction", "official"),
+    ("tiny-t5", "label-words", "official"),
 ]
 
 

@@ -18,11 +18,14 @@ from exporter.backbone import Backbone
 from exporter.hosts import HOSTS
 from exporter.methods import variator
 from exporter.methods.variator import LayerPlugin, VariatorEncoder, VariatorModel, VariatorPlugins, default_width
+from tests import models
 from tests.exporter.conftest import random_plugins
 from tests.models import HIDDEN, LAYERS
 
 PADS = ("masked", "official")
 every_pad = pytest.mark.parametrize("pad", PADS)
+# One host of each kind: post-norm, pre-norm with a position bias, pre-norm with learnt positions.
+every_kind = pytest.mark.parametrize("name", ["tiny-bert", "tiny-t5", "tiny-mbart"])
 
 
 def _feed(backbone: Backbone, real: list[int], length: int, *, pad_id: int = 0, seed: int = 0) -> dict[str, Tensor]:
@@ -58,11 +61,12 @@ def _silence(plugin: nn.Module) -> None:
 # --- 1g, 1 to 8 and 10 --------------------------------------------------------------------------------------------
 
 
+@every_kind
 @every_pad
 def test_without_plugins_it_is_the_backbone_and_attaching_leaves_no_trace(
-    pad: str, backbone: Callable[..., Backbone]
+    pad: str, name: str, backbone: Callable[..., Backbone]
 ) -> None:
-    bert = backbone()
+    bert = backbone(name)
     feed = _feed(bert, [9, 4], 9)
     with torch.no_grad():
         expected = bert.encoder(**feed).last_hidden_state
@@ -74,9 +78,10 @@ def test_without_plugins_it_is_the_backbone_and_attaching_leaves_no_trace(
     assert torch.equal(_hidden(encoder, feed), expected)
 
 
+@every_kind
 @every_pad
-def test_ratio_one_without_correction_is_the_backbone(pad: str, backbone: Callable[..., Backbone]) -> None:
-    bert = backbone()
+def test_ratio_one_without_correction_is_the_backbone(pad: str, name: str, backbone: Callable[..., Backbone]) -> None:
+    bert = backbone(name)
     feed = _feed(bert, [9, 4], 9)
     encoder = VariatorEncoder(bert)
     expected = _hidden(encoder, feed)
@@ -158,8 +163,9 @@ def test_a_token_touches_its_own_group_only(pad: str, token: int) -> None:
 
 @pytest.mark.parametrize("ratio", [2, 4, 8])
 @pytest.mark.parametrize("n_real", [1, 5, 8, 13])
-def test_masked_ignores_padding(n_real: int, ratio: int, backbone: Callable[..., Backbone]) -> None:
-    bert = backbone()
+@every_kind
+def test_masked_ignores_padding(name: str, n_real: int, ratio: int, backbone: Callable[..., Backbone]) -> None:
+    bert = backbone(name)
     encoder = VariatorEncoder(bert)
     encoder.attach(random_plugins(bert, ratio, "masked"))
     expected = _hidden(encoder, _feed(bert, [n_real], n_real))
@@ -171,10 +177,11 @@ def test_masked_ignores_padding(n_real: int, ratio: int, backbone: Callable[...,
 
 @pytest.mark.parametrize("ratio", [2, 4, 8])
 @pytest.mark.parametrize("n_real", [1, 5, 8, 13])
+@every_kind
 def test_official_ignores_the_amount_of_padding_only(
-    n_real: int, ratio: int, backbone: Callable[..., Backbone]
+    name: str, n_real: int, ratio: int, backbone: Callable[..., Backbone]
 ) -> None:
-    bert = backbone()
+    bert = backbone(name)
     encoder = VariatorEncoder(bert)
     encoder.attach(random_plugins(bert, ratio, "official"))
     covering = -(-n_real // ratio) * ratio
@@ -229,8 +236,9 @@ def test_attach_refuses_another_number_of_layers(backbone: Callable[..., Backbon
         encoder.attach(VariatorPlugins(HIDDEN, 3, 2, 4))
 
 
-def test_hidden_states_are_embeddings_and_every_layer(backbone: Callable[..., Backbone]) -> None:
-    bert = backbone()
+@every_kind
+def test_hidden_states_are_embeddings_and_every_layer(name: str, backbone: Callable[..., Backbone]) -> None:
+    bert = backbone(name)
     feed = _feed(bert, [9, 4], 9)
     with torch.no_grad():
         expected = bert.encoder(**feed, output_hidden_states=True).hidden_states
@@ -238,6 +246,39 @@ def test_hidden_states_are_embeddings_and_every_layer(backbone: Callable[..., Ba
     assert len(got.hidden_states) == LAYERS + 1
     assert all(torch.equal(a, b) for a, b in zip(got.hidden_states, expected, strict=True))
     assert VariatorEncoder(bert)(**feed).hidden_states == ()
+
+
+@pytest.mark.parametrize(("buckets", "farthest"), [(16, 40), (32, 128), (8, 8)])
+@pytest.mark.parametrize("length", [1, 2, 39, 200])
+def test_position_bias_is_that_of_t5(buckets: int, farthest: int, length: int) -> None:
+    """Also far beyond the distance from which all distances share a row of the table."""
+    sizes = {"relative_attention_num_buckets": buckets, "relative_attention_max_distance": farthest, "vocab_size": 8}
+    config = transformers.T5Config(**{**models.MODELS["tiny-t5"].config, **sizes})
+    encoder, host = transformers.T5EncoderModel(config).encoder.requires_grad_(False), HOSTS["t5"]
+    mask = torch.randn(3, 1, 1, length)
+    got = host.attention_bias(encoder, mask, host.position_buckets(encoder))
+    expected = encoder.block[0].layer[0].SelfAttention.compute_bias(length, length) + mask
+    assert got.shape == (3, config.num_heads, length, length)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(("name", "skips"), [("tiny-t5", True), ("tiny-t5-gated", True), ("tiny-bert", False)])
+@every_pad
+def test_padded_rows_skip_attention_where_plugins_were_published(
+    name: str, skips: bool, pad: str, backbone: Callable[..., Backbone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = backbone(name)
+    encoder = VariatorEncoder(loaded)
+    encoder.attach(random_plugins(loaded, 4, pad))
+    feed = _feed(loaded, [6], 8)
+    read: list[Tensor] = []
+    monkeypatch.setattr(LayerPlugin, "split", lambda self, y, x: read.append(x) or x)
+    with torch.no_grad():
+        h = encoder.embed(feed["input_ids"])
+        encoder(**feed)
+        entered = loaded.host.enter(loaded.layers[0], h)
+    same = (read[0] == entered).all(-1)[0].tolist()
+    assert same == [False] * 6 + [skips and pad == "official"] * 2
 
 
 # --- stored tensors -----------------------------------------------------------------------------------------------
@@ -332,8 +373,15 @@ def test_default_width_is_the_largest_within_one_percent(sizes: dict[str, int], 
     assert width == 64 or extra[1] > 0.01 * total
 
 
-@pytest.mark.parametrize("task", ["feature-extraction", "sequence-classification", "question-answering"])
-@pytest.mark.parametrize("name", ["tiny-bert", "tiny-roberta", "tiny-distilbert", "tiny-electra"])
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        (name, task)
+        for name, tiny in models.MODELS.items()
+        for task in tiny.classes
+        if task != "token-classification"  # as question-answering
+    ],
+)
 @pytest.mark.parametrize("ratio", [1, 2, 4, 8])
 def test_cost_is_what_pytorch_counts(name: str, task: str, ratio: int, backbone: Callable[..., Backbone]) -> None:
     loaded = backbone(name, task)

@@ -1,44 +1,27 @@
-"""Architectures that methods fit: how to reach the parts of a Hugging Face encoder without changing it.
-
-A :class:`Host` names the parts of one architecture as functions of the model's own submodules; a :class:`Backbone`
-is a loaded model folder with everything the exporter needs to know about it. Nothing here alters a model.
-"""
+"""BERT and its post-norm relatives: a layer is ``norm(x + feed_forward(x))`` after a normed attention sublayer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compexport.errors import InputError, describe
+from engines.manifest import Task
+from exporter.hosts.host import Host
+
+_CLASSES: dict[Task, str] = {
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "feature-extraction": "AutoModel",
+}
 
 
-@dataclass(frozen=True)
-class Host:
-    """The parts of one encoder architecture. Tensors: h, x, z, y [B,S,H]; mask is additive, [B,1,1,S].
-
-    ``attend`` is the whole attention sublayer with its residual and norm, ``feed_forward`` the bare FFN, ``finish``
-    the norm that closes the layer: a layer is ``finish(x + feed_forward(x))`` with ``x = attend(h, mask)``.
-    """
-
-    base: str
-    layers: Callable[[nn.Module], nn.ModuleList]
-    embed: Callable[[nn.Module, Tensor, Tensor | None], Tensor]
-    attend: Callable[[nn.Module, Tensor, Tensor], Tensor]
-    feed_forward: Callable[[nn.Module, Tensor], Tensor]
-    finish: Callable[[nn.Module, Tensor], Tensor]
-    heads: Mapping[str, Callable[[Any, Tensor], Tensor]]
-    position_offset: int = 0
-
-    def encoder(self, model: nn.Module) -> nn.Module:
-        """The bare encoder inside a model with or without a task head."""
-        inner = getattr(model, self.base, model)
-        assert isinstance(inner, nn.Module)
-        return inner
+def _inside(base: str) -> Callable[[nn.Module], nn.Module]:
+    """The encoder is the attribute ``base`` of a model with a head, and the model itself without one."""
+    return lambda model: getattr(model, base, model)
 
 
 def _bert_embed(base: Any, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
@@ -109,12 +92,14 @@ def _bert_like(
     position_offset: int = 0,
 ) -> Host:
     return Host(
-        base=base,
-        layers=lambda encoder: encoder.encoder.layer,  # type: ignore[union-attr, return-value]
+        encoder=_inside(base),
+        layers=lambda encoder: encoder.encoder.layer,
         embed=embed,
+        attention=lambda layer: layer.attention,
         attend=_bert_attend,
         feed_forward=_bert_feed_forward,
         finish=_bert_finish,
+        classes=_CLASSES,
         heads={"sequence-classification": classify, "token-classification": _tag, "question-answering": _answer},
         position_offset=position_offset,
     )
@@ -126,12 +111,14 @@ HOSTS: dict[str, Host] = {
     "roberta": _bert_like("roberta", _classify, position_offset=2),
     "electra": _bert_like("electra", _classify, _electra_embed),
     "distilbert": Host(
-        base="distilbert",
-        layers=lambda encoder: encoder.transformer.layer,  # type: ignore[union-attr, return-value]
+        encoder=_inside("distilbert"),
+        layers=lambda encoder: encoder.transformer.layer,
         embed=_distilbert_embed,
+        attention=lambda layer: layer.attention,
         attend=_distilbert_attend,
         feed_forward=lambda layer, z: layer.ffn(z),
         finish=lambda layer, total: layer.output_layer_norm(total),
+        classes=_CLASSES,
         heads={
             "sequence-classification": _distilbert_classify,
             "token-classification": _tag,
@@ -139,18 +126,3 @@ HOSTS: dict[str, Host] = {
         },
     ),
 }
-
-
-def host_of(model_type: str, folder: Path) -> Host:
-    """The host for a ``config.json`` model type; InputError names the supported ones."""
-    try:
-        return HOSTS[model_type]
-    except KeyError:
-        raise InputError(
-            describe(
-                f"{folder}: unsupported architecture",
-                got=repr(model_type),
-                expected=f"one of {', '.join(sorted(HOSTS))}",
-                hint="Variator fits post-norm encoders of these families",
-            )
-        ) from None

@@ -1,0 +1,1 @@
+"""Checkpoints that others wrote, turned into method checkpoints. One file per method."""
