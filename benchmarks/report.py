@@ -146,6 +146,7 @@ def startup_table() -> list[str]:
     return table(["command", "p50 ms", "p99 ms"], rows)
 
 
+TASKS = ("sst2", "sick", "news20")
 QUALITY_TARGETS = {"demo": {"2": 0.95, "4": 0.88, "8": 0.80}, "long fit": {"2": 0.98, "4": 0.94, "8": 0.88}}
 
 
@@ -183,6 +184,43 @@ def _fitted_long() -> bool:
     return (RESULTS / "fit_minilm.json").exists()
 
 
+def tasks_table() -> list[str]:
+    """One row per task and ratio, of the tasks that were measured."""
+    rows = []
+    for task in TASKS:
+        if not (RESULTS / f"quality_{task}.json").exists():
+            continue
+        result = load(f"quality_{task}")
+        rows += [
+            (
+                f"{task}, {result['recipe']['length']} tokens",
+                f"{row['ratio']:g}",
+                f"{row['value']:.3f}",
+                f"{row['relative_drop']:+.1%}",
+                f"{row['extra_params_share']:.2%}",
+                f"{row['ideal']:.2f}",
+                f"{row['speedup']:.2f}",
+            )
+            for row in result["rows"]
+        ]
+    header = ["task", "ratio", "accuracy", "relative drop", "extra parameters", "FLOPs ceiling", "measured speed-up"]
+    return table(header, rows)
+
+
+def tasks_notes() -> list[str]:
+    """How each task was learnt."""
+    notes = []
+    for task in TASKS:
+        if (RESULTS / f"quality_{task}.json").exists():
+            result = load(f"quality_{task}")
+            tuned, fitted = result["finetune"], result["train"]
+            notes.append(
+                f"- {task}: fine-tuned on {result['recipe']['rows']} rows ({tuned['steps']} steps), plugins fitted in "
+                f"{fitted['steps']} steps ({fitted['seconds'] / 60:.0f} minutes), {result['n']} dev rows."
+            )
+    return notes
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "latency": latency_table,
     "stock": stock_table,
@@ -193,6 +231,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "startup": startup_table,
     "quality": quality_table,
     "quality notes": quality_notes,
+    "tasks": tasks_table,
+    "tasks notes": tasks_notes,
 }
 
 
