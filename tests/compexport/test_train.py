@@ -211,6 +211,21 @@ def test_a_few_rows_by_seed_or_the_first(cli: Cli, tiny: Callable[..., Path], da
     assert "20 texts of" in first.err and "drawn" not in first.err
 
 
+def test_a_place_that_will_not_do_is_refused_before_the_fit(
+    cli: Cli, tiny: Callable[..., Path], data: Path, tmp_path: Path
+) -> None:
+    command = ("train", "variator", tiny(), "--data", data, "--steps", 1)
+    assert cli(*command, "--ratio", "2,4", "-o", "out").code == 0
+    other = cli("train", "variator", tiny("tiny-roberta"), "--data", data, "--steps", 10**6, "-o", "out")
+    assert "out: already there: expected a new folder, or a checkpoint of this model" in other.error
+    description = tmp_path / "out" / "compexport.json"
+    description.write_text(description.read_text().replace('"pad": "masked"', '"pad": "official"'))
+    mixed = cli(*command, "--steps", 10**6, "--ratio", "2", "-o", "out")
+    assert "out: ratios [4] have pad official: got pad masked; use another folder" in mixed.error
+    again = cli(*command, "--resume", "--ratio", "2", "-o", "new")
+    assert again.code == 0 and "no unfinished run: starting from the beginning" in again.err
+
+
 def test_epochs_are_passes_over_the_rows(cli: Cli, tiny: Callable[..., Path], data: Path) -> None:
     command = ("train", "variator", tiny(), "--data", data, "--ratio", "2", "--limit", 20, "--batch-size", 8)
     assert cli(*command, "--epochs", 2, "--json").document["steps"] == 2 * 3
