@@ -221,6 +221,28 @@ def tasks_notes() -> list[str]:
     return notes
 
 
+def training_table() -> list[str]:
+    if not (RESULTS / "training.json").exists():
+        return ["Not measured yet: no figure."]
+    result = load("training")
+    rows = [
+        (
+            f"fit, {name}",
+            f"{result['timings'][name]['p50_ms'] / 2:.0f}",
+            f"{result['ratio_steps'][name] / 2:g}",
+            f"{value:.2f}",
+        )
+        for name, value in result["throughput"].items()
+    ]
+    trainer = ("Trainer step of the whole backbone", f"{result['timings']['trainer']['p50_ms'] / 2:.0f}", "", "1.00")
+    about = (
+        f"{result['model']}, batch {result['batch']}, texts cut at {result['length']} tokens"
+        f" ({result['tokens_per_batch']:.0f} in a batch), {result['precision']}."
+    )
+    header = ["step", "p50 ms", "ratios taught in a step", "throughput per ratio"]
+    return [*table(header, [trainer, *rows]), "", about, "", *environment_line("training")]
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "latency": latency_table,
     "stock": stock_table,
@@ -229,6 +251,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "build": build_table,
     "selector": selector_table,
     "startup": startup_table,
+    "training": training_table,
     "quality": quality_table,
     "quality notes": quality_notes,
     "tasks": tasks_table,

@@ -73,17 +73,18 @@ class Training:
                 load_trained(checkpoint, self.trained())
                 return step_of(checkpoint)
         with quiet_transformers(), tempfile.TemporaryDirectory() as scratch:
-            trainer = self._trainer(Path(scratch) if self.unfinished is None else self.unfinished.folder)
+            trainer = self.trainer(Path(scratch) if self.unfinished is None else self.unfinished.folder)
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             return int(trainer.state.global_step)
 
-    def _trainer(self, folder: Path) -> StepTrainer:
+    def trainer(self, folder: Path) -> StepTrainer:
+        """The trainer, its checkpoints in ``folder``."""
         from transformers.trainer_callback import PrinterCallback
 
         optimizer = torch.optim.AdamW(self.groups, betas=self.betas, weight_decay=0.0)
         trainer = StepTrainer(
             model=self.model,
-            args=self._arguments(folder),
+            args=self.arguments(folder),
             train_dataset=self.rows,
             data_collator=self.collate,
             optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, self.clock.learning_rate)),
@@ -93,7 +94,8 @@ class Training:
         trainer.remove_callback(PrinterCallback)
         return trainer
 
-    def _arguments(self, folder: Path) -> TrainingArguments:
+    def arguments(self, folder: Path) -> TrainingArguments:
+        """Its arguments: everything that could print, report or save by itself is off."""
         arguments = TrainingArguments(
             output_dir=str(folder),
             max_steps=self.clock.steps,

@@ -100,6 +100,7 @@ def _root(
 
 @app.command()
 def train(
+    context: typer.Context,
     method: Annotated[
         str, typer.Argument(metavar="METHOD", help="variator: fit plugins. finetune: teach MODEL itself labels.")
     ],
@@ -159,6 +160,12 @@ def train(
 
     if data is None:
         raise InputError(describe("train needs texts", expected="--data FILE", hint="variator needs no labels"))
+    if method == "finetune":  # what the file says for plugins is not meant for it
+        ratio = None if _from_file(context, "ratio") else ratio
+        loss = "hidden" if _from_file(context, "loss") else loss
+        start = None if _from_file(context, "start") else start
+        fresh, separately = (given and not _from_file(context, name) for name, given in
+                             (("fresh", fresh), ("separately", separately)))  # fmt: skip
     fit = api.Fit(
         steps=steps,
         max_seconds=max_seconds,
@@ -478,6 +485,12 @@ def demo(
 
 
 # --- parsing and errors --------------------------------------------------------------------------------------------
+
+
+def _from_file(context: typer.Context, name: str) -> bool:
+    """Whether a value stands in the configuration file, and was not typed."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "DEFAULT_MAP"
 
 
 def _numbers(option: str, text: str) -> list[float]:

@@ -74,7 +74,7 @@ def train(
     from calib import processes
 
     with processes.joined():
-        _require_resumable(output, saving)
+        _require_resumable(output, saving, progress)
         texts = _training_rows(data, columns, rows, fit, progress)
         return fit_texts(model, texts, ratios=wanted, output=output, fit=fit, saving=saving, progress=progress)
 
@@ -105,7 +105,7 @@ def finetune(
     chosen: dict[str, Any] = {"epochs": fit.epochs} if fit.epochs is not None else {}
     settings = tuning.FinetuneSettings(steps=_steps(fit), **chosen, **_given(fit)).checked()
     with processes.joined():
-        _require_resumable(output, saving)
+        _require_resumable(output, saving, progress)
         training = _training_rows(data, columns, rows, fit, progress)
         dev = read_examples(data, "dev", columns, progress) if reading.has_split(data, "dev") else None
         progress("loading the model")
@@ -140,6 +140,7 @@ def fit_texts(
     progress("loading the model")
     backbone = load_backbone(model, attention="sdpa")
     start, pad = _starting_plugins(backbone, ratios, fit)
+    _require_one_pad(output, ratios, pad)
     settings = _fit_settings(fit, len(examples), pad)
     fitting = fit_separately if fit.separately else fit_variator
     with _kept(output, saving, backbone, examples, ratios, fit, start, settings) as state:
@@ -257,19 +258,35 @@ def _training_rows(data: str | Path, columns: Columns, rows: Rows, fit: Fit, pro
     return examples.sample(rows.limit, fit.seed)
 
 
-def _require_resumable(output: str | Path, saving: Saving) -> None:
+def _require_resumable(output: str | Path, saving: Saving, progress: Progress) -> None:
     """Refuse to lose an unfinished run before a large file is read."""
     from calib import processes, unfinished
 
     if not saving.resume:
         processes.by_first(lambda: unfinished.require_none(Path(output)))
+    elif not unfinished.place(Path(output)).exists():
+        progress("no unfinished run: starting from the beginning")
 
 
 def _require_checkpoint_place(output: Path, model: Path) -> None:
     """Refuse an output that is something else before minutes are spent on it."""
     from exporter.checkpoint import find_checkpoint
+    from exporter.identity import backbone_sha256
 
     if not output.exists() or output.resolve() == model.resolve():
         return
-    if not output.is_dir() or (any(output.iterdir()) and find_checkpoint(output) is None):
+    found = find_checkpoint(output) if output.is_dir() and any(output.iterdir()) else None
+    empty = output.is_dir() and not any(output.iterdir())
+    if not empty and (found is None or found.backbone_sha256 != backbone_sha256(model)):
         raise InputError(describe(f"{output}: already there", expected="a new folder, or a checkpoint of this model"))
+
+
+def _require_one_pad(output: str | Path, ratios: Sequence[int], pad: str) -> None:
+    """Plugins of one folder treat padding alike; refuse a mixture before the fit, not after it."""
+    from exporter.checkpoint import find_checkpoint
+
+    found = find_checkpoint(output)
+    kept = [ratio for ratio in found.ratios if ratio not in ratios] if found is not None else []
+    if found is not None and kept and found.pad != pad:
+        hint = "use another folder, or fit all of them again"
+        raise InputError(describe(f"{output}: ratios {kept} have pad {found.pad}", got=f"pad {pad}", hint=hint))

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from calib.data import read
+from calib.data import Examples, has_split, read
+from calib.labels import class_names
 from compexport.errors import InputError
 
 ROWS = [{"sentence": 'he said "no', "label": "0"}, {"sentence": "NA", "label": "1"}]
@@ -61,6 +62,100 @@ def test_a_saved_data_set_names_its_labels(tmp_path: Path) -> None:
     datasets.DatasetDict({"train": rows, "validation": rows.select([1])}).save_to_disk(tmp_path / "many")
     assert read(tmp_path / "one").labels == ["good", "bad"]
     assert read(tmp_path / "many", "dev").labels == ["bad"]
+
+
+def test_a_folder_of_datasets_knows_its_splits(tmp_path: Path) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"question": ["x"], "sentence": ["y"], "label": [1]})
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": rows, "validation": rows}).save_to_disk(tmp_path / "many")
+    datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "train")
+    assert read(tmp_path / "many").inputs == [("x", "y")]
+    assert [has_split(tmp_path / name, "dev") for name in ("one", "many", "train")] == [False, True, False]
+    with pytest.raises(InputError, match="no split dev: expected train"):
+        read(tmp_path / "train", "dev")
+    (tmp_path / "plain").mkdir()
+    assert not has_split(tmp_path / "plain", "dev") and not has_split(tmp_path / "nowhere", "dev")
+    file = write(tmp_path / "plain", "tsv", "validation")
+    assert has_split(tmp_path / "plain", "dev") and not has_split(file, "dev")
+
+
+# Header line of a raw GLUE file (or of another well-known one) -> what each column is taken for.
+HEADERS = {
+    "Quality #1_ID #2_ID #1_String #2_String": "text = #1 String, text-pair = #2 String, label = Quality",
+    "index sentence1 sentence2 label": "text = sentence1, text-pair = sentence2, label = label",
+    "index question sentence label": "text = question, text-pair = sentence, label = label",
+    "id qid1 qid2 question1 question2 is_duplicate": "text = question1, text-pair = question2, label = is_duplicate",
+    "index promptID pairID genre sentence1 sentence2 label1 gold_label":
+        "text = sentence1, text-pair = sentence2, label = gold_label",
+    "sentence label": "text = sentence, label = label",
+    "index genre sentence1 sentence2 score": "text = sentence1, text-pair = sentence2, label = score",
+    "premise hypothesis label": "text = premise, text-pair = hypothesis, label = label",
+    "Text Category": "text = Text, label = Category",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_raw_headers_are_recognised(tmp_path: Path, header: str) -> None:
+    names = [name.replace("_", " ") if "#" in name else name for name in header.split()]
+    cells = [f'"{n} unbalanced' for n in range(len(names))]
+    # With the byte-order mark and line ends that MRPC's files have.
+    (tmp_path / "raw.tsv").write_text("\t".join(names) + "\r\n" + "\t".join(cells) + "\r\n", encoding="utf-8-sig")
+    examples = read(tmp_path / "raw.tsv")
+    assert str(examples.columns_chosen) == HEADERS[header]
+    assert examples.texts == [cells[names.index(examples.columns_chosen.text)]]
+    assert examples.labels == [cells[names.index(examples.columns_chosen.label or "")]]
+
+
+def test_a_folder_names_its_numbers(tmp_path: Path) -> None:
+    write(tmp_path, "tsv", "train")
+    assert read(tmp_path).label_names is None
+    (tmp_path / "labels.txt").write_text("bad\ngood\n\n", encoding="utf-8-sig")
+    assert read(tmp_path).label_names == ["bad", "good"] and read(tmp_path).labels == ["0", "1"]
+    assert read(tmp_path / "train.tsv").label_names is None  # a file's neighbours are not asked
+    for wrong in ("", "bad\n\ngood\n", "bad\nBad\n"):
+        (tmp_path / "labels.txt").write_text(wrong)
+        with pytest.raises(InputError, match=r"labels.txt: label names: got .*, expected distinct names, one a line"):
+            read(tmp_path)
+
+
+def test_a_sample_is_drawn_by_seed() -> None:
+    examples = Examples([str(n) for n in range(100)], labels=list(range(100)))
+    first, again, other = (examples.sample(10, seed) for seed in (1, 1, 2))
+    assert first == again and first != other and len(first) == 10
+    assert [str(label) for label in first.labels or []] == first.texts
+    assert examples.sample(None, 1) is examples.sample(100, 1) is examples
+
+
+def test_contents_have_an_identity() -> None:
+    one = Examples(["a", "b"], labels=[1, 0], origin="x.tsv")
+    assert one.sha256() == Examples(["a", "b"], labels=[1, 0], origin="y.csv").sha256()
+    assert len({one.sha256(), one.take([1, 0]).sha256(), Examples(["a", "b"]).sha256()}) == 3
+
+
+SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+# Set -> (rows of dev, columns taken, distinct labels).
+SETS = {
+    "sst2": (872, "text = sentence, label = label", 2),
+    "mrpc": (408, "text = #1 String, text-pair = #2 String, label = Quality", 2),
+    "rte": (277, "text = sentence1, text-pair = sentence2, label = label", 2),
+    "sick": (495, "text = sentence1, text-pair = sentence2, label = label", 3),
+    "agnews": (3800, "text = sentence, label = label", 4),
+    "news20": (1500, "text = sentence, label = label", 20),
+}
+
+
+@pytest.mark.skipif(
+    not SHARED.is_dir(), reason="no ../shared/data beside the repository: real data sets are not shipped"
+)
+@pytest.mark.parametrize("name", SETS)
+def test_real_data_sets(name: str) -> None:
+    rows, columns, classes = SETS[name]
+    dev = read(SHARED / name, "dev")
+    assert (len(dev), str(dev.columns_chosen)) == (rows, columns)
+    assert len(class_names(dev)) == classes
+    assert not dev.texts[0].startswith("\ufeff") and len(read(SHARED / name, limit=50)) == 50
 
 
 def test_columns_by_name_and_a_limit(tmp_path: Path) -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from calib.arithmetic import PRECISIONS, uses_bf16
 from calib.batches import Collate, LengthBuckets, tokenise
 from calib.clock import Clock
 from calib.data import Examples
-from calib.fit import fit_variator
+from calib.distillation import parameter_groups
+from calib.fit import fit_separately, fit_variator
 from calib.losses import batch_loss, takes_part
 from calib.mixer_start import quiet_direction
 from calib.settings import FitSettings
@@ -164,6 +167,71 @@ def test_batches_hold_texts_of_similar_length() -> None:
     assert sorted(order) == list(range(41))
     batches = [[lengths[i] for i in order[start : start + 4]] for start in range(0, 41, 4)]
     assert sum(len(set(batch)) > 1 for batch in batches) <= 4
+
+
+def test_processes_share_every_batch() -> None:
+    lengths = [3, 40, 7] * 14  # 42 rows: batches of 8, and a last one of 2
+    whole = list(LengthBuckets(lengths, 8, seed=0, steps=15))
+    shares = [list(LengthBuckets(lengths, 8, seed=0, steps=15, share=(process, 3))) for process in range(3)]
+    assert len(whole) == 15 and {len(batch) for batch in whole} == {8, 2}
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert all(parts) and set(batch) == {row for part in parts for row in part}
+        assert len(batch) == 2 or sorted(batch) == sorted(row for part in parts for row in part)
+
+
+def test_a_fit_goes_on_from_plugins_that_are_there(backbone: Backbone) -> None:
+    settings = replace(QUICK, pad="official", learning_rate=1e-9)
+    given = VariatorPlugins(backbone.hidden_size, backbone.num_layers, 2, 5, "official").requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in given.state_dict().items()}
+    result = fit_variator(backbone, MANY, [2, 4], settings=settings, start={2: given, 8: given})
+    assert result.record["continued"] == [2] and result.plugins[2].width == 5
+    for name, tensor in result.plugins[2].state_dict().items():
+        torch.testing.assert_close(tensor, before[name])  # started there, and hardly moved
+        assert torch.equal(given.state_dict()[name], before[name])
+    assert result.plugins[2] is not given and result.checkpoint_settings()["pad"] == "official"
+
+
+def test_plugins_that_are_there_learn_more_slowly(backbone: Backbone) -> None:
+    plugins = {ratio: VariatorPlugins(backbone.hidden_size, 2, ratio, 4) for ratio in (2, 4)}
+    groups = parameter_groups(plugins, 1.0, continued=[4])
+    rates = {id(tensor): group["lr"] for group in groups for tensor in group["params"]}
+    for new, old in zip(plugins[2].parameters(), plugins[4].parameters(), strict=True):
+        assert rates[id(old)] == rates[id(new)] / 2
+
+
+def test_ratios_one_after_the_other(backbone: Backbone) -> None:
+    both = fit_separately(backbone, MANY, [2, 4], settings=QUICK)
+    for ratio in (2, 4):
+        alone = fit_variator(backbone, MANY, [ratio], settings=QUICK)
+        theirs = alone.plugins[ratio].state_dict()
+        assert all(torch.equal(one, theirs[name]) for name, one in both.plugins[ratio].state_dict().items())
+        assert both.record["student"][str(ratio)] == alone.record["student"][str(ratio)]
+    assert both.record["ratios"] == [2, 4] and both.record["steps"] == 2 and both.record["separately"]
+
+
+def test_labels_are_checked_before_a_fit_that_only_measures_with_them(tiny: Callable[..., Path]) -> None:
+    classifier = load_backbone(tiny("tiny-bert", "sequence-classification"))
+    stages: list[str] = []
+    with pytest.raises(InputError, match="unknown label: got 'maybe'"):
+        labelled = Examples(MANY, labels=["maybe"] * len(MANY))
+        fit_variator(classifier, labelled, [2], settings=QUICK, progress=lambda message, *_: stages.append(message))
+    assert not stages
+
+
+@pytest.mark.parametrize(("flags", "native"), [("fma avx512_bf16 amx_tile", True), ("fma avx2", False)])
+def test_bf16_where_it_is_native(monkeypatch: pytest.MonkeyPatch, flags: str, native: bool) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("calib.arithmetic._cpu_flags", lambda: flags)
+    assert [uses_bf16(precision) for precision in PRECISIONS] == [native, False, True]
+
+
+def test_both_precisions_fit(backbone: Backbone) -> None:
+    results = [fit_variator(backbone, MANY, [2], settings=replace(QUICK, precision=one)) for one in ("fp32", "bf16")]
+    ours, theirs = (result.plugins[2].state_dict() for result in results)
+    assert not all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for name, tensor in theirs.items():
+        assert tensor.dtype == torch.float32
+        torch.testing.assert_close(tensor, ours[name], atol=0.02, rtol=0.1)
 
 
 def test_a_late_start_still_leaves_time_for_steps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from exporter.checkpoint import find_checkpoint
 from tests.models import TEXTS
 
 Cli = Callable[..., Any]
@@ -156,13 +157,27 @@ def test_two_processes_fit_as_one(cli: Cli, tiny: Callable[..., Path], data: Pat
             torch.testing.assert_close(ours[name], theirs[name], atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.slow
-def test_bad_input_of_two_processes_is_said_once(tiny: Callable[..., Path], data: Path, tmp_path: Path) -> None:
-    launched = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "compexport", "train"]
-    process = in_a_process(tmp_path, *launched, "variator", tiny(), "--data", data, "--batch-size", 1)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode != 0
-    assert err.count("compexport: batch size: got 1, expected at least 2, one text for each process") == 1
+def test_only_the_first_process_speaks(
+    cli: Cli, tiny: Callable[..., Path], data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["train", "variator", tiny(), "--data", data, "--ratio", "2", "--steps", 1]
+    for rank, speaks in (("1", False), ("0", True)):
+        monkeypatch.setenv("RANK", rank)
+        done, refused = cli(*command, "--json"), cli(*command, "--batch-size", 0)
+        assert (done.code, bool(done.out), bool(done.err)) == (0, speaks, speaks)
+        assert (refused.code, bool(refused.err)) == (2, speaks)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("compexport.training.train", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no memory")))
+    assert "no memory" in cli(*command).error  # what fails in one process only is not hushed up
+
+
+def test_a_batch_has_a_row_for_every_process(
+    cli: Cli, tiny: Callable[..., Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("calib.processes.count", lambda: 4)
+    monkeypatch.setattr("calib.processes.by_first", lambda do: do())
+    done = cli("train", "variator", tiny(), "--data", data, "--batch-size", 3)
+    assert done.code == 2 and "batch size: got 3, expected at least 4, one text for each process" in done.error
     assert not list(tmp_path.glob("trained*"))
 
 
@@ -184,7 +199,8 @@ def test_the_whole_path_from_a_pre_trained_model(
     assert again.document["continued"] == [2]
     fresh = cli(*command, "--fresh", "--separately", "-o", "fitted", "--json").document
     assert fresh["continued"] == [] and fresh["separately"] and fresh["ratios"] == [2, 4]
-    assert cli("build", "fitted", "--ratio", "2,4").code == 0
+    found = find_checkpoint(tmp_path / "fitted")
+    assert found is not None and found.ratios == [2, 4]
 
 
 def test_a_few_rows_by_seed_or_the_first(cli: Cli, tiny: Callable[..., Path], data: Path) -> None:
@@ -195,9 +211,34 @@ def test_a_few_rows_by_seed_or_the_first(cli: Cli, tiny: Callable[..., Path], da
     assert "20 texts of" in first.err and "drawn" not in first.err
 
 
+def test_a_place_that_will_not_do_is_refused_before_the_fit(
+    cli: Cli, tiny: Callable[..., Path], data: Path, tmp_path: Path
+) -> None:
+    command = ("train", "variator", tiny(), "--data", data, "--steps", 1)
+    assert cli(*command, "--ratio", "2,4", "-o", "out").code == 0
+    other = cli("train", "variator", tiny("tiny-roberta"), "--data", data, "--steps", 10**6, "-o", "out")
+    assert "out: already there: expected a new folder, or a checkpoint of this model" in other.error
+    description = tmp_path / "out" / "compexport.json"
+    description.write_text(description.read_text().replace('"pad": "masked"', '"pad": "official"'))
+    mixed = cli(*command, "--steps", 10**6, "--ratio", "2", "-o", "out")
+    assert "out: ratios [4] have pad official: got pad masked; use another folder" in mixed.error
+    again = cli(*command, "--resume", "--ratio", "2", "-o", "new")
+    assert again.code == 0 and "no unfinished run: starting from the beginning" in again.err
+
+
 def test_epochs_are_passes_over_the_rows(cli: Cli, tiny: Callable[..., Path], data: Path) -> None:
     command = ("train", "variator", tiny(), "--data", data, "--ratio", "2", "--limit", 20, "--batch-size", 8)
     assert cli(*command, "--epochs", 2, "--json").document["steps"] == 2 * 3
+
+
+def test_one_table_of_the_file_serves_both_methods(
+    cli: Cli, tiny: Callable[..., Path], data: Path, tmp_path: Path
+) -> None:
+    plugins = 'ratio = [2]\nloss = "task-hidden"\nseparately = true\nfresh = true\nstart = "tuned"\n'
+    (tmp_path / "compexport.toml").write_text(f'[train]\ndata = "data"\nsteps = 1\n{plugins}')
+    assert cli("train", "finetune", tiny(), "-o", "tuned").code == 0
+    assert "expected the method variator" in cli("train", "finetune", tiny(), "-o", "x", "--ratio", "2").error
+    assert "both --fresh and --start" in cli("train", "variator", "tuned").error
 
 
 @pytest.mark.parametrize(
