@@ -95,9 +95,7 @@ class Prompt:
 def _inside(encoding: Any, span: tuple[int, int]) -> list[int]:
     """Positions of the tokens that stand for some of the characters from span[0] up to span[1]."""
     return [
-        position
-        for position, (start, end) in enumerate(encoding.offsets)
-        if max(start, span[0]) < min(end, span[1]) and not encoding.special_tokens_mask[position]
+        position for position, (start, end) in enumerate(encoding.offsets) if max(start, span[0]) < min(end, span[1])
     ]
 
 

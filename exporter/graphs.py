@@ -101,7 +101,7 @@ class Family:
         self._model.variator.attach(plugins.eval())
         template = trace.onnx_from_module(self._model, backbone.input_names, variator.output_names(backbone))
         self._model.variator.detach()
-        return template
+        return passes.with_divisions(passes.with_constant_lookups(template))
 
     # --- parity
 

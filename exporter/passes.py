@@ -55,13 +55,65 @@ def without_merging(template: onnx.ModelProto) -> onnx.ModelProto:
             while name in renamed:
                 name = renamed[name]
             node.input[index] = name
-    del model.graph.node[:]
-    model.graph.node.extend(kept)
+    _replace_nodes(model, kept)
     opsets = [entry for entry in model.opset_import if entry.domain != ops.DOMAIN]
     del model.opset_import[:]
     model.opset_import.extend(opsets)
     _take_initializers(model, template, {})
     return model
+
+
+def with_constant_lookups(template: onnx.ModelProto) -> onnx.ModelProto:
+    """Replace look-ups of fixed rows by those rows, so that a table that nothing else reads is left out.
+
+        Gather<axis=0>(table, ids), both stored   ->   rows, stored
+
+    In place. Ensures that no such node is left.
+    """
+    stored = {tensor.name: tensor for tensor in template.graph.initializer}
+    kept = []
+    for node in template.graph.node:
+        if node.op_type == "Gather" and all(name in stored for name in node.input) and not _attribute(node, "axis"):
+            table, ids = (numpy_helper.to_array(stored[name]) for name in node.input)
+            template.graph.initializer.append(numpy_helper.from_array(table[ids], node.output[0]))
+        else:
+            kept.append(node)
+    _replace_nodes(template, kept)
+    return template
+
+
+def with_divisions(template: onnx.ModelProto) -> onnx.ModelProto:
+    """Write reciprocal square roots as runtimes know them from norms, so that they fuse an RMS norm into one kernel.
+
+        x * Reciprocal(Sqrt(v))   ->   x / Sqrt(v)
+
+    In place. Ensures that no reciprocal is left that only such products read.
+    """
+    made = {node.output[0]: node for node in template.graph.node}
+    for node in template.graph.node:
+        if node.op_type != "Mul":
+            continue
+        for x, r in (tuple(node.input), tuple(node.input)[::-1]):
+            root = made.get(made[r].input[0]) if r in made and made[r].op_type == "Reciprocal" else None
+            if root is not None and root.op_type == "Sqrt":
+                node.op_type = "Div"
+                node.input[0], node.input[1] = x, root.output[0]
+                break
+    used = {name for node in template.graph.node for name in node.input} | {v.name for v in template.graph.output}
+    _replace_nodes(
+        template, [node for node in template.graph.node if node.op_type != "Reciprocal" or node.output[0] in used]
+    )
+    return template
+
+
+def _attribute(node: onnx.NodeProto, name: str) -> int:
+    """An integer attribute; 0, the default of all that are asked for, where it is not given."""
+    return next((int(attribute.i) for attribute in node.attribute if attribute.name == name), 0)
+
+
+def _replace_nodes(model: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> None:
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
 
 
 def plugin_initializers(template: onnx.ModelProto) -> set[str]:

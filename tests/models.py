@@ -153,7 +153,12 @@ MODELS = {
     "tiny-electra": Tiny("Electra", {**_SIZES, "embedding_size": 16}, _wordpiece),
     "tiny-t5": Tiny("T5", _T5_SIZES, _unigram, T5_CLASSES),
     # Version 1.1: a gated FFN. Heads as wide together as no other part, so that no two sizes can be mixed up.
-    "tiny-t5-gated": Tiny("T5", {**_T5_SIZES, "d_kv": 12, "feed_forward_proj": "gated-gelu"}, _unigram, T5_CLASSES),
+    "tiny-t5-gated": Tiny(
+        "T5",
+        {**_T5_SIZES, "d_kv": 12, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+        _unigram,
+        T5_CLASSES,
+    ),
     "tiny-bart": Tiny("Bart", _BART_SIZES, _byte_level, BART_CLASSES),
     # Pre-norm, with a norm at the end.
     "tiny-mbart": Tiny("MBart", {**_BART_SIZES, "decoder_start_token_id": 0}, _byte_level, BART_CLASSES),

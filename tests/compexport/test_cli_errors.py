@@ -62,7 +62,10 @@ def test_unsupported_architecture_names_the_supported_ones(refused: Callable[...
     (tmp_path / "gpt").mkdir()
     (tmp_path / "gpt" / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2Model"]}))
     line = refused("build", "gpt", "--ratio", "2", "--untrained")
-    assert "unsupported architecture: got 'gpt2', expected one of bert, distilbert, electra, roberta" in line
+    assert (
+        "unsupported architecture: got 'gpt2', expected one of bart, bert, distilbert, electra, mbart, roberta, t5"
+        in line
+    )
 
 
 def test_pickled_weights(refused: Callable[..., str], tmp_path: Path, tiny: Callable[..., Path]) -> None:

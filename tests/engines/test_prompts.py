@@ -109,6 +109,14 @@ def test_every_text_fits_and_keeps_the_template(data: st.DataObject, tokenizer: 
     assert not one.truncated or len(one.encoding) >= room - 2
 
 
+def test_markers_in_a_text_are_cut_like_words(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    MODELS["tiny-t5"].tokenizer().save(str(path))
+    found, truncated = tokens("the {text} it", "</s> <extra_id_0> " * 20 + "film", path, max_length=8)
+    assert truncated and len(found) <= 8
+    assert found[:3] == ["\u2581the", "\u2581", "</s>"] and found[-2:] == ["\u2581it", "</s>"]
+
+
 def test_a_template_longer_than_the_model_is_refused(tokenizer_path: Path) -> None:
     with pytest.raises(BundleError, match=r"max_length leaves no room beside the template's 7 tokens: got 7"):
         encoder(tokenizer_path, "who made it ? the {text}", max_length=7)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compexport.errors import InputError
-from exporter.backbone import Backbone
+from exporter.backbone import Backbone, load_backbone
 from exporter.hosts import HOSTS, host_of
 from exporter.methods.variator import VariatorModel, output_names
 from exporter.parity import probe_feeds
@@ -106,6 +107,50 @@ def _portrait(model: nn.Module) -> object:
         ],
         model.training,
     )
+
+
+@every_host_and_task
+def test_the_attention_used_in_training_gives_the_same(
+    name: str, task: str, tiny: Callable[..., Path], backbone: Callable[..., Backbone]
+) -> None:
+    feeds = _feeds(backbone(name, task))[-2:]
+    models = (VariatorModel(load_backbone(tiny(name, task), attention=kind)) for kind in ("eager", "sdpa"))
+    one, two = (_run(model, feeds) for model in models)
+    for feed, a, b in zip(feeds, one, two, strict=True):
+        real = feed["attention_mask"] == 1
+        for x, y in zip(a, b, strict=True):
+            if x.shape[:2] == real.shape:  # one per token
+                x, y = x[real], y[real]
+            torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["tiny-bart", "tiny-mbart"])
+@torch.no_grad()
+def test_a_decoder_with_biases(name: str, tiny: Callable[..., Path]) -> None:
+    """A fresh model has none: they are zero. Cross-attention treats those of keys and values in its own way."""
+    loaded = load_backbone(tiny(name, "label-words"))
+    for key, parameter in loaded.model.named_parameters():
+        if key.endswith("bias"):
+            parameter.normal_(std=0.5)
+    loaded.model.final_logits_bias.normal_()
+    feeds = _feeds(loaded)
+    for feed, (got,) in zip(feeds, _run(VariatorModel(loaded), feeds), strict=True):
+        expected = _hugging_face(loaded, feed)["logits"]
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("prefix", [[2], [2, 5, 9, 7, 11]])
+@pytest.mark.parametrize("name", ["tiny-t5-gated", "tiny-bart", "tiny-mbart"])
+def test_prefixes_of_any_length(name: str, prefix: list[int], backbone: Callable[..., Backbone]) -> None:
+    loaded = backbone(name, "label-words")
+    assert loaded.label_words is not None
+    words = loaded.label_words.model_copy(update={"decoder_input_ids": prefix})
+    loaded = dataclasses.replace(loaded, label_words=words)
+    feeds = _feeds(loaded)[-2:]
+    for feed, (got,) in zip(feeds, _run(VariatorModel(loaded), feeds), strict=True):
+        with torch.no_grad():
+            expected = _hugging_face(loaded, feed)["logits"]
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_unknown_architecture_names_the_supported_ones() -> None:

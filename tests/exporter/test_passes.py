@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx.checker
+import onnx.parser
 import pytest
 from onnx import numpy_helper
 
@@ -90,3 +92,59 @@ def test_bind_ratio_requires_every_tensor(template: onnx.ModelProto, tensors: Te
     some = dict(list(tensors.items())[:-1])
     with pytest.raises(Exception, match="w_out"):
         passes.bind_ratio(template, 5, some)
+
+
+# --- look-ups and norms --------------------------------------------------------------------------------------------
+
+SMALL = """
+    <ir_version: 10, opset_import: ["" : 20]>
+    g (int64[N] ids, float[N, 2] x) =>
+        (float[2, 2] fixed, float[N, 2] looked, float[N, 2] y, float[N, 2] z, float[N, 2] r)
+    <float[3, 2] table = {1, 2, 3, 4, 5, 6}, float[3, 2] other = {1, 2, 3, 4, 5, 6}, int64[2] rows = {2, 0}>
+    {
+        fixed = Gather <axis: int = 0> (table, rows)
+        looked = Gather <axis: int = 0> (other, ids)
+        s = Sqrt (x)
+        q = Reciprocal (s)
+        y = Mul (x, q)
+        z = Mul (q, looked)
+        d = Div (x, x)
+        r = Reciprocal (d)
+    }
+"""
+
+
+def test_constant_lookups_become_their_rows() -> None:
+    model = passes.with_constant_lookups(onnx.parser.parse_model(SMALL))
+    onnx.checker.check_model(model, full_check=True)
+    assert [node.output[0] for node in model.graph.node if node.op_type == "Gather"] == ["looked"]
+    rows = next(tensor for tensor in model.graph.initializer if tensor.name == "fixed")
+    assert numpy_helper.to_array(rows).tolist() == [[5, 6], [1, 2]]
+
+
+def test_reciprocals_of_roots_become_divisions() -> None:
+    from onnx.reference import ReferenceEvaluator
+
+    before = onnx.parser.parse_model(SMALL)
+    feeds = {"ids": np.array([1, 2]), "x": np.array([[4, 9], [16, 1]], np.float32)}
+    expected = ReferenceEvaluator(before).run(None, feeds)
+    model = passes.with_divisions(onnx.parser.parse_model(SMALL))
+    onnx.checker.check_model(model, full_check=True)
+    # What is no reciprocal of a root stays.
+    assert Counter(node.op_type for node in model.graph.node) == {"Gather": 2, "Sqrt": 1, "Div": 3, "Reciprocal": 1}
+    for want, got in zip(expected, ReferenceEvaluator(model).run(None, feeds), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_an_engine_fuses_the_norms_of_t5(built: Callable[..., Path]) -> None:
+    graph = onnx.load(built("tiny-t5") / "engines" / "ort-cpu" / "r4.onnx", load_external_data=False).graph
+    found = Counter(node.op_type for node in graph.node)
+    assert found["SimplifiedLayerNormalization"] == 2 * LAYERS + 1
+    assert not found["Reciprocal"] and not found["Sqrt"]
+
+
+def test_the_passes_leave_bert_alone(template: onnx.ModelProto) -> None:
+    before = template.SerializeToString(deterministic=True)
+    copy = onnx.ModelProto.FromString(before)
+    after = passes.with_divisions(passes.with_constant_lookups(copy))
+    assert after.SerializeToString(deterministic=True) == before
