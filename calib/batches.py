@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from calib.data import Examples
+from engines.prompts import Prompt
 from exporter.backbone import Backbone
 
 Batch = dict[str, Tensor]
@@ -21,14 +22,9 @@ BUCKETED_BATCHES = 8  # texts of this many batches are sorted by length together
 def tokenise(
     backbone: Backbone, examples: Examples, max_length: int, labels: Sequence[int] | None = None
 ) -> list[dict[str, Any]]:
-    """One row of token ids per text or pair, cut at ``max_length`` tokens, unpadded."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_str(backbone.tokenizer_json)
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(min(max_length, backbone.max_length))
+    """One row of token ids per text or pair, in the model's template if it has one, cut at ``max_length``, unpadded."""
     rows = []
-    for index, encoding in enumerate(tokenizer.encode_batch(examples.inputs)):
+    for index, encoding in enumerate(_encodings(backbone, examples, min(max_length, backbone.max_length))):
         row: dict[str, Any] = {"input_ids": encoding.ids}
         if "token_type_ids" in backbone.input_names:
             row["token_type_ids"] = encoding.type_ids
@@ -36,6 +32,23 @@ def tokenise(
             row["labels"] = labels[index]
         rows.append(row)
     return rows
+
+
+def _encodings(backbone: Backbone, examples: Examples, max_length: int) -> list[Any]:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(backbone.tokenizer_json)
+    tokenizer.no_padding()
+    if backbone.label_words is not None:
+        tokenizer.no_truncation()
+        pairs: Sequence[str | None] = examples.pairs or [None] * len(examples)
+        filled = Prompt(backbone.label_words.template).encode(
+            tokenizer, list(zip(examples.texts, pairs, strict=True)), max_length
+        )
+        return [one.encoding for one in filled]
+    tokenizer.enable_truncation(max_length)
+    encodings: list[Any] = tokenizer.encode_batch(examples.inputs)
+    return encodings
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ def finetune(
     with torch.random.fork_rng(), plain_attention(learner.model), moved(learner):
         torch.manual_seed(settings.seed)
         progress("tokenise")
-        rows = tokenise(learner.backbone, learner.reads(training), settings.max_length, classes)
+        rows = tokenise(learner.backbone, training, settings.max_length, classes)
         steps = Training(
             model=learner,
             groups=parameter_groups(learner, settings.learning_rate),
@@ -135,6 +135,7 @@ def finetune(
             batch_size=settings.batch_size,
             seed=settings.seed,
             precision=settings.precision,
+            partial=learner.partial,
             unfinished=unfinished,
             progress=progress,
         ).run()
@@ -185,7 +186,7 @@ def accuracy(
     learner: Learner, examples: Examples, wanted: Sequence[int], settings: FinetuneSettings, progress: Progress = silent
 ) -> float:
     """The share of examples whose most likely class is the wanted one, in fp32."""
-    rows = tokenise(learner.backbone, learner.reads(examples), settings.max_length, wanted)
+    rows = tokenise(learner.backbone, examples, settings.max_length, wanted)
     device = next(learner.parameters()).device
     right = done = 0
     for made in batches_by_length(rows, settings.batch_size, collate_for(learner.backbone)):

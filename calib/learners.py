@@ -16,6 +16,8 @@ from calib.data import Examples
 from calib.labels import class_names, label_ids
 from compexport.errors import CompexportError, InputError, describe
 from exporter.backbone import Backbone, load_backbone
+from exporter.identity import LABEL_WORDS
+from exporter.methods.variator import task_outputs
 from exporter.quiet import quiet_transformers
 
 # Written by transformers for a tokenizer; what a folder lacks it does not need.
@@ -28,14 +30,13 @@ TOKENIZER_FILES = (
 class Learner(nn.Module):
     """A Hugging Face model under fine-tuning. A kind of model says how it reads texts, answers, and is written."""
 
+    # Whether its answer leaves some tensors out, which then get no gradient.
+    partial = False
+
     def __init__(self, backbone: Backbone, model: Any, labels: Sequence[str]) -> None:
         super().__init__()
         self.backbone, self.labels = backbone, list(labels)
         self.model = model.requires_grad_(True)
-
-    def reads(self, examples: Examples) -> Examples:
-        """The texts as the model gets them."""
-        return examples
 
     def forward(self, **batch: Tensor) -> Tensor:
         """input_ids, attention_mask, token_type_ids [B,S] -> logits [B,C]."""
@@ -59,15 +60,36 @@ class SequenceClassifier(Learner):
         return logits
 
 
+class LabelWordsLearner(Learner):
+    """A generating model that answers with one word per label; its template and prefix stay as its folder has them."""
+
+    partial = True  # the decoder pass needs no bias of the keys
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        h = self.model.get_encoder()(**batch).last_hidden_state
+        return task_outputs(self.backbone, h, batch["attention_mask"])[0]
+
+    def write(self, folder: Path) -> None:
+        """The model as any other, and its label words."""
+        super().write(folder)
+        (folder / LABEL_WORDS).write_bytes((self.backbone.folder / LABEL_WORDS).read_bytes())
+
+
 def open_learner(folder: str | Path, examples: Examples, seed: int = 0) -> Learner:
     """The model of ``folder``, ready to learn the labels of ``examples``.
 
     A classification head is kept where its labels are those of the data; otherwise a new one starts at random, by
-    ``seed``. Raises InputError for labels that are no classes, and as ``exporter.backbone.load_backbone``.
+    ``seed``. A generating model with label words keeps these. Raises InputError for labels that are no
+    classes, and as ``exporter.backbone.load_backbone``.
     """
     attention = "sdpa"
     names = class_names(examples)
     backbone = load_backbone(folder, attention=attention)
+    if backbone.task == "label-words":
+        return LabelWordsLearner(backbone, backbone.model, backbone.labels)
+    if "sequence-classification" not in backbone.host.classes:
+        expected = f"{LABEL_WORDS} in it, and a decoder: one word for each label"
+        raise InputError(describe(f"{folder}: cannot be fine-tuned", got=backbone.config.model_type, expected=expected))
     if backbone.task == "sequence-classification" and _head_fits(backbone, examples, names):
         return SequenceClassifier(backbone, backbone.model, backbone.labels)
     if backbone.task != "feature-extraction":

@@ -55,7 +55,8 @@ def _affordable(backbone: Backbone, batches: list[Batch], settings: FitSettings)
     """Batches, spread over all lengths, that take about ``SHARE`` of ``max_seconds``; at least two."""
     if settings.max_seconds is None or len(batches) <= 2:
         return batches
-    encoder, middle = VariatorEncoder(backbone), batches[len(batches) // 2]
+    middle = batches[len(batches) // 2]
+    encoder = VariatorEncoder(backbone).to(middle["input_ids"].device)
     encoder(**middle)  # the first run is slower
     begun = time.monotonic()
     encoder(**middle)
@@ -72,20 +73,21 @@ def prefer_quiet_tokens(
     progress: Progress = silent,
 ) -> None:
     """Set every mixer to its layer's quiet direction, measured on the backbone's own run over ``batches``."""
-    encoder = VariatorEncoder(backbone)
+    encoder, host = VariatorEncoder(backbone).to(batches[0]["input_ids"].device), backbone.host
     masks = [batch["attention_mask"].float() for batch in batches]
-    additive = [((1.0 - mask) * torch.finfo(torch.float32).min)[:, None, None, :] for mask in masks]
     states = [encoder.embed(batch["input_ids"], batch.get("token_type_ids")) for batch in batches]
+    biases = [encoder.attention_bias(mask.to(h.dtype)) for mask, h in zip(masks, states, strict=True)]
     for index, layer in enumerate(backbone.layers):
         progress("mixer start", index, backbone.num_layers)
         inputs, norms = [], []
         for number, h in enumerate(states):
-            x = backbone.host.attend(layer, h, additive[number])
-            y = backbone.host.feed_forward(layer, x)
+            attended = host.attend(layer, h, biases[number])
+            x = host.enter(layer, attended)
+            y = host.feed_forward(layer, x)
             real = masks[number] > 0.5
             inputs.append(x[real].float())
             norms.append(y[real].float().norm(dim=-1))
-            states[number] = backbone.host.finish(layer, x + y)
+            states[number] = host.finish(layer, attended + y)
         direction = quiet_direction(torch.cat(inputs), torch.cat(norms))
         for one in plugins.values():
             _set_mixer(one.mux_layer[index], direction)

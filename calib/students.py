@@ -18,10 +18,8 @@ class Students(nn.Module):
         super().__init__()
         self.teacher = VariatorEncoder(backbone)
         self.plugins = nn.ModuleDict({str(ratio): one for ratio, one in plugins.items()})
-        self._students: dict[int, VariatorEncoder] = {}
-        for ratio, one in plugins.items():
-            self._students[ratio] = VariatorEncoder(backbone)
-            self._students[ratio].attach(one)
+        # Modules too: what an encoder keeps beside its weights moves with them. All that is trained is in ``plugins``.
+        self.students = nn.ModuleDict({str(ratio): _student(backbone, one) for ratio, one in plugins.items()})
 
     def train(self, mode: bool = True) -> Students:
         """Stay in eval mode: the backbone's dropout would blur what is to be learnt, plugins have none."""
@@ -40,8 +38,14 @@ class Students(nn.Module):
         with torch.no_grad():
             teacher = list(self.teacher(*feeds, keep_states=True).hidden_states)
         students = {
-            ratio: list(student(*feeds, keep_states=True).hidden_states)
-            for ratio, student in self._students.items()
-            if ratios is None or ratio in ratios
+            int(ratio): list(student(*feeds, keep_states=True).hidden_states)
+            for ratio, student in self.students.items()
+            if ratios is None or int(ratio) in ratios
         }
         return teacher, students
+
+
+def _student(backbone: Backbone, plugins: VariatorPlugins) -> VariatorEncoder:
+    student = VariatorEncoder(backbone)
+    student.attach(plugins)
+    return student

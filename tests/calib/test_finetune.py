@@ -14,8 +14,10 @@ import torch
 
 from calib.data import Examples
 from calib.finetune import RECORD, FinetuneSettings, accuracy, finetune, require_place
+from calib.fit import fit_variator
 from calib.labels import class_names, label_ids
 from calib.learners import open_learner
+from calib.settings import FitSettings
 from compexport.errors import InputError
 from exporter.backbone import load_backbone
 from tests.models import TEXTS
@@ -54,6 +56,30 @@ def test_every_host_becomes_a_classifier(tiny: Callable[..., Path], tmp_path: Pa
     assert accuracy(again.eval(), examples.take(range(9)), wanted, QUICK) == done.record["value"]
     record = json.loads((tmp_path / "out" / RECORD).read_text())["record"]
     assert record["steps"] == 2 and record["held_out"] == 9
+
+
+@pytest.mark.parametrize("name", ["tiny-t5", "tiny-t5-gated", "tiny-bart"])
+def test_label_words_are_learnt(tiny: Callable[..., Path], tmp_path: Path, name: str) -> None:
+    folder = tiny(name, "label-words")
+    labels = ["negative" if label == "bad" else "positive" for label in LABELS]
+    examples = Examples(TOLD, labels=labels)
+    settings = FinetuneSettings(steps=80, batch_size=16, learning_rate=5e-3, max_length=80, precision="fp32")
+    done = finetune(open_learner(folder, examples), examples, examples, settings=settings)
+    assert done.record["labels"] == ["negative", "positive"] and done.record["value"] > 0.9
+    done.save(tmp_path / "out")
+    backbone = load_backbone(tmp_path / "out")
+    assert backbone.task == "label-words" and backbone.label_words == load_backbone(folder).label_words
+    # The written model answers as the one that was measured, and takes plugins that learn from its answers.
+    again = open_learner(tmp_path / "out", examples).eval()
+    assert accuracy(again, examples, label_ids(labels, again.labels), settings) == done.record["value"]
+    fit = FitSettings(steps=2, batch_size=8, max_length=80, loss="task-hidden", precision="fp32")
+    fitted = fit_variator(backbone, examples, [2], settings=fit)
+    assert fitted.record["metric"] == "accuracy" and fitted.record["teacher"] > 0.8
+
+
+def test_an_encoder_that_cannot_classify(tiny: Callable[..., Path]) -> None:
+    with pytest.raises(InputError, match="cannot be fine-tuned: got t5, expected label_words.json in it"):
+        open_learner(tiny("tiny-t5"), Examples(TOLD, labels=LABELS))
 
 
 def test_labels_are_learnt(tiny: Callable[..., Path]) -> None:

@@ -124,7 +124,7 @@ def test_other_tasks(tiny: Callable[..., Path], task: str) -> None:
     assert result.record["metric"] == "agreement" and 0 <= result.record["student"]["2"] <= 1
 
 
-@pytest.mark.parametrize("name", ["tiny-roberta", "tiny-distilbert", "tiny-electra"])
+@pytest.mark.parametrize("name", ["tiny-roberta", "tiny-distilbert", "tiny-electra", "tiny-t5", "tiny-bart"])
 def test_other_hosts(tiny: Callable[..., Path], name: str) -> None:
     assert fit_variator(load_backbone(tiny(name)), MANY, [2], settings=QUICK).record["steps"] == 2
 
