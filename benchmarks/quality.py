@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,7 @@ def measure(task: str, data: Path, work: Path) -> dict[str, Any]:
     model, fitted, bundle = work / "model", work / "fitted", work / "bundle"
     tuned = _once(
         work / "finetune.json",
+        recipe,
         lambda: training.train(
             get_model_path(),
             data,
@@ -89,6 +91,7 @@ def measure(task: str, data: Path, work: Path) -> dict[str, Any]:
     )
     trained = _once(
         work / "train.json",
+        recipe,
         lambda: training.train(
             model,
             data,
@@ -144,13 +147,17 @@ def _rows(
     ]
 
 
-def _once(record: Path, work: Any) -> dict[str, Any]:
-    """What ``work`` returns, or what it returned in an earlier run."""
-    if not record.exists():
-        document = work()
-        save(record, document)
-    found: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
-    return found
+def _once(record: Path, recipe: Recipe, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``work`` returns, or what it returned in an earlier run of the same recipe."""
+    wanted = json.loads(json.dumps(asdict(recipe)))
+    if record.exists():
+        kept: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+        if kept["recipe"] != wanted:
+            raise SystemExit(f"{record}: made by another recipe; remove {record.parent} and run again")
+        return dict(kept["document"])
+    document = work()
+    save(record, {"recipe": wanted, "document": document})
+    return document
 
 
 def _without_paths(document: dict[str, Any]) -> dict[str, Any]:

@@ -127,7 +127,7 @@ class Profile:
             return known
         plan, extrapolated = self._plan(check_count("batch", batch), check_count("length", length))
         predictions = {
-            variant: Prediction(_evaluate(plan, p50), _evaluate(plan, p99), extrapolated)
+            variant: _prediction(_evaluate(plan, p50), _evaluate(plan, p99), extrapolated)
             for variant, (p50, p99) in self._cells.items()
         }
         if len(self._remembered) >= MAX_REMEMBERED_SHAPES:
@@ -169,6 +169,11 @@ def check_count(what: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InputError(describe(f"{what} is out of range", got=value, expected="a whole number >= 1"))
     return value
+
+
+def _prediction(p50_ms: float, p99_ms: float, extrapolated: bool) -> Prediction:
+    # Each follows its own line beyond the grid: one p99 that stands out can make the line of p99 the flatter one.
+    return Prediction(p50_ms, max(p50_ms, p99_ms), extrapolated)
 
 
 def _evaluate(plan: Plan, values: tuple[float, ...]) -> float:

@@ -102,6 +102,12 @@ def test_above_the_longest_grows_at_least_in_proportion(rows: list[tuple[int, fl
     assert Profile.from_table(table).predict("v", 1, 400) == Prediction(6.0, 6.0, extrapolated=True)
 
 
+def test_a_p99_that_stands_out_leaves_no_p99_below_its_p50() -> None:
+    rows = [make_row(length=64, p50=1.0, p99=19.5), make_row(length=128, p50=20.0, p99=20.5)]
+    prediction = Profile.from_table(make_table(rows)).predict("v", 1, 256)
+    assert prediction.p50_ms == pytest.approx(58.0) == prediction.p99_ms
+
+
 def test_above_the_longest_a_larger_batch_never_takes_less() -> None:
     table = make_table([
         make_row(batch=1, length=100, p50=1.0), make_row(batch=1, length=200, p50=3.0, p99=3.0),
