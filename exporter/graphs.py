@@ -50,7 +50,7 @@ class Family:
 
     def write_graph(self, ratio: int, root: Path, path: str, weights: WeightsFile, key: str) -> Graph:
         """Bind ``ratio``, write it to ``root/path``, compare it with PyTorch; ParityError if they differ."""
-        model = self._bound(ratio)
+        model = self._bound(ratio, weights)
         weights.move_out(model)
         weights.flush()
         (root / path).write_bytes(model.SerializeToString())
@@ -76,7 +76,9 @@ class Family:
             exact = self._exact(self._ratio(name))
             parity.compare(f"engine {name}", _always(expected), run, [feed], self._tolerance, exact)
 
-    def _bound(self, ratio: int) -> onnx.ModelProto:
+    def _bound(self, ratio: int, weights: WeightsFile) -> onnx.ModelProto:
+        # Once for all ratios; the second time there is nothing left to move.
+        weights.move_out(self._masked_template, but=PLUGINS)
         if ratio == 1:
             return passes.without_merging(self._masked_template)
         plugins = self.plugins[ratio]

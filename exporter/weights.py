@@ -26,10 +26,14 @@ class WeightsFile:
         self._stream: BinaryIO = path.open("wb")
         self._places: dict[bytes, tuple[int, int]] = {}
 
-    def move_out(self, model: onnx.ModelProto) -> None:
-        """Move every initialiser of at least ``INLINE_BYTES`` from ``model`` into this file, in place."""
+    def move_out(self, model: onnx.ModelProto, but: str | None = None) -> None:
+        """Move every initialiser of at least ``INLINE_BYTES`` from ``model`` into this file, in place.
+
+        Those whose names begin with ``but`` stay.
+        """
         for tensor in model.graph.initializer:
-            if len(tensor.raw_data) >= INLINE_BYTES:
+            stays = but is not None and tensor.name.startswith(but)
+            if len(tensor.raw_data) >= INLINE_BYTES and not stays:
                 offset, length = self.add(tensor.raw_data)
                 self._refer(tensor, offset, length)
 

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,6 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 WEIGHTS = "weights.bin"
 PAGE = 4096
 EXTERNAL_BYTES = 1024
-AT_A_TIME = 2  # graphs that ONNX Runtime optimises at a time; each holds a whole model twice in memory
 
 Progress = Callable[[str], None]
 
@@ -99,36 +99,41 @@ class EngineBuilder:
 
     def __init__(self, root: Path, folder: str) -> None:
         self._root, self._folder = root, folder
-        self._added: dict[str, tuple[Graph, Future[Path]]] = {}
-        # ONNX Runtime packs with one thread and writes gigabytes: processor and disk have room for a neighbour.
-        self._pool = ThreadPoolExecutor(AT_A_TIME)
+        self._added: dict[str, tuple[Graph, Future[None]]] = {}
+        # ONNX Runtime packs with one thread and then writes: processor and disk have room for a neighbour.
+        self._worker = ThreadPoolExecutor(1)
 
     def add(self, name: str, graph: Graph) -> None:
         """Begin with a graph that is written and will not change."""
-        target = self._target(name)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        self._added[name] = (graph, self._pool.submit(_optimise, self._root / graph.path, target))
+        target = self._root / self._folder / f"{name}.onnx"
+        self._added[name] = (graph, self._worker.submit(_optimise, self._root / graph.path, target, self._weights))
+
+    @cached_property
+    def _weights(self) -> _PackedWeights:
+        """Made with the first graph: without one, the folder may hold engines of an earlier build."""
+        (self._root / self._folder).mkdir(parents=True, exist_ok=True)
+        return _PackedWeights(self._root / self._folder / WEIGHTS)
 
     def finish(self, progress: Progress = lambda message: None) -> dict[str, Engine]:
-        """Wait for all and merge their weights; engines by graph name. CompexportError names the graph that failed."""
-        with _PackedWeights(self._root / self._folder / WEIGHTS) as weights:
-            for name, (graph, written) in self._added.items():
-                progress(f"optimising {name} for ONNX Runtime {version()}")
-                try:
-                    weights.adopt(self._target(name), written.result())
-                except Exception as error:
-                    what = f"{Path(graph.path).name}: ONNX Runtime cannot build it"
-                    raise CompexportError(describe(what, got=_first_line(error))) from error
+        """Wait for all; engines by graph name. CompexportError names the graph that failed."""
+        for name, (graph, done) in self._added.items():
+            progress(f"optimising {name} for ONNX Runtime {version()}")
+            try:
+                done.result()
+            except Exception as error:
+                what = f"{Path(graph.path).name}: ONNX Runtime cannot build it"
+                raise CompexportError(describe(what, got=_first_line(error))) from error
+        if self._added:
+            self._weights.close()
         return {name: _engine(name, graph, self._folder) for name, (graph, _) in self._added.items()}
-
-    def _target(self, name: str) -> Path:
-        return self._root / self._folder / f"{name}.onnx"
 
     def __enter__(self) -> EngineBuilder:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        self._worker.shutdown(cancel_futures=True)
+        if self._added:
+            self._weights.close()
 
 
 def engine_key(graph_key: str) -> str:
@@ -154,8 +159,8 @@ def _source_sha256() -> str:
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
-def _optimise(source: Path, target: Path) -> Path:
-    """Let ONNX Runtime write its optimised graph to ``target``; returns the file of its tensors, beside it."""
+def _optimise(source: Path, target: Path, weights: _PackedWeights) -> None:
+    """Let ONNX Runtime write its optimised graph to ``target``, then move its tensors into the family's one file."""
     import onnxruntime
 
     own_weights = target.with_suffix(".tmp.bin")
@@ -168,7 +173,7 @@ def _optimise(source: Path, target: Path) -> Path:
     }.items():
         options.add_session_config_entry(key, value)
     onnxruntime.InferenceSession(str(source), options, providers=[PROVIDERS["cpu"]])
-    return own_weights
+    weights.adopt(target, own_weights)
 
 
 class _PackedWeights:
@@ -220,10 +225,7 @@ class _PackedWeights:
             self._stream.write(data)
         return self._places[digest]
 
-    def __enter__(self) -> _PackedWeights:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
+    def close(self) -> None:
         self._stream.close()
 
 
