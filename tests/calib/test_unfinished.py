@@ -226,3 +226,30 @@ def test_numbers_that_are_none_are_not_taken_from_a_checkpoint(tiny: Callable[..
         keeping(tmp_path / "out", RUN_A, resume=True) as state,
     ):
         fit_variator(backbone, MANY, [2], settings=settings, unfinished=state)
+
+
+def test_two_runs_on_one_output(tmp_path: Path) -> None:
+    with keeping(tmp_path / "out", RUN_A, resume=False) as state:
+        kept = checkpoint(state.folder, 3)
+        attempts = [lambda: unfinished.require_none(tmp_path / "out")]
+        attempts += [lambda again=again: keeping(tmp_path / "out", RUN_A, resume=again).__enter__() for again in (0, 1)]
+        for attempt in attempts:
+            with pytest.raises(
+                InputError, match=r"another process \(pid \d+\) is writing .*out.unfinished; wait until"
+            ):
+                attempt()
+        assert (kept / CLOCK).exists() and (state.folder / RUN).exists()
+    assert list(tmp_path.iterdir()) == []
+    # The lock of a killed process stays behind as a file only.
+    (tmp_path / ".out.unfinished.lock").write_text("1")
+    with keeping(tmp_path / "out", RUN_A, resume=False):
+        pass
+
+
+def test_another_number_of_processes_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted(tmp_path)
+    monkeypatch.setattr("calib.processes.count", lambda: 2)
+    monkeypatch.setattr("calib.processes.by_first", lambda do: do())
+    with pytest.raises(InputError, match="had other settings: got processes 2, expected processes 1"):
+        with keeping(tmp_path / "out", RUN_A, resume=True):
+            pass
