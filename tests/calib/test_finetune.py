@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -171,3 +172,25 @@ def test_a_write_that_fails_leaves_the_older_model(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == kept
     require_place(tmp_path / "out", tiny())
+
+
+def test_what_else_is_in_the_folder_is_never_lost(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    examples = Examples(TOLD, labels=LABELS)
+    done = finetune(open_learner(tiny(), examples), examples, settings=QUICK)
+    out = tmp_path / "out"
+    done.save(out)
+    done.save(out)
+    (out / "bundle").mkdir()
+    (out / "bundle" / "manifest.json").write_text("{}")
+    (out / "notes.txt").write_text("years of work")
+    message = "out: holds more than a fine-tuned model: got bundle/manifest.json, notes.txt; move them away, or"
+    for write in (lambda: require_place(out, tiny()), lambda: done.save(out)):
+        with pytest.raises(InputError, match=message):
+            write()
+    assert (out / "notes.txt").read_text() == "years of work"
+    shutil.rmtree(out / "bundle")
+    (out / "notes.txt").unlink()
+    require_place(out, tiny())
+    (out / RECORD).write_text("{}")
+    with pytest.raises(InputError, match="finetune.json: does not say what was written: got KeyError"):
+        require_place(out, tiny())
