@@ -30,6 +30,7 @@ from calib.trainer import Training
 from calib.unfinished import Unfinished
 from compexport.errors import InputError, describe
 
+from exporter.identity import label_words_sha256
 RECORD = "finetune.json"
 WEIGHT_DECAY = 0.01  # of matrices; biases and norms have none
 
@@ -250,4 +251,11 @@ def _replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
 def run_description(settings: FinetuneSettings, learner: Learner, *examples: Examples | None) -> Mapping[str, Any]:
     """What must be the same for a run to go on where another stopped."""
     data = [one.sha256() for one in examples if one is not None]
-    return {"command": "train finetune", "model": learner.backbone.sha256, "data": data, **asdict(settings)}
+    return {
+        "command": "train finetune",
+        "model": learner.backbone.sha256,
+        "label_words": label_words_sha256(learner.backbone.folder),
+        "labels": learner.labels,
+        "data": data,
+        **asdict(settings),
+    }

@@ -164,6 +164,7 @@ def _kept(
 ) -> Iterator[Unfinished | None]:
     """Where a fit is kept until it is written; None where nobody wants to go on with it."""
     from calib import unfinished
+    from exporter.identity import label_words_sha256
 
     if saving is None:
         yield None
@@ -171,6 +172,7 @@ def _kept(
     run = {
         "command": "train variator",
         "model": backbone.sha256,
+        "label_words": label_words_sha256(backbone.folder),
         "data": examples.sha256(),
         "ratios": list(ratios),
         "separately": fit.separately,

@@ -131,7 +131,8 @@ def test_a_sample_is_drawn_by_seed() -> None:
 def test_contents_have_an_identity() -> None:
     one = Examples(["a", "b"], labels=[1, 0], origin="x.tsv")
     assert one.sha256() == Examples(["a", "b"], labels=[1, 0], origin="y.csv").sha256()
-    assert len({one.sha256(), one.take([1, 0]).sha256(), Examples(["a", "b"]).sha256()}) == 3
+    named = Examples(["a", "b"], labels=[1, 0], label_names=["x", "y"])
+    assert len({one.sha256(), one.take([1, 0]).sha256(), Examples(["a", "b"]).sha256(), named.sha256()}) == 4
 
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from calib.data import Examples
-from calib.finetune import RECORD, FinetuneSettings, accuracy, finetune, require_place
+from calib.finetune import RECORD, FinetuneSettings, accuracy, finetune, require_place, run_description
 from calib.fit import fit_variator
 from calib.labels import class_names, label_ids
 from calib.learners import open_learner
@@ -194,3 +194,12 @@ def test_what_else_is_in_the_folder_is_never_lost(tiny: Callable[..., Path], tmp
     (out / RECORD).write_text("{}")
     with pytest.raises(InputError, match="finetune.json: does not say what was written: got KeyError"):
         require_place(out, tiny())
+
+
+def test_a_run_is_another_where_labels_mean_something_else(tiny: Callable[..., Path]) -> None:
+    numbered = ["0", "1"] * (len(TOLD) // 2)
+    runs = []
+    for names in (["sour", "sweet"], ["sweet", "sour"]):
+        examples = Examples(TOLD, labels=numbered, label_names=names)
+        runs.append(run_description(QUICK, open_learner(tiny(), examples), examples))
+    assert [name for name in runs[0] if runs[0][name] != runs[1][name]] == ["labels", "data"]
