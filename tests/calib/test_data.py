@@ -49,6 +49,10 @@ def test_a_folder_has_its_splits(tmp_path: Path) -> None:
     assert len(read(tmp_path)) == len(read(tmp_path, "train")) == 2
     dev = read(tmp_path, "dev")
     assert dev.inputs == [("a", "b")] and dev.labels == ["yes"]
+    (tmp_path / "test.txt").write_text("never measured on while training\n")
+    assert read(tmp_path, "dev or test") == dev
+    (tmp_path / "dev.jsonl").unlink()
+    assert not has_split(tmp_path, "dev") and len(read(tmp_path, "dev or test")) == 1
 
 
 def test_a_saved_data_set_names_its_labels(tmp_path: Path) -> None:

@@ -204,6 +204,13 @@ def test_the_whole_path_from_a_pre_trained_model(
 
 
 def test_a_few_rows_by_seed_or_the_first(cli: Cli, tiny: Callable[..., Path], data: Path) -> None:
+def test_fine_tuning_leaves_test_data_alone(cli: Cli, tiny: Callable[..., Path], data: Path) -> None:
+    (data / "dev.tsv").unlink()
+    (data / "test.tsv").write_text("index\tsentence\n0\ta fine film\n")
+    done = cli("train", "finetune", tiny(), "--data", data, "--steps", 1, "--json")
+    assert done.code == 0 and done.document["value"] is None and done.document["held_out"] == 0
+
+
     command = ("train", "variator", tiny(), "--data", data, "--ratio", "2", "--steps", 1)
     done = cli(*command, "--limit", 20, "--seed", 3, "-o", "a", "--json")
     assert done.document["texts"] + done.document["held_out"] == 20 and "drawn by seed 3" in done.err
