@@ -19,7 +19,8 @@ class FitSettings:
     """How plugins are fitted. ``max_length`` in tokens; ``learning_rate`` is the peak.
 
     ``max_seconds`` ends the fit early, whatever ``steps`` says, with the learning rate brought down in time; a run
-    that it ends depends on the machine's speed, one that ``steps`` ends is repeated by its ``seed``. ``widths`` gives
+    that it ends depends on the machine's speed, one that ``steps`` ends is repeated by its ``seed``. A ratio
+    above twice the smallest takes part in fewer of the steps (``calib.losses.takes_part``). ``widths`` gives
     adapter widths by ratio; by default a ratio's plugins add at most 1 % to the backbone. ``batch_size`` counts the
     texts of one step, of all processes together.
     """
