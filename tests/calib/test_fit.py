@@ -16,7 +16,7 @@ from calib.batches import Collate, LengthBuckets, tokenise
 from calib.clock import Clock
 from calib.data import Examples
 from calib.distillation import parameter_groups
-from calib.fit import fit_separately, fit_variator
+from calib.fit import fit_separately, fit_variator, held_out_rows
 from calib.losses import batch_loss, takes_part
 from calib.mixer_start import quiet_direction
 from calib.settings import FitSettings
@@ -163,6 +163,13 @@ def test_settings_are_checked(backbone: Backbone, wrong: dict[str, object]) -> N
 
 def test_batches_hold_texts_of_similar_length() -> None:
     lengths = [3, 40] * 20 + [5]
+def test_texts_are_kept_from_training_to_measure_on() -> None:
+    kept = {rows: held_out_rows(rows) for rows in (1, 9, 10, 11, 2560, 2561, 2815, 70000)}
+    counts = {rows: len(one) for rows, one in kept.items()}
+    assert counts == {1: 0, 9: 0, 10: 1, 11: 2, 2560: 256, 2561: 233, 2815: 256, 70000: 256}
+    assert all(set(one) < set(range(rows)) for rows, one in kept.items())
+
+
     order = [i for batch in LengthBuckets(lengths, 4, 0, 11) for i in batch]
     assert sorted(order) == list(range(41))
     batches = [[lengths[i] for i in order[start : start + 4]] for start in range(0, 41, 4)]
