@@ -26,11 +26,12 @@ from calib.data import Examples
 from calib.labels import SHOWN, label_ids
 from calib.learners import Learner
 from calib.progress import Progress, silent
+from calib.settings import require_learning_rate
 from calib.trainer import Training
 from calib.unfinished import Unfinished
 from compexport.errors import InputError, describe
-
 from exporter.identity import label_words_sha256
+
 RECORD = "finetune.json"
 WEIGHT_DECAY = 0.01  # of matrices; biases and norms have none
 
@@ -54,7 +55,8 @@ class FinetuneSettings:
 
     def checked(self) -> FinetuneSettings:
         """Itself, or InputError for a value that cannot be meant."""
-        for name in ("steps", "epochs", "batch_size", "learning_rate", "max_seconds"):
+        require_learning_rate(self.learning_rate)
+        for name in ("steps", "epochs", "batch_size", "max_seconds"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise InputError(describe(name, got=value, expected="more than 0"))
@@ -91,29 +93,26 @@ class Finetuned:
             text = json.dumps({**document, "files": files}, indent=2)
             (staging / RECORD).write_text(text + "\n", encoding="utf-8")
 
+        _require_ours(Path(folder))  # again: a long training lies between
         _replace_folder(Path(folder), write)
 
 
-        _require_ours(Path(folder))  # again: a long training lies between
 def require_place(output: Path, model: Path) -> None:
     """InputError where a fine-tuned model must not be written: over anything but an earlier one."""
     if output.resolve() == model.resolve():
         raise InputError(describe(f"{output}: is the model itself", expected="another folder"))
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    if not (output / RECORD).is_file():
     _require_ours(output)
 
 
 def _require_ours(output: Path) -> None:
     """InputError for a place that holds anything but what an earlier run wrote."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not (output / RECORD).is_file():
         raise InputError(describe(f"{output}: already there", expected=f"a new folder, or a model with {RECORD}"))
     if (output / "compexport.json").is_file():
         hint = "give another folder, or delete it"
         raise InputError(describe(f"{output}: plugins were fitted to the model that is there", hint=hint))
-
-
-def finetune(
     ours = _files_of(output / RECORD)
     others = sorted({path.relative_to(output).as_posix() for path in output.rglob("*") if not _is_folder(path)} - ours)
     if others:
@@ -133,6 +132,9 @@ def _files_of(record: Path) -> set[str]:
     except (OSError, ValueError, TypeError, KeyError) as error:
         got, hint = f"{type(error).__name__}: {error}", "give another folder"
         raise InputError(describe(f"{record}: does not say what was written", got=got, hint=hint)) from error
+
+
+def finetune(
     learner: Learner,
     training: Examples,
     dev: Examples | None = None,
