@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -203,7 +204,6 @@ def test_the_whole_path_from_a_pre_trained_model(
     assert found is not None and found.ratios == [2, 4]
 
 
-def test_a_few_rows_by_seed_or_the_first(cli: Cli, tiny: Callable[..., Path], data: Path) -> None:
 def test_fine_tuning_leaves_test_data_alone(cli: Cli, tiny: Callable[..., Path], data: Path) -> None:
     (data / "dev.tsv").unlink()
     (data / "test.tsv").write_text("index\tsentence\n0\ta fine film\n")
@@ -211,6 +211,7 @@ def test_fine_tuning_leaves_test_data_alone(cli: Cli, tiny: Callable[..., Path],
     assert done.code == 0 and done.document["value"] is None and done.document["held_out"] == 0
 
 
+def test_a_few_rows_by_seed_or_the_first(cli: Cli, tiny: Callable[..., Path], data: Path) -> None:
     command = ("train", "variator", tiny(), "--data", data, "--ratio", "2", "--steps", 1)
     done = cli(*command, "--limit", 20, "--seed", 3, "-o", "a", "--json")
     assert done.document["texts"] + done.document["held_out"] == 20 and "drawn by seed 3" in done.err
@@ -279,6 +280,25 @@ def test_refused(
     done = cli("train", method, tiny(), "--data", data, *options)
     assert done.code == 2 and message in done.error.replace(": expected", ", expected")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_defaults_work_in_the_folder_of_the_model(
+    cli: Cli, tiny: Callable[..., Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Path(shutil.copytree(tiny(), tmp_path / "model"))
+    (model / "2_Normalize").mkdir()  # empty in sentence-transformers' folders too, where it is kept at all
+    own = {path.relative_to(model) for path in model.rglob("*")}
+    assert Path("1_Pooling/config.json") in own
+    for other in ("bundle", "older.unfinished", "thesis"):
+        (model / other).mkdir()
+        (model / other / "notes.txt").write_text("years of work")
+    (model / ".bundle.lock").touch()
+    monkeypatch.chdir(model)
+    command = ("train", "variator", "--data", data, "--ratio", "2", "--save-every", 1)
+    for steps in (1, 2):  # the second into the folder that the first made
+        assert cli(*command, "--steps", steps).code == 0
+        written = {path.relative_to(model / "trained") for path in (model / "trained").rglob("*")}
+        assert written == own | {Path("compexport.json"), Path("variator-r2.safetensors")}
 
 
 def test_a_fine_tuned_model_replaces_nothing_but_an_older_one(
