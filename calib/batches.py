@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -76,7 +76,7 @@ class LengthBuckets(Sampler[list[int]]):
     """``steps`` batches of row numbers: every row once in random order, then again in another.
 
     A batch holds texts of similar length, so that little of it is padding. ``share`` (process, processes) gives this
-    process its rows of every batch.
+    process its rows of every batch, as many as every other: so the mean of their gradients is that over all rows.
     """
 
     def __init__(
@@ -92,14 +92,15 @@ class LengthBuckets(Sampler[list[int]]):
         generator = torch.Generator().manual_seed(self.seed)
         left = self.steps
         while left > 0:
-            for batch in islice(self._every_row(generator), left):
+            order = torch.randperm(len(self.lengths), generator=generator).tolist()
+            more = cycle(order)
+            for batch in islice(self._every_row(order, generator), left):
                 left -= 1
-                # The last batch of a pass may be too short for all: then some process repeats one of its rows.
-                yield batch[self.process :: self.processes] or batch[:1]
+                whole = batch + list(islice(more, -len(batch) % self.processes))
+                yield whole[self.process :: self.processes]
 
-    def _every_row(self, generator: torch.Generator) -> Iterator[list[int]]:
+    def _every_row(self, order: Sequence[int], generator: torch.Generator) -> Iterator[list[int]]:
         """Batches that hold every row once."""
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
         size = self.batch_size * BUCKETED_BATCHES
         for start in range(0, len(order), size):
             bucket = sorted(order[start : start + size], key=self.lengths.__getitem__)

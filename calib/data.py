@@ -28,7 +28,9 @@ from compexport.errors import InputError, describe
 __all__ = ["Columns", "Examples", "docstrings", "read"]
 
 BUILDERS = {".tsv": "csv", ".csv": "csv", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".txt": "text"}
-SPLIT_NAMES = {"train": ("train", "training"), "dev": ("dev", "validation", "valid", "val", "eval", "test")}
+DEV_NAMES = ("dev", "validation", "valid", "val", "eval")
+# Test data are no help in training: only who measures a finished model takes them, where there is nothing else.
+SPLIT_NAMES = {"train": ("train", "training"), "dev": DEV_NAMES, "dev or test": (*DEV_NAMES, "test")}
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ class Examples:
 
     def sha256(self) -> str:
         """Identity of what is in them, wherever it was read."""
-        content = json.dumps([self.texts, self.pairs, self.labels, self.targets], ensure_ascii=False, default=str)
+        columns = [self.texts, self.pairs, self.labels, self.targets, self.label_names]
+        content = json.dumps(columns, ensure_ascii=False, default=str)
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
     @property
@@ -87,7 +90,7 @@ def read(
     target: str | None = None,
     limit: int | None = None,
 ) -> Examples:
-    """Read ``split`` ("train" or "dev") of a folder, or a file as a whole; at most the first ``limit`` rows.
+    """Read ``split`` ("train", "dev" or "dev or test") of a folder, or a file as a whole; the first ``limit`` rows.
 
     A folder's ``labels.txt`` says what class numbers mean, one name a line, from 0.
 

@@ -23,12 +23,14 @@ from calib.arithmetic import PRECISIONS, Precision, moved, plain_attention, to_d
 from calib.batches import Batch, batches_by_length, collate_for, tokenise
 from calib.clock import Clock
 from calib.data import Examples
-from calib.labels import label_ids
+from calib.labels import SHOWN, label_ids
 from calib.learners import Learner
 from calib.progress import Progress, silent
+from calib.settings import require_learning_rate
 from calib.trainer import Training
 from calib.unfinished import Unfinished
 from compexport.errors import InputError, describe
+from exporter.identity import label_words_sha256
 
 RECORD = "finetune.json"
 WEIGHT_DECAY = 0.01  # of matrices; biases and norms have none
@@ -53,7 +55,8 @@ class FinetuneSettings:
 
     def checked(self) -> FinetuneSettings:
         """Itself, or InputError for a value that cannot be meant."""
-        for name in ("steps", "epochs", "batch_size", "learning_rate", "max_seconds"):
+        require_learning_rate(self.learning_rate)
+        for name in ("steps", "epochs", "batch_size", "max_seconds"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise InputError(describe(name, got=value, expected="more than 0"))
@@ -77,14 +80,20 @@ class Finetuned:
     settings: FinetuneSettings
 
     def save(self, folder: str | Path) -> None:
-        """Write a Hugging Face folder, whole or not at all; an older one of ours is replaced."""
+        """Write a Hugging Face folder, whole or not at all; an older one of ours is replaced.
+
+        Raises InputError where something else is there.
+        """
         made_from = {"sha256": self.learner.backbone.sha256, "folder": self.learner.backbone.folder.name}
         document = {"format": 1, "from": made_from, "settings": asdict(self.settings), "record": self.record}
 
         def write(staging: Path) -> None:
             self.learner.write(staging)
-            (staging / RECORD).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+            files = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
+            text = json.dumps({**document, "files": files}, indent=2)
+            (staging / RECORD).write_text(text + "\n", encoding="utf-8")
 
+        _require_ours(Path(folder))  # again: a long training lies between
         _replace_folder(Path(folder), write)
 
 
@@ -92,6 +101,11 @@ def require_place(output: Path, model: Path) -> None:
     """InputError where a fine-tuned model must not be written: over anything but an earlier one."""
     if output.resolve() == model.resolve():
         raise InputError(describe(f"{output}: is the model itself", expected="another folder"))
+    _require_ours(output)
+
+
+def _require_ours(output: Path) -> None:
+    """InputError for a place that holds anything but what an earlier run wrote."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not (output / RECORD).is_file():
@@ -99,6 +113,25 @@ def require_place(output: Path, model: Path) -> None:
     if (output / "compexport.json").is_file():
         hint = "give another folder, or delete it"
         raise InputError(describe(f"{output}: plugins were fitted to the model that is there", hint=hint))
+    ours = _files_of(output / RECORD)
+    others = sorted({path.relative_to(output).as_posix() for path in output.rglob("*") if not _is_folder(path)} - ours)
+    if others:
+        got = ", ".join(others[:SHOWN]) + (", ..." if len(others) > SHOWN else "")
+        hint = "move them away, or give another folder"
+        raise InputError(describe(f"{output}: holds more than a fine-tuned model", got=got, hint=hint))
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _files_of(record: Path) -> set[str]:
+    """What an earlier run wrote, as its record says."""
+    try:
+        return {RECORD, *map(str, json.loads(record.read_text(encoding="utf-8"))["files"])}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        got, hint = f"{type(error).__name__}: {error}", "give another folder"
+        raise InputError(describe(f"{record}: does not say what was written", got=got, hint=hint)) from error
 
 
 def finetune(
@@ -220,4 +253,11 @@ def _replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
 def run_description(settings: FinetuneSettings, learner: Learner, *examples: Examples | None) -> Mapping[str, Any]:
     """What must be the same for a run to go on where another stopped."""
     data = [one.sha256() for one in examples if one is not None]
-    return {"command": "train finetune", "model": learner.backbone.sha256, "data": data, **asdict(settings)}
+    return {
+        "command": "train finetune",
+        "model": learner.backbone.sha256,
+        "label_words": label_words_sha256(learner.backbone.folder),
+        "labels": learner.labels,
+        "data": data,
+        **asdict(settings),
+    }

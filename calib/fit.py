@@ -7,6 +7,7 @@ random. Then ``transformers.Trainer`` fits all ratios together.
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -180,12 +181,15 @@ def _split(training: Examples, held_out: Examples | None) -> tuple[Examples, Exa
     """Keep texts back for measuring where none are given; fewer than ten are used for both."""
     if held_out is not None:
         return training, held_out
-    if len(training) < 10:
+    kept = held_out_rows(len(training))
+    if not kept:
         return training, training
-    every = max(10, len(training) // HELD_OUT)
-    kept = [index for index in range(len(training)) if index % every == 0]
-    rest = [index for index in range(len(training)) if index % every]
-    return training.take(rest), training.take(kept)
+    return training.take(index for index in range(len(training)) if index not in kept), training.take(kept)
+
+
+def held_out_rows(rows: int) -> range:
+    """Which of so many rows are kept from training, evenly spread; none of fewer than ten."""
+    return range(0, rows if rows >= 10 else 0, max(10, math.ceil(rows / HELD_OUT)))
 
 
 def _first(

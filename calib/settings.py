@@ -14,12 +14,19 @@ Loss = Literal["hidden", "task", "task-hidden"]
 LOSSES = ("hidden", "task", "task-hidden")
 
 
+def require_learning_rate(value: float) -> None:
+    """InputError for a peak learning rate that no weights survive: Adam moves each by about so much in a step."""
+    if not 0 < value <= 1:
+        raise InputError(describe("learning_rate", got=value, expected="more than 0, at most 1"))
+
+
 @dataclass(frozen=True)
 class FitSettings:
     """How plugins are fitted. ``max_length`` in tokens; ``learning_rate`` is the peak.
 
     ``max_seconds`` ends the fit early, whatever ``steps`` says, with the learning rate brought down in time; a run
-    that it ends depends on the machine's speed, one that ``steps`` ends is repeated by its ``seed``. ``widths`` gives
+    that it ends depends on the machine's speed, one that ``steps`` ends is repeated by its ``seed``. A ratio
+    above twice the smallest takes part in fewer of the steps (``calib.losses.takes_part``). ``widths`` gives
     adapter widths by ratio; by default a ratio's plugins add at most 1 % to the backbone. ``batch_size`` counts the
     texts of one step, of all processes together.
     """
@@ -37,9 +44,10 @@ class FitSettings:
 
     def checked(self) -> FitSettings:
         """Itself, or InputError for a value that cannot be meant."""
-        for name in ("steps", "batch_size", "learning_rate"):
+        for name in ("steps", "batch_size"):
             if not getattr(self, name) > 0:
                 raise InputError(describe(name, got=getattr(self, name), expected="more than 0"))
+        require_learning_rate(self.learning_rate)
         if self.max_length < 4:
             raise InputError(describe("max_length", got=self.max_length, expected="at least 4 tokens"))
         if self.max_seconds is not None and not self.max_seconds > 0:

@@ -71,11 +71,20 @@ class Training:
             self.clock.go_on(read_json(checkpoint / CLOCK))
             if self.clock.share(step_of(checkpoint)) >= 1.0:  # only the result had not been written
                 load_trained(checkpoint, self.trained())
+                self.require_finite()
                 return step_of(checkpoint)
         with quiet_transformers(), tempfile.TemporaryDirectory() as scratch:
             trainer = self.trainer(Path(scratch) if self.unfinished is None else self.unfinished.folder)
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            self.require_finite()
             return int(trainer.state.global_step)
+
+    def require_finite(self) -> None:
+        """CompexportError where a trained tensor holds a number that is none."""
+        if not all(bool(one.isfinite().all()) for one in self.trained().values()):
+            raise CompexportError(
+                describe("training diverged", got="NaN in the trained tensors", hint="lower the learning rate")
+            )
 
     def trainer(self, folder: Path) -> StepTrainer:
         """The trainer, its checkpoints in ``folder``."""
@@ -188,6 +197,8 @@ class Watch(TrainerCallback):
         self.training.progress("fit", round(share * clock.steps), clock.steps)
         control.should_training_stop = control.should_training_stop or share >= 1.0
         control.should_save = self._due(state.global_step, share)
+        if control.should_save:  # whatever is saved, a later process goes on from it
+            self.training.require_finite()
         self.saving = time.monotonic()
 
     def _due(self, step: int, share: float) -> bool:
@@ -207,9 +218,3 @@ class Watch(TrainerCallback):
             unfinished.complete(unfinished.folder / f"checkpoint-{state.global_step}", self.training.clock.record())
         self.saved_at = time.monotonic()
         self.save_s = self.saved_at - self.saving
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        if not all(bool(p.isfinite().all()) for p in self.training.trained().values()):
-            raise CompexportError(
-                describe("training diverged", got="NaN in the trained tensors", hint="lower the learning rate")
-            )

@@ -5,7 +5,8 @@
         trainable.safetensors       the tensors that are trained, and no others
         clock.json                  seconds used so far; written last, so a checkpoint without it is not whole
 
-Runs of several fits (ratios one after the other) keep each fit's checkpoints in a folder of its own.
+Runs of several fits (ratios one after the other) keep each fit's checkpoints in a folder of its own. A lock beside the
+folder, which the kernel drops with its process, keeps a second run away.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from calib import processes
 from compexport.errors import InputError, describe
+from engines.atomic import WriterLock
 
 SUFFIX = ".unfinished"
 RUN, CLOCK, TRAINER_STATE, TENSORS = "run.json", "clock.json", "trainer_state.json", "trainable.safetensors"
@@ -62,10 +64,22 @@ def place(output: Path) -> Path:
 
 
 def require_none(output: Path) -> None:
-    """InputError when an unfinished run of ``output`` would be lost."""
+    """InputError when an unfinished run of ``output`` would be lost, or is still at work."""
     folder = place(output)
-    if not folder.exists():
-        return
+    if folder.exists():
+        with ExitStack() as locks:
+            _lock(folder, locks)
+            _require_nothing_kept(folder)
+
+
+def _lock(folder: Path, locks: ExitStack) -> None:
+    """Be the only one at work on ``folder`` until ``locks`` are closed; InputError where another is."""
+    lock = WriterLock(folder)
+    lock.acquire()
+    locks.callback(lock.release)
+
+
+def _require_nothing_kept(folder: Path) -> None:
     kept = sorted(folder.rglob(CLOCK), key=lambda path: step_of(path.parent))
     if kept:
         step = step_of(kept[-1].parent)
@@ -82,30 +96,34 @@ def keeping(
     """The folder of the run that ``run`` describes (JSON values); with ``resume``, what is there is kept.
 
     Write the result inside: afterwards the folder is gone. An error leaves it, if there is anything to go on from.
-    Raises InputError for a run that was left unfinished when it is not to be resumed, or had other settings.
+    Raises InputError for a run that was left unfinished when it is not to be resumed, or had other settings or another
+    number of processes, and where another run is at work.
     """
     folder = place(output)
     # Through JSON and back, so that it compares equal to what was read.
-    wanted = json.loads(json.dumps({"format": FORMAT, **run}))
-    processes.by_first(lambda: _prepare(output, wanted, resume))
-    try:
-        yield Unfinished(folder, save_every)
-    except BaseException:
-        # Not asked of all: the others may have failed elsewhere.
-        if processes.rank() == 0 and not any(folder.rglob(CLOCK)):
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-    processes.by_first(lambda: shutil.rmtree(folder, ignore_errors=True))
+    wanted = json.loads(json.dumps({"format": FORMAT, "processes": processes.count(), **run}))
+    with ExitStack() as locks:  # of the first process; the others hold none
+        processes.by_first(lambda: _prepare(folder, wanted, resume, locks))
+        try:
+            yield Unfinished(folder, save_every)
+        except BaseException:
+            # Not asked of all: the others may have failed elsewhere.
+            if processes.rank() == 0 and not any(folder.rglob(CLOCK)):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        processes.by_first(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
-def _prepare(output: Path, wanted: Mapping[str, Any], resume: bool) -> None:
-    folder = place(output)
+def _prepare(folder: Path, wanted: Mapping[str, Any], resume: bool, locks: ExitStack) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _lock(folder, locks)
     if resume and any(folder.rglob(CLOCK)):
         _require_same(folder, wanted)
         return
-    require_none(output)
+    if folder.exists():
+        _require_nothing_kept(folder)
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir()
     write_json(folder / RUN, wanted)
 
 

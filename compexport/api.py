@@ -306,7 +306,7 @@ def evaluate(
     """
     open_bundle(bundle)  # a wrong bundle is said before a large file is read
     return evaluate_examples(
-        bundle, read_examples(data, "dev", columns, progress, limit), device=device, progress=progress
+        bundle, read_examples(data, "dev or test", columns, progress, limit), device=device, progress=progress
     )
 
 

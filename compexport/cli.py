@@ -68,7 +68,9 @@ Backend = Annotated[str, typer.Option(metavar="NAME", help="Engine backend: ort.
 Provider = Annotated[str, typer.Option(metavar="NAME", help="ONNX Runtime provider: cpu or cuda.")]
 Threads = Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads of an engine [default: all cores].")]
 Seed = Annotated[int, typer.Option(metavar="N", help="Makes a run repeatable.")]
-Steps = Annotated[int | None, typer.Option(metavar="N", min=1, help="Training steps per ratio.")]
+Steps = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Training steps; ratios above twice the smallest skip some.")
+]
 MaxSeconds = Annotated[float | None, typer.Option(metavar="S", help="Stop fitting after this many seconds.")]
 BudgetMs = Annotated[float | None, typer.Option(metavar="MS", help="Latency budget of the request in milliseconds.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Exit with code 3 when no variant meets the budget.")]

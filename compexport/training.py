@@ -164,6 +164,7 @@ def _kept(
 ) -> Iterator[Unfinished | None]:
     """Where a fit is kept until it is written; None where nobody wants to go on with it."""
     from calib import unfinished
+    from exporter.identity import label_words_sha256
 
     if saving is None:
         yield None
@@ -171,6 +172,7 @@ def _kept(
     run = {
         "command": "train variator",
         "model": backbone.sha256,
+        "label_words": label_words_sha256(backbone.folder),
         "data": examples.sha256(),
         "ratios": list(ratios),
         "separately": fit.separately,
@@ -183,12 +185,14 @@ def _kept(
 
 def _fit_settings(fit: Fit, rows: int, pad: Literal["masked", "official"]) -> FitSettings:
     """What the caller left open takes the method's default; only time ends a fit that has no number of steps."""
+    from calib.fit import held_out_rows
     from calib.settings import FitSettings
 
     settings = FitSettings(loss=choice("loss", fit.loss, LOSSES), pad=pad, **_given(fit)).checked()
     steps = _steps(fit)
     if fit.epochs is not None:
-        steps = math.ceil(fit.epochs * math.ceil(rows / settings.batch_size))
+        trained = rows - len(held_out_rows(rows))
+        steps = math.ceil(fit.epochs * math.ceil(trained / settings.batch_size))
     elif steps is None and fit.max_seconds is not None:
         steps = UNTIL_TIME_IS_UP
     return settings if steps is None else replace(settings, steps=steps)

@@ -152,7 +152,7 @@ def _create(
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
     try:
-        shutil.copytree(backbone_folder, staging, dirs_exist_ok=True, ignore=_unwanted)
+        _copy_model(backbone_folder, staging)
         _write_plugins(staging, method, settings, plugins)
         staging.chmod(0o755)
         os.replace(staging, folder)
@@ -161,15 +161,30 @@ def _create(
         raise
 
 
-def _unwanted(parent: str, names: list[str]) -> set[str]:
-    """What a backbone folder may hold that is no part of the model."""
-    return {
-        name
-        for name in names
-        if name in {".git", "__pycache__", "bundle", DESCRIPTION}
-        or name.startswith("variator-r")
-        or name.endswith(".tmp")
-    }
+def _copy_model(source: Path, target: Path) -> None:
+    """The files of a model's folder and the modules of sentence-transformers; whoever works there has more in it."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and not _no_part_of_a_model(path.name):
+            shutil.copy2(path, target / path.name)
+    for name in _module_folders(source):
+        shutil.copytree(source / name, target / name, dirs_exist_ok=True)
+
+
+def _no_part_of_a_model(name: str) -> bool:
+    return name == DESCRIPTION or name.startswith((".", "variator-r")) or name.endswith(".tmp")
+
+
+def _module_folders(source: Path) -> list[str]:
+    """Sub-folders that belong to the model: those of ``modules.json``, and the poolings that are in its identity."""
+    named: set[str] = set()
+    try:
+        named = {str(entry["path"]) for entry in json.loads((source / "modules.json").read_text(encoding="utf-8"))}
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(describe(f"{source / 'modules.json'}: unreadable", got=error, expected="modules")) from error
+    inside = {path.name for path in source.iterdir() if path.is_dir()}
+    return sorted((named & inside) | {path.parent.name for path in source.glob("*_Pooling/config.json")})
 
 
 def _write_plugins(

@@ -49,6 +49,10 @@ def test_a_folder_has_its_splits(tmp_path: Path) -> None:
     assert len(read(tmp_path)) == len(read(tmp_path, "train")) == 2
     dev = read(tmp_path, "dev")
     assert dev.inputs == [("a", "b")] and dev.labels == ["yes"]
+    (tmp_path / "test.txt").write_text("never measured on while training\n")
+    assert read(tmp_path, "dev or test") == dev
+    (tmp_path / "dev.jsonl").unlink()
+    assert not has_split(tmp_path, "dev") and len(read(tmp_path, "dev or test")) == 1
 
 
 def test_a_saved_data_set_names_its_labels(tmp_path: Path) -> None:
@@ -131,7 +135,8 @@ def test_a_sample_is_drawn_by_seed() -> None:
 def test_contents_have_an_identity() -> None:
     one = Examples(["a", "b"], labels=[1, 0], origin="x.tsv")
     assert one.sha256() == Examples(["a", "b"], labels=[1, 0], origin="y.csv").sha256()
-    assert len({one.sha256(), one.take([1, 0]).sha256(), Examples(["a", "b"]).sha256()}) == 3
+    named = Examples(["a", "b"], labels=[1, 0], label_names=["x", "y"])
+    assert len({one.sha256(), one.take([1, 0]).sha256(), Examples(["a", "b"]).sha256(), named.sha256()}) == 4
 
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from calib.data import Examples
-from calib.finetune import RECORD, FinetuneSettings, accuracy, finetune, require_place
+from calib.finetune import RECORD, FinetuneSettings, accuracy, finetune, require_place, run_description
 from calib.fit import fit_variator
 from calib.labels import class_names, label_ids
 from calib.learners import open_learner
@@ -171,3 +172,34 @@ def test_a_write_that_fails_leaves_the_older_model(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == kept
     require_place(tmp_path / "out", tiny())
+
+
+def test_what_else_is_in_the_folder_is_never_lost(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    examples = Examples(TOLD, labels=LABELS)
+    done = finetune(open_learner(tiny(), examples), examples, settings=QUICK)
+    out = tmp_path / "out"
+    done.save(out)
+    done.save(out)
+    (out / "bundle").mkdir()
+    (out / "bundle" / "manifest.json").write_text("{}")
+    (out / "notes.txt").write_text("years of work")
+    message = "out: holds more than a fine-tuned model: got bundle/manifest.json, notes.txt; move them away, or"
+    for write in (lambda: require_place(out, tiny()), lambda: done.save(out)):
+        with pytest.raises(InputError, match=message):
+            write()
+    assert (out / "notes.txt").read_text() == "years of work"
+    shutil.rmtree(out / "bundle")
+    (out / "notes.txt").unlink()
+    require_place(out, tiny())
+    (out / RECORD).write_text("{}")
+    with pytest.raises(InputError, match="finetune.json: does not say what was written: got KeyError"):
+        require_place(out, tiny())
+
+
+def test_a_run_is_another_where_labels_mean_something_else(tiny: Callable[..., Path]) -> None:
+    numbered = ["0", "1"] * (len(TOLD) // 2)
+    runs = []
+    for names in (["sour", "sweet"], ["sweet", "sour"]):
+        examples = Examples(TOLD, labels=numbered, label_names=names)
+        runs.append(run_description(QUICK, open_learner(tiny(), examples), examples))
+    assert [name for name in runs[0] if runs[0][name] != runs[1][name]] == ["labels", "data"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,7 @@ from calib.batches import Collate, LengthBuckets, tokenise
 from calib.clock import Clock
 from calib.data import Examples
 from calib.distillation import parameter_groups
-from calib.fit import fit_separately, fit_variator
+from calib.fit import fit_separately, fit_variator, held_out_rows
 from calib.losses import batch_loss, takes_part
 from calib.mixer_start import quiet_direction
 from calib.settings import FitSettings
@@ -161,6 +163,13 @@ def test_settings_are_checked(backbone: Backbone, wrong: dict[str, object]) -> N
         fit_variator(backbone, MANY, [2], settings=FitSettings(**wrong))  # type: ignore[arg-type]
 
 
+def test_texts_are_kept_from_training_to_measure_on() -> None:
+    kept = {rows: held_out_rows(rows) for rows in (1, 9, 10, 11, 2560, 2561, 2815, 70000)}
+    counts = {rows: len(one) for rows, one in kept.items()}
+    assert counts == {1: 0, 9: 0, 10: 1, 11: 2, 2560: 256, 2561: 233, 2815: 256, 70000: 256}
+    assert all(set(one) < set(range(rows)) for rows, one in kept.items())
+
+
 def test_batches_hold_texts_of_similar_length() -> None:
     lengths = [3, 40] * 20 + [5]
     order = [i for batch in LengthBuckets(lengths, 4, 0, 11) for i in batch]
@@ -175,8 +184,12 @@ def test_processes_share_every_batch() -> None:
     shares = [list(LengthBuckets(lengths, 8, seed=0, steps=15, share=(process, 3))) for process in range(3)]
     assert len(whole) == 15 and {len(batch) for batch in whole} == {8, 2}
     for batch, *parts in zip(whole, *shares, strict=True):
-        assert all(parts) and set(batch) == {row for part in parts for row in part}
-        assert len(batch) == 2 or sorted(batch) == sorted(row for part in parts for row in part)
+        # As many rows in each: those of the batch, filled up with one other where 8 or 2 do not divide by 3.
+        assert {len(part) for part in parts} == {math.ceil(len(batch) / 3)}
+        rows = [row for part in parts for row in part]
+        assert not Counter(batch) - Counter(rows) and len(set(rows)) >= len(batch)
+    pairs = [list(LengthBuckets(lengths, 8, seed=0, steps=15, share=(process, 2))) for process in range(2)]
+    assert [sorted(batch) for batch in whole] == [sorted(first + second) for first, second in zip(*pairs, strict=True)]
 
 
 def test_a_fit_goes_on_from_plugins_that_are_there(backbone: Backbone) -> None:

@@ -16,7 +16,7 @@ from calib.fit import fit_variator
 from calib.learners import open_learner
 from calib.settings import FitSettings
 from calib.unfinished import CLOCK, RUN, TENSORS, keeping
-from compexport.errors import InputError
+from compexport.errors import CompexportError, InputError
 from exporter.backbone import load_backbone
 from tests.models import TEXTS
 
@@ -189,3 +189,67 @@ def test_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert unfinished.place(Path("a/b")) == Path("a/b.unfinished")
     assert unfinished.place(Path()) == tmp_path.with_name(tmp_path.name + ".unfinished")
+
+
+@pytest.mark.parametrize("save_every", [None, 2])
+def test_a_diverged_run_is_neither_saved_nor_resumed(
+    tiny: Callable[..., Path], tmp_path: Path, save_every: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = Examples(MANY, labels=["a", "b"] * 24)
+    settings = FinetuneSettings(steps=4, batch_size=8, max_length=24, precision="fp32")
+
+    def lost(model: torch.nn.Module, batch: dict[str, torch.Tensor], step: int) -> torch.Tensor:
+        batch.pop("labels")
+        return model(**batch).sum() * (float("nan") if step == 3 else 1.0)
+
+    monkeypatch.setattr("calib.finetune._cross_entropy", lost)
+    for resume in (False, True):
+        with pytest.raises(CompexportError, match="training diverged: got NaN in the trained tensors; lower the"):
+            with keeping(tmp_path / "out", RUN_A, resume=resume, save_every=save_every) as state:
+                finetune(open_learner(tiny(), examples), examples, settings=settings, unfinished=state)
+        kept = [path.name for path in (tmp_path / "out.unfinished").glob("checkpoint-*")]
+        assert kept == ([] if save_every is None else ["checkpoint-2"])
+
+
+def test_numbers_that_are_none_are_not_taken_from_a_checkpoint(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    backbone = load_backbone(tiny())
+    settings = FitSettings(steps=2, batch_size=4, max_length=24, precision="fp32")
+    with pytest.raises(Stop), keeping(tmp_path / "out", RUN_A, resume=False) as state:
+        fit_variator(backbone, MANY, [2], settings=settings, unfinished=state)
+        raise Stop  # the result was not written
+    file = tmp_path / "out.unfinished" / "checkpoint-2" / TENSORS
+    save_file({name: tensor * torch.nan for name, tensor in load_file(file).items()}, file)
+    with (
+        pytest.raises(CompexportError, match="training diverged"),
+        keeping(tmp_path / "out", RUN_A, resume=True) as state,
+    ):
+        fit_variator(backbone, MANY, [2], settings=settings, unfinished=state)
+
+
+def test_two_runs_on_one_output(tmp_path: Path) -> None:
+    with keeping(tmp_path / "out", RUN_A, resume=False) as state:
+        kept = checkpoint(state.folder, 3)
+        attempts = [lambda: unfinished.require_none(tmp_path / "out")]
+        attempts += [lambda again=again: keeping(tmp_path / "out", RUN_A, resume=again).__enter__() for again in (0, 1)]
+        for attempt in attempts:
+            with pytest.raises(
+                InputError, match=r"another process \(pid \d+\) is writing .*out.unfinished; wait until"
+            ):
+                attempt()
+        assert (kept / CLOCK).exists() and (state.folder / RUN).exists()
+    assert list(tmp_path.iterdir()) == []
+    # The lock of a killed process stays behind as a file only.
+    (tmp_path / ".out.unfinished.lock").write_text("1")
+    with keeping(tmp_path / "out", RUN_A, resume=False):
+        pass
+
+
+def test_another_number_of_processes_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted(tmp_path)
+    monkeypatch.setattr("calib.processes.count", lambda: 2)
+    monkeypatch.setattr("calib.processes.by_first", lambda do: do())
+    with pytest.raises(InputError, match="had other settings: got processes 2, expected processes 1"):
+        with keeping(tmp_path / "out", RUN_A, resume=True):
+            pass

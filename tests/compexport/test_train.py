@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -203,6 +204,13 @@ def test_the_whole_path_from_a_pre_trained_model(
     assert found is not None and found.ratios == [2, 4]
 
 
+def test_fine_tuning_leaves_test_data_alone(cli: Cli, tiny: Callable[..., Path], data: Path) -> None:
+    (data / "dev.tsv").unlink()
+    (data / "test.tsv").write_text("index\tsentence\n0\ta fine film\n")
+    done = cli("train", "finetune", tiny(), "--data", data, "--steps", 1, "--json")
+    assert done.code == 0 and done.document["value"] is None and done.document["held_out"] == 0
+
+
 def test_a_few_rows_by_seed_or_the_first(cli: Cli, tiny: Callable[..., Path], data: Path) -> None:
     command = ("train", "variator", tiny(), "--data", data, "--ratio", "2", "--steps", 1)
     done = cli(*command, "--limit", 20, "--seed", 3, "-o", "a", "--json")
@@ -227,8 +235,9 @@ def test_a_place_that_will_not_do_is_refused_before_the_fit(
 
 
 def test_epochs_are_passes_over_the_rows(cli: Cli, tiny: Callable[..., Path], data: Path) -> None:
-    command = ("train", "variator", tiny(), "--data", data, "--ratio", "2", "--limit", 20, "--batch-size", 8)
-    assert cli(*command, "--epochs", 2, "--json").document["steps"] == 2 * 3
+    command = ("train", "variator", tiny(), "--data", data, "--ratio", "2", "--limit", 18, "--batch-size", 8)
+    done = cli(*command, "--epochs", 2, "--json").document
+    assert (done["texts"], done["held_out"], done["steps"]) == (16, 2, 2 * 2)
 
 
 def test_one_table_of_the_file_serves_both_methods(
@@ -252,7 +261,10 @@ def test_one_table_of_the_file_serves_both_methods(
         ("finetune", ["--label", "sentence"], "48 distinct ones (good a fine film"),
         ("finetune", ["--label", "gold"], "no column for --label: got gold, expected sentence, label"),
         ("finetune", ["--precision", "fp8"], "unknown precision: got fp8, expected auto or fp32 or bf16"),
-        ("finetune", ["--learning-rate", "-1"], "learning_rate: got -1.0, expected more than 0"),
+        ("finetune", ["--learning-rate", "-1"], "learning_rate: got -1.0, expected more than 0, at most 1"),
+        ("finetune", ["--learning-rate", "1e38"], "learning_rate: got 1e+38, expected more than 0, at most 1"),
+        ("variator", ["--learning-rate", "1e38"], "learning_rate: got 1e+38, expected more than 0, at most 1"),
+        ("variator", ["--learning-rate", "nan"], "learning_rate: got nan, expected more than 0, at most 1"),
         ("finetune", ["--max-length", "1"], "max_length: got 1, expected at least 4 tokens"),
         ("variator", ["--loss", "labels"], "unknown loss: got labels, expected hidden or task or task-hidden"),
         ("variator", ["--precision", "fp8"], "unknown precision: got fp8"),
@@ -268,6 +280,25 @@ def test_refused(
     done = cli("train", method, tiny(), "--data", data, *options)
     assert done.code == 2 and message in done.error.replace(": expected", ", expected")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_defaults_work_in_the_folder_of_the_model(
+    cli: Cli, tiny: Callable[..., Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Path(shutil.copytree(tiny(), tmp_path / "model"))
+    (model / "2_Normalize").mkdir()  # empty in sentence-transformers' folders too, where it is kept at all
+    own = {path.relative_to(model) for path in model.rglob("*")}
+    assert Path("1_Pooling/config.json") in own
+    for other in ("bundle", "older.unfinished", "thesis"):
+        (model / other).mkdir()
+        (model / other / "notes.txt").write_text("years of work")
+    (model / ".bundle.lock").touch()
+    monkeypatch.chdir(model)
+    command = ("train", "variator", "--data", data, "--ratio", "2", "--save-every", 1)
+    for steps in (1, 2):  # the second into the folder that the first made
+        assert cli(*command, "--steps", steps).code == 0
+        written = {path.relative_to(model / "trained") for path in (model / "trained").rglob("*")}
+        assert written == own | {Path("compexport.json"), Path("variator-r2.safetensors")}
 
 
 def test_a_fine_tuned_model_replaces_nothing_but_an_older_one(
