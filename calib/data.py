@@ -68,7 +68,10 @@ class Examples:
 
     def sha256(self) -> str:
         """Identity of what is in them, wherever it was read."""
-        content = json.dumps([self.texts, self.pairs, self.labels, self.targets], ensure_ascii=False, default=str)
+        columns: list[Any] = [self.texts, self.pairs, self.labels, self.targets]
+        if self.label_names is not None:
+            columns.append(self.label_names)
+        content = json.dumps(columns, ensure_ascii=False, default=str)
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
     @property
