@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from calib.data import Examples
+from compexport.errors import InputError, describe
 from engines.prompts import Prompt
 from exporter.backbone import Backbone
 
@@ -41,14 +42,24 @@ def _encodings(backbone: Backbone, examples: Examples, max_length: int) -> list[
     tokenizer.no_padding()
     if backbone.label_words is not None:
         tokenizer.no_truncation()
+        prompt = Prompt(backbone.label_words.template)
+        _require_texts_of(prompt, examples)
         pairs: Sequence[str | None] = examples.pairs or [None] * len(examples)
-        filled = Prompt(backbone.label_words.template).encode(
-            tokenizer, list(zip(examples.texts, pairs, strict=True)), max_length
-        )
+        filled = prompt.encode(tokenizer, list(zip(examples.texts, pairs, strict=True)), max_length)
         return [one.encoding for one in filled]
     tokenizer.enable_truncation(max_length)
     encodings: list[Any] = tokenizer.encode_batch(examples.inputs)
     return encodings
+
+
+def _require_texts_of(prompt: Prompt, examples: Examples) -> None:
+    """InputError for pairs where the template has one place, and for single texts where it has two."""
+    if prompt.reads_pairs == (examples.pairs is not None):
+        return
+    given, wanted = ("pairs of texts", "one text") if examples.pairs is not None else ("single texts", "a pair")
+    what = f"{examples.origin or 'data'}: {given}"
+    hint = "name the columns with --text and --text-pair, or change the template"
+    raise InputError(describe(what, expected=f"{wanted} in each row, as the template {prompt.template!r}", hint=hint))
 
 
 @dataclass(frozen=True)

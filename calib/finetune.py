@@ -151,7 +151,7 @@ def finetune(
     """
     settings = (settings or FinetuneSettings()).checked()
     assert training.labels is not None
-    classes = label_ids(training.labels, learner.labels, training.origin)
+    classes = label_ids(training.labels, learner.labels, training.origin, training.label_names)
     wanted = None if dev is None else _dev_classes(dev, learner)
     clock = Clock(time.monotonic(), settings.steps_for(len(training)), settings.max_seconds)
     with torch.random.fork_rng(), plain_attention(learner.model), moved(learner):
@@ -196,7 +196,7 @@ def finetune(
 def _dev_classes(dev: Examples, learner: Learner) -> list[int]:
     if dev.labels is None:
         raise InputError(describe(f"{dev.origin}: no label column", expected="labels, to measure the accuracy"))
-    return label_ids(dev.labels, learner.labels, dev.origin)
+    return label_ids(dev.labels, learner.labels, dev.origin, dev.label_names)
 
 
 def _cross_entropy(model: nn.Module, batch: Batch, step: int) -> Tensor:

@@ -213,4 +213,4 @@ def _label_ids(backbone: Backbone, examples: Examples, loss: Loss) -> list[int] 
         raise InputError(
             describe(f"loss {loss} needs labels", got="none", hint='name the column, or use loss "hidden"')
         )
-    return label_ids(examples.labels, backbone.labels, examples.origin)
+    return label_ids(examples.labels, backbone.labels, examples.origin, examples.label_names)

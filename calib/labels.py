@@ -16,18 +16,52 @@ MOST_CLASSES = 1000  # more distinct labels than this are something else than cl
 SHOWN = 5  # labels in a message
 
 
-def label_ids(labels: Sequence[Any], names: Sequence[str], origin: str = "") -> list[int]:
-    """Class numbers of labels given as names (without regard to case) or numbers. InputError names the stranger."""
-    by_name = {str(index): index for index in range(len(names))} | {name.lower(): i for i, name in enumerate(names)}
+def label_ids(
+    labels: Sequence[Any], names: Sequence[str], origin: str = "", label_names: Sequence[str] | None = None
+) -> list[int]:
+    """Positions in ``names``, a model's labels, of labels given as names (without regard to case) or numbers.
+
+    ``label_names`` are what the numbers of the data mean, where the data say so: then names decide, and numbers only
+    for a model of as many labels that have no names of their own ("LABEL_0", "0"). Otherwise number n is the model's
+    label n, unless the model's names are whole numbers themselves. InputError names the stranger.
+    """
+    if label_names is None:
+        return _positions(labels, names, origin)
+    numbers = _positions(labels, label_names, origin)
+    if _unnamed(names, label_names):
+        return _positions(numbers, names, origin)
+    hint = "the data's labels.txt says what their numbers mean"
+    return _positions([label_names[number] for number in numbers], names, origin, hint)
+
+
+def are_numbers(names: Sequence[str]) -> bool:
+    """Whether every name is a whole number."""
+    return all(name.strip().removeprefix("-").isdecimal() for name in names)
+
+
+def _positions(labels: Sequence[Any], names: Sequence[str], origin: str, hint: str = "") -> list[int]:
+    """Number n is the name at n, but "1" among names like "1", "2", "3" is a name."""
+    by_name = {} if are_numbers(names) else {str(index): index for index in range(len(names))}
+    by_name |= {name.strip().lower(): index for index, name in enumerate(names)}
     found = []
     for row, label in enumerate(labels, start=1):
         key = _text(label).lower()
         if key not in by_name:
             where = f"{origin}: row {row}: " if origin else ""
-            expected = f"one of {', '.join(names)} or 0 to {len(names) - 1}"
-            raise InputError(describe(f"{where}unknown label", got=repr(label), expected=expected))
+            expected = f"one of {', '.join(names)}"
+            if not hint and not are_numbers(names):
+                expected += f" or 0 to {len(names) - 1}"
+            raise InputError(describe(f"{where}unknown label", got=repr(label), expected=expected, hint=hint))
         found.append(by_name[key])
     return found
+
+
+def _unnamed(names: Sequence[str], label_names: Sequence[str]) -> bool:
+    """Whether a model's labels are numbers that say nothing, as many as the data have names, and none of these."""
+    bare = [name.strip().lower() for name in names]
+    default = bare == [f"label_{index}" for index in range(len(bare))]
+    known = set(bare) & {name.lower() for name in label_names}
+    return (default or are_numbers(names)) and len(names) == len(label_names) and not known
 
 
 def class_names(examples: Examples) -> list[str]:

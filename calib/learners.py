@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.data import Examples
-from calib.labels import class_names, label_ids
+from calib.labels import are_numbers, class_names, label_ids
 from compexport.errors import CompexportError, InputError, describe
 from exporter.backbone import Backbone, load_backbone
 from exporter.identity import LABEL_WORDS
@@ -105,13 +105,12 @@ def _head_fits(backbone: Backbone, examples: Examples, names: Sequence[str]) -> 
     if len(backbone.labels) < 2:  # a regression head
         return False
     if examples.label_names is not None:
-        return [name.lower() for name in names] == [name.lower() for name in backbone.labels]
+        return {name.lower() for name in names} == {name.lower() for name in backbone.labels}
     try:
         label_ids(examples.labels, backbone.labels)
     except InputError:
         return False
-    numbered = all(name.lstrip("-").isdigit() for name in names)
-    return not numbered or len(names) == len(backbone.labels)
+    return not are_numbers(names) or len(names) == len(backbone.labels)
 
 
 def _with_new_head(backbone: Backbone, names: Sequence[str], attention: str) -> Any:

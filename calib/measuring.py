@@ -58,7 +58,7 @@ def known_labels(backbone: Backbone, examples: Examples) -> list[int] | None:
     """
     if backbone.task not in CLASSIFIERS or examples.labels is None or len(backbone.labels) < 2:
         return None
-    return label_ids(examples.labels, backbone.labels, examples.origin)
+    return label_ids(examples.labels, backbone.labels, examples.origin, examples.label_names)
 
 
 def _hits(backbone: Backbone, student: Tensor, teacher: Tensor, mask: Tensor, truth: Tensor | None) -> Tensor:

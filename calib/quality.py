@@ -157,7 +157,7 @@ def _pairs(count: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
 def _class_scores(examples: Examples, names: list[str]) -> Score:
     if examples.labels is None:
         return lambda given, truth: {"agreement": _share_equal(_labels(given), _labels(truth))}
-    wanted = [names[index] for index in label_ids(examples.labels, names, examples.origin)]
+    wanted = [names[index] for index in label_ids(examples.labels, names, examples.origin, examples.label_names)]
     return lambda given, truth: {"accuracy": _share_equal(_labels(given), wanted)}
 
 
@@ -201,7 +201,7 @@ def _word_labels(examples: Examples, row: int, names: list[str]) -> list[str]:
     if not isinstance(labels, list | tuple) or len(labels) != len(words):
         got = f"{len(labels)} labels" if isinstance(labels, list | tuple) else repr(labels)
         raise InputError(describe(f"{where}: labels", got=got, expected=f"one for each of {len(words)} words"))
-    return [names[index] for index in label_ids(labels, names, where)]
+    return [names[index] for index in label_ids(labels, names, where, examples.label_names)]
 
 
 def _first_tokens(text: str, answer: Mapping[str, Any]) -> dict[int, str]:

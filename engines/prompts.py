@@ -79,8 +79,9 @@ class Prompt:
         # Cutting a word changes its tokens, rarely into more of them: then the next round cuts further.
         while len(encoding) > max_length:
             if not any(tokens):
+                what, got = f"the template {self.template!r} alone is too long", f"{len(encoding)} tokens"
                 raise InputError(
-                    describe("the template alone is too long", got=f"{len(encoding)} tokens", expected=max_length)
+                    describe(what, got=got, expected=f"at most {max_length}", hint="allow more with --max-length")
                 )
             keep = _shares([len(one) for one in tokens], len(encoding) - max_length)
             for which, (one, count) in enumerate(zip(tokens, keep, strict=True)):

@@ -15,7 +15,10 @@ _MEANING = (
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.txt",
+    "vocab.json",
+    "merges.txt",
     "spiece.model",
+    "sentencepiece.bpe.model",
     "modules.json",
     "sentence_bert_config.json",
 )

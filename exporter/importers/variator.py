@@ -24,7 +24,7 @@ from torch import Tensor
 from compexport.errors import InputError, describe
 from exporter.backbone import load_backbone, load_config
 from exporter.checkpoint import find_checkpoint, save_checkpoint
-from exporter.identity import file_sha256
+from exporter.identity import backbone_sha256, file_sha256
 from exporter.importers.modelcenter import (
     EPSILON_HERE,
     EPSILON_THERE,
@@ -75,6 +75,8 @@ def import_variator(file: str | Path, backbone: str | Path, output: str | Path) 
     replaced. InputError for anything that does not fit, in which case nothing was written.
     """
     file, backbone, output = Path(file), Path(backbone), Path(output)
+    if output.resolve() == output.resolve().parent:
+        raise InputError(describe(f"{output}: is the root of the file system", expected="a folder in it"))
     config = load_config(backbone)
     require_original_t5(config, backbone)
     tensors = read_tensors(file)
@@ -87,6 +89,8 @@ def import_variator(file: str | Path, backbone: str | Path, output: str | Path) 
         params = _stored_params(folder)
         settings = _settings(file, output, ratio, len(tensors), lora_matrices(t5))
         by_ratio = {} if ratio is None else {ratio: {name: tensor.float() for name, tensor in converted.items()}}
+        if weights is None:
+            _require_its_weights(output, folder, backbone)
         saved = save_checkpoint(output, folder, "variator", settings, by_ratio)
     if config.layer_norm_epsilon != EPSILON_HERE:
         _log.warning(
@@ -208,6 +212,16 @@ def _left_out(path: Path, output: Path, other_weights: bool) -> bool:
     if path.name == "config.json" or path.suffix in _OTHER_WEIGHTS or path.resolve() == output.resolve():
         return True
     return other_weights and path.name.endswith((".safetensors", ".safetensors.index.json"))
+
+
+def _require_its_weights(output: Path, folder: Path, backbone: Path) -> None:
+    """InputError where ``output`` has other weights, such as those of a task checkpoint, and says the way to add."""
+    found = find_checkpoint(output)
+    if found is None or found.backbone_sha256 == backbone_sha256(folder):
+        return
+    hint = f"to add the plugins to its weights: --backbone {output} -o {output}"
+    what, expected = f"{output}: already there", f"a new folder, or the weights of {backbone} in it"
+    raise InputError(describe(what, got="other weights", expected=expected, hint=hint))
 
 
 def _stored_params(folder: Path) -> int:

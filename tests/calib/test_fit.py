@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from calib.data import Examples
 from calib.distillation import parameter_groups
 from calib.fit import fit_separately, fit_variator, held_out_rows
 from calib.losses import batch_loss, takes_part
-from calib.mixer_start import quiet_direction
+from calib.mixer_start import prefer_quiet_tokens, quiet_direction
 from calib.settings import FitSettings
 from calib.students import Students
 from compexport.errors import InputError
@@ -126,9 +127,56 @@ def test_other_tasks(tiny: Callable[..., Path], task: str) -> None:
     assert result.record["metric"] == "agreement" and 0 <= result.record["student"]["2"] <= 1
 
 
+HOSTS = ["tiny-bert", "tiny-roberta", "tiny-distilbert", "tiny-electra", "tiny-t5", "tiny-t5-gated", "tiny-bart"]
+
+
 @pytest.mark.parametrize("name", ["tiny-roberta", "tiny-distilbert", "tiny-electra", "tiny-t5", "tiny-bart"])
 def test_other_hosts(tiny: Callable[..., Path], name: str) -> None:
     assert fit_variator(load_backbone(tiny(name)), MANY, [2], settings=QUICK).record["steps"] == 2
+
+
+def first_and_last(layer: Any) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The modules of a transformers layer whose input is the FFN's, and whose output is."""
+    if hasattr(layer, "intermediate"):
+        return layer.intermediate, layer.output.dense
+    if hasattr(layer, "ffn"):
+        return layer.ffn, layer.ffn
+    if hasattr(layer, "fc1"):
+        return layer.fc1, layer.fc2
+    return layer.layer[1].DenseReluDense, layer.layer[1].DenseReluDense
+
+
+@pytest.mark.parametrize("name", [*HOSTS, "tiny-mbart"])
+def test_mixers_start_from_what_transformers_computes(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Every layer's FFN inputs and output norms, of the tokens that are no padding."""
+    backbone = load_backbone(tiny(name))
+    with torch.no_grad():  # as after training: fresh norms and biases are ones and zeros, which hide one left out
+        for tensor in backbone.encoder.parameters():
+            tensor.add_(0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(tensor.numel())))
+    batch = batch_of(backbone)
+    real = batch["attention_mask"].bool()
+    assert not real.all()
+    wanted: list[torch.Tensor] = []
+    for layer in backbone.layers:
+        first, last = first_and_last(layer)
+        first.register_forward_pre_hook(lambda module, given: wanted.append(given[0][real]))
+        last.register_forward_hook(lambda module, given, output: wanted.append(output[real].norm(dim=-1)))
+    with torch.no_grad():
+        backbone.encoder(**batch)
+    expected, given = list(wanted), []
+
+    def record(x: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+        given.extend([x, norms])
+        return quiet_direction(x, norms)
+
+    monkeypatch.setattr("calib.mixer_start.quiet_direction", record)
+    plugins = VariatorPlugins(backbone.hidden_size, backbone.num_layers, 2, 4)
+    prefer_quiet_tokens(backbone, {2: plugins}, [batch])
+    assert len(given) == len(expected) == 2 * backbone.num_layers
+    for ours, theirs in zip(given, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("loss", ["task", "task-hidden"])

@@ -65,6 +65,8 @@ def test_labels_may_be_names_or_numbers() -> None:
     assert labelled.table["variants"] == {BACKBONE: 0.75, SMALL: 0.25}
     alone = evaluate(runtime, Examples(texts))
     assert alone.table["metric"] == "agreement" and alone.table["variants"] == {BACKBONE: 1.0, SMALL: 0.5}
+    swapped = Examples(texts, labels=["0", 1, 0, "0"], label_names=["good", "bad"])
+    assert evaluate(runtime, swapped).table["variants"] == {BACKBONE: 0.75, SMALL: 0.25}
     with pytest.raises(InputError, match="row 2: unknown label: got 'meh', expected one of bad, good"):
         evaluate(runtime, Examples(["a", "b"], labels=["bad", "meh"], origin="x.csv"))
 
@@ -78,6 +80,8 @@ def test_tokens_are_matched_to_words() -> None:
     runtime = family("token-classification", answer, ["O", "PER"])
     words = Examples(["Ada Lovelace wrote"], labels=[["PER", "PER", "O"]])
     assert evaluate(runtime, words).table["variants"] == {BACKBONE: 1.0, SMALL: pytest.approx(2 / 3)}
+    numbered = Examples(["Ada Lovelace wrote"], labels=[[0, 0, 1]], label_names=["PER", "O"])
+    assert evaluate(runtime, numbered).table["variants"] == {BACKBONE: 1.0, SMALL: pytest.approx(2 / 3)}
     assert evaluate(runtime, Examples(words.texts, labels=["1 1 0"])).table["variants"][BACKBONE] == 1.0
     assert evaluate(runtime, Examples(words.texts)).table["variants"] == {BACKBONE: 1.0, SMALL: 0.75}
     with pytest.raises(InputError, match="got 2 labels, expected one for each of 3 words"):

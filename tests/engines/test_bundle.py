@@ -395,20 +395,26 @@ for line in sys.stdin:
 """
 
 
-def kill_one_rebuild(rebuilder: subprocess.Popen[str], first: int, after_s: float) -> int:
-    """Rebuild with the numbers ``first``, ``first + 1``, ... and SIGKILL after a while; the last one that was done."""
+def kill_one_rebuild(rebuilder: subprocess.Popen[str], first: int, after: int, after_s: float) -> int:
+    """Rebuild with the numbers ``first``, ``first + 1``, ... and SIGKILL some time after so many are done.
+
+    Returns the last one that was done. Counted in rebuilds, since a busy machine may do none in any given time.
+    """
     assert rebuilder.stdin is not None and rebuilder.stdout is not None
     rebuilder.stdin.write(f"{first}\n")
     rebuilder.stdin.flush()
     timer: threading.Timer | None = None
+    pid = None
     last = first - 1
     for line in iter(rebuilder.stdout.readline, "dead\n"):
         assert line, "the rebuilder failed, see its output above"
         if line.startswith("pid "):
-            timer = threading.Timer(after_s, os.kill, (int(line.split()[1]), signal.SIGKILL))
-            timer.start()
+            pid = int(line.split()[1])
         else:
             last = int(line)
+        if timer is None and pid is not None and last - first + 1 >= after:
+            timer = threading.Timer(after_s, os.kill, (pid, signal.SIGKILL))
+            timer.start()
     assert timer is not None
     timer.join()
     return last
@@ -424,7 +430,7 @@ def test_killed_at_random_moments(golden_in_memory: Path) -> None:
     command = [sys.executable, "-c", REBUILDER, str(GOLDEN), str(golden), str(ROOT)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as rebuilder:
         for _ in range(40):
-            last = kill_one_rebuild(rebuilder, turn + 1, after_s=chance.uniform(0, 0.05))
+            last = kill_one_rebuild(rebuilder, turn + 1, after=chance.randrange(3), after_s=chance.uniform(0, 0.05))
             bundle = Bundle.open(golden)
             assert bundle.verify() == []
             quality = bundle.quality()

@@ -230,3 +230,13 @@ def test_adding_a_ratio_does_not_change_the_pad_mode_of_others(
 ) -> None:
     with pytest.raises(InputError):
         save_checkpoint(saved, bert, "variator", {"pad": "official"}, {8: plugins(8)})
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "sentencepiece.bpe.model", "spiece.model", "vocab.txt"])
+def test_a_tokenizer_is_part_of_a_backbones_identity(bert: Path, tmp_path: Path, name: str) -> None:
+    folder = shutil.copytree(bert, tmp_path / "model")
+    hashes = set()
+    for content in (b"one", b"two"):
+        (folder / name).write_bytes(content)
+        hashes.add(backbone_sha256(folder))
+    assert len(hashes) == 2

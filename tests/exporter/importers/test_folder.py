@@ -123,6 +123,10 @@ def test_task_checkpoints_of_one_backbone_share_a_folder(t5: Path, tmp_path: Pat
     whole = official.write(tmp_path / "whole.pt", tensors, plugins[2])
     assert import_variator(whole, bare, out).ratios == [2]
     alone = official.write(tmp_path / "plugin.pkl", plugins[4])
+    before = contents(out)
+    with pytest.raises(InputError, match=f"got other weights, .*: --backbone {out} -o {out}$"):
+        import_variator(alone, t5, out)
+    assert contents(out) == before
     assert import_variator(alone, out, out).ratios == [2, 4]
     stored = official.as_stored(tensors)
     for ratio in (2, 4):

@@ -135,6 +135,12 @@ def test_layout_of_task_checkpoints(
     assert f"{file}: {message}" in refusal(file)
 
 
+def test_the_root_is_no_output(t5: Path, plugin_file: Callable[..., Path]) -> None:
+    for root in ("/", "/.."):
+        with pytest.raises(InputError, match="is the root of the file system: expected a folder in it"):
+            import_variator(plugin_file(4), t5, root)
+
+
 class Payload:
     """What a pickle may do when it is opened carelessly."""
 
