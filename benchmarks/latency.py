@@ -14,7 +14,9 @@ import argparse
 import json
 import sys
 import tempfile
+import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,6 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
         "realised": cells,
         "stock": against_stock,
         "where_ms": shares,
+        "memory_read_gb_s": memory_read_gb_s(),
     }
     if options.keep:
         _keep(json.loads(options.out.read_text(encoding="utf-8")), result)
@@ -140,6 +143,19 @@ def _where(bundle: Bundle, batch: int, length: int) -> dict[str, Any]:
         engine = next(e for e in bundle.manifest.engines.values() if e.graph == f"r{ratio}")
         found[f"r{ratio}"] = _profile(bundle.file(engine.path), feeds, runs=4)
     return found
+
+
+def memory_read_gb_s() -> float:
+    """What all cores together read from memory, GB/s: the pace at which weights can arrive at best."""
+    values = np.ones(2**27, dtype=np.float32)  # 0.5 GB, beyond any cache
+    parts = np.array_split(values, usable_cores())
+    best = float("inf")
+    with ThreadPoolExecutor(len(parts)) as pool:
+        for _ in range(8):
+            started = time.perf_counter()
+            list(pool.map(np.sum, parts))
+            best = min(best, time.perf_counter() - started)
+    return values.nbytes / best / 1e9
 
 
 def _profile(path: Path, feeds: dict[str, Any], runs: int) -> dict[str, float]:

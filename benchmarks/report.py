@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.models import FFN, HIDDEN, LAYERS
+
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
 PAGE = ROOT.parent / "docs" / "benchmarks.md"
@@ -105,6 +107,19 @@ def where_table() -> list[str]:
     return table(header, rows)
 
 
+def memory_pace() -> list[str]:
+    """At what pace ratio 8 reads the FFN's weights at batch 1, beside what memory gives."""
+    result = load("latency")
+    cell = next(cell for cell in result["where_ms"] if (cell["batch"], cell["length"]) == (1, 128))
+    size = LAYERS * 2 * HIDDEN * FFN * 4 / 1e9
+    ms = cell["r8"]["FFN products"]
+    return [
+        f"At 1 x 128 the FFN products of ratio 8 take {ms:.1f} ms and read {1000 * size:.0f} MB of weights: "
+        f"{1000 * size / ms:.0f} GB/s. All cores together read {result['memory_read_gb_s']:.0f} GB/s from memory here. "
+        f"An eighth of ratio 1's time would be {cell['r1']['FFN products'] / 8:.1f} ms."
+    ]
+
+
 def memory_table() -> list[str]:
     result = load("memory")
     rows = [(name, f"{case['pss_mb']:.0f}") for name, case in result["cases"].items()]
@@ -171,7 +186,7 @@ def quality_notes() -> list[str]:
     demo = load("demo")
     notes = [
         f"The demo took {demo['seconds']:.0f} s in all and fitted for {demo['train']['seconds']:.0f} s, "
-        f"{demo['train']['steps']} steps."
+        f"{demo['train']['steps']} steps; with `--fast`, {load('demo_fast')['seconds']:.0f} s in all."
     ]
     if not _fitted_long():
         return [*notes, "The long fit (targets 0.98, 0.94, 0.88) has not been run to its end yet: no figure."]
@@ -247,6 +262,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "latency": latency_table,
     "stock": stock_table,
     "where": where_table,
+    "memory pace": memory_pace,
     "memory": memory_table,
     "build": build_table,
     "selector": selector_table,
