@@ -2,10 +2,10 @@
 
     python -m benchmarks.memory [--work DIR] [--out FILE]
 
-Proportional set size (PSS) of a fresh process per case, each variant run twice at batch 1, length 128: the bundle's
-engines with one ratio and with all four, and plain ONNX Runtime sessions of the same graphs for comparison; with all
-four loaded, ratio 1 is timed in turn against a plain session, since shared weights must not cost speed. Exit code 3
-when a target is missed (memory <= 1.20, graphs on disk <= 1.06).
+Proportional set size (PSS) of fresh processes, the median of five per case, each variant run twice at batch 1, length
+128: the bundle's engines with one ratio and with all four, and plain ONNX Runtime sessions of the same graphs for
+comparison; with all four loaded, ratio 1 is timed in turn against a plain session, since shared weights must not cost
+speed. Exit code 3 when a target is missed (memory <= 1.20, graphs on disk <= 1.06).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from benchmarks.models import bert_base, stock_export
 from benchmarks.record import command_line, save
 
 MEMORY_TARGET, DISK_TARGET = 1.20, 1.06
+PROCESSES = 5
 CASES = {"engines, ratio 1": ("engine", "1"), "engines, ratios 1 2 4 8": ("engine", "1,2,4,8")}
 PLAIN = {"plain sessions, ratio 1": ("plain", "1"), "plain sessions, ratios 1 2 4 8": ("plain", "1,2,4,8")}
 
@@ -41,7 +42,7 @@ def measure_all(work: Path, out: Path) -> int:
 
     model = bert_base(work / "bert-base")
     family.build(model, (2, 4, 8), work / "bundle", untrained=True)
-    cases = {name: _in_fresh_process(work, *case) for name, case in {**CASES, **PLAIN}.items()}
+    cases = {name: _middle_of_several(work, *case) for name, case in {**CASES, **PLAIN}.items()}
     memory = cases["engines, ratios 1 2 4 8"]["pss_mb"] / cases["engines, ratio 1"]["pss_mb"]
     stock = stock_export(model, work / "stock.onnx")
     one_model = stock.stat().st_size + stock.with_suffix(".onnx.data").stat().st_size
@@ -59,6 +60,12 @@ def measure_all(work: Path, out: Path) -> int:
     save(out, result)
     print(json.dumps(result, indent=1))
     return 0 if memory <= MEMORY_TARGET and graphs / one_model <= DISK_TARGET else 3
+
+
+def _middle_of_several(work: Path, kind: str, ratios: str) -> dict[str, Any]:
+    """Of ``PROCESSES`` fresh processes, the one with the median PSS; the allocator's luck differs by some 20 MB."""
+    found = sorted((_in_fresh_process(work, kind, ratios) for _ in range(PROCESSES)), key=lambda one: one["pss_mb"])
+    return {**found[PROCESSES // 2], "all_pss_mb": [one["pss_mb"] for one in found]}
 
 
 def _in_fresh_process(work: Path, kind: str, ratios: str) -> dict[str, Any]:
