@@ -48,7 +48,7 @@ RECIPES = {
         rows=4_439,
         length=64,
         finetune=api.Fit(epochs=4, batch_size=32, learning_rate=1e-4, max_length=64),
-        fit=api.Fit(steps=1000, max_length=64),
+        fit=api.Fit(steps=1500, max_length=64, loss="task-hidden"),
     ),
     "news20": Recipe(
         rows=7_000,
