@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +27,7 @@ from calib.settings import require_learning_rate
 from calib.trainer import Training
 from calib.unfinished import Unfinished
 from compexport.errors import InputError, describe
+from engines.atomic import staged_folder
 from exporter.identity import label_words_sha256
 
 RECORD = "finetune.json"
@@ -87,14 +85,12 @@ class Finetuned:
         made_from = {"sha256": self.learner.backbone.sha256, "folder": self.learner.backbone.folder.name}
         document = {"format": 1, "from": made_from, "settings": asdict(self.settings), "record": self.record}
 
-        def write(staging: Path) -> None:
+        _require_ours(Path(folder))  # again: a long training lies between
+        with staged_folder(Path(folder)) as staging:
             self.learner.write(staging)
             files = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
             text = json.dumps({**document, "files": files}, indent=2)
             (staging / RECORD).write_text(text + "\n", encoding="utf-8")
-
-        _require_ours(Path(folder))  # again: a long training lies between
-        _replace_folder(Path(folder), write)
 
 
 def require_place(output: Path, model: Path) -> None:
@@ -229,25 +225,6 @@ def accuracy(
         right += int((learner(**batch).argmax(-1) == truth).sum())
         done += len(truth)
     return right / len(rows)
-
-
-def _replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """``write`` into a folder beside it that then takes its place; the older one is kept until then."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
-    older = staging.with_suffix(".old")
-    try:
-        write(staging)
-        staging.chmod(0o755)
-        if folder.exists():
-            os.replace(folder, older)
-        os.replace(staging, folder)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        if older.exists() and not folder.exists():
-            os.replace(older, folder)
-        raise
-    shutil.rmtree(older, ignore_errors=True)
 
 
 def run_description(settings: FinetuneSettings, learner: Learner, *examples: Examples | None) -> Mapping[str, Any]:

@@ -16,15 +16,12 @@ from calib.data import Examples
 from calib.labels import are_numbers, class_names, label_ids
 from compexport.errors import CompexportError, InputError, describe
 from exporter.backbone import Backbone, load_backbone
-from exporter.identity import LABEL_WORDS
+from exporter.identity import LABEL_WORDS, VOCABULARIES
 from exporter.methods.variator import task_outputs
 from exporter.quiet import quiet_transformers
 
 # Written by transformers for a tokenizer; what a folder lacks it does not need.
-TOKENIZER_FILES = (
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
-)
+TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", *VOCABULARIES)
 
 
 class Learner(nn.Module):

@@ -12,7 +12,6 @@ folder, which the kernel drops with its process, keeps a second run away.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -22,7 +21,7 @@ from typing import Any
 
 from calib import processes
 from compexport.errors import InputError, describe
-from engines.atomic import WriterLock
+from engines.atomic import WriterLock, write_file
 
 SUFFIX = ".unfinished"
 RUN, CLOCK, TRAINER_STATE, TENSORS = "run.json", "clock.json", "trainer_state.json", "trainable.safetensors"
@@ -167,6 +166,4 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """A file that is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_file(path, (json.dumps(value, indent=1) + "\n").encode())

@@ -141,6 +141,25 @@ def put_in_place(staged: Path, dest: Path) -> Path | None:
     return aside
 
 
+@contextmanager
+def staged_folder(dest: Path) -> Iterator[Path]:
+    """A new folder that takes the place of ``dest`` when the block ends, the previous one being removed.
+
+    After an error ``dest`` is what it was, and nothing is left beside it.
+    """
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    staged = temporary(dest)
+    staged.mkdir()
+    try:
+        yield staged
+        previous = put_in_place(staged, dest)
+    except BaseException:
+        remove(staged)
+        raise
+    if previous is not None:
+        remove(previous)
+
+
 def restore(dest: Path) -> None:
     """Undo a replacement that was killed between its two renames. Call it with the writer's lock held."""
     if os.path.lexists(dest):

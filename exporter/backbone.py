@@ -14,7 +14,7 @@ from torch import nn
 from compexport.errors import InputError, describe
 from engines.manifest import LabelWords, Task
 from exporter.hosts import Host, host_of
-from exporter.identity import LABEL_WORDS, backbone_sha256
+from exporter.identity import LABEL_WORDS, VOCABULARIES, backbone_sha256
 from exporter.label_words import read_label_words
 
 # Suffix of the class named in config.json -> task.
@@ -28,7 +28,6 @@ TASKS: dict[str, Task] = {
 # Relative positions have no end; texts are cut here where the tokenizer's settings name no limit.
 DEFAULT_MAX_LENGTH = 512
 _NO_LIMIT = 1e29  # transformers writes 1e30 for "none"
-_TOKENIZERS = ("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model")
 
 
 @dataclass(frozen=True)
@@ -282,7 +281,7 @@ def _tokenizer_json(folder: Path) -> str:
     from transformers import AutoTokenizer
 
     try:
-        if not any((folder / name).exists() for name in _TOKENIZERS):
+        if not any((folder / name).exists() for name in VOCABULARIES):
             raise FileNotFoundError("none of its files")  # transformers would make up an empty one
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         text: str = tokenizer.backend_tokenizer.to_str()

@@ -10,15 +10,12 @@ from functools import cache
 from pathlib import Path
 
 # Files beside the weights that change what a graph computes or how its inputs are made.
+VOCABULARIES = ("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model")
 _MEANING = (
     "config.json",
     "tokenizer.json",
     "tokenizer_config.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
+    *VOCABULARIES,
     "modules.json",
     "sentence_bert_config.json",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,28 +78,26 @@ _DECODER = Decoder(
     heads=lambda config: config.decoder_attention_heads,
 )
 
+_bart_like = partial(
+    Host,
+    encoder=_encoder,
+    layers=lambda encoder: encoder.layers,
+    embed=_embed,
+    attention=lambda layer: layer.self_attn,
+    feed_forward=_feed_forward,
+    decoder=_DECODER,
+)
+
 HOSTS: dict[str, Host] = {
-    "bart": Host(
-        encoder=_encoder,
-        layers=lambda encoder: encoder.layers,
-        embed=_embed,
-        attention=lambda layer: layer.self_attn,
+    "bart": _bart_like(
         attend=_attend,
-        feed_forward=_feed_forward,
         finish=_norm,
         classes={"feature-extraction": "BartModel", "label-words": "BartForConditionalGeneration"},
-        decoder=_DECODER,
     ),
-    "mbart": Host(
-        encoder=_encoder,
-        layers=lambda encoder: encoder.layers,
-        embed=_embed,
-        attention=lambda layer: layer.self_attn,
+    "mbart": _bart_like(
         attend=_attend_pre_norm,
         enter=_norm,
-        feed_forward=_feed_forward,
         close=lambda encoder, h: encoder.layer_norm(h),
         classes={"feature-extraction": "MBartModel", "label-words": "MBartForConditionalGeneration"},
-        decoder=_DECODER,
     ),
 }

@@ -6,7 +6,7 @@ import hashlib
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,7 @@ MANY = [f"{text} {number}" for number in range(6) for text in TEXTS]
 QUICK = FitSettings(steps=2, batch_size=4, max_length=24, precision="fp32")
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
