@@ -173,7 +173,7 @@ def test_from_a_bare_encoder(backbone: Backbones) -> None:
     assert not model.pooler_dense and model.num_labels == 3
     feed = feeds(loaded)
     with torch.no_grad():
-        ours, theirs = model(**feed), loaded.model(**feed)
+        ours, theirs = model(**feed), copy.deepcopy(loaded.model)(**feed)
     assert torch.equal(ours.hidden_states[-1], theirs.last_hidden_state)
     assert [tuple(logits.shape) for logits in ours.logits] == [(3, 3)] * 4
     parameter_free = torch.tanh(theirs.last_hidden_state[:, 0]) @ model.classifier.weight.T + model.classifier.bias
