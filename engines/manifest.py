@@ -29,6 +29,22 @@ TEXT, TEXT_PAIR = "{text}", "{text_pair}"
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
+# Roles of a variant's graphs, and the tensors that only graphs with exits have.
+ENCODER, ALL_EXITS = "encoder", "all-exits"
+# A segment's output hidden states are the next one's input, under another name: in one graph, names are unique.
+HIDDEN, PREVIOUS, ROWS = "hidden", "previous", "rows"
+EXIT_OUTPUTS = ("logits", "entropy", "max_probability", "margin")
+
+
+def segment_role(index: int) -> str:
+    """The role of the graph that runs from exit number ``index`` - 1 to the next, counted from 0."""
+    return f"segment-{index}"
+
+
+def prefix_role(layer: int) -> str:
+    """The role of the graph that runs from the ids to the exit after ``layer``, counted from 1."""
+    return f"prefix-{layer}"
+
 
 class Record(BaseModel):
     """Base of all manifest entries: unknown keys are refused, values are not changed after reading."""
@@ -90,7 +106,11 @@ class Graph(Record):
 
 
 class Variant(Record):
-    """One member of the family. ``graphs`` maps a role ("encoder"; later "decoder", "segment-0") to a graph."""
+    """One member of the family. ``graphs`` maps a role to a graph.
+
+    Without ``exits`` the role is "encoder". With them: "segment-0", "segment-1", …, one per entry of ``exits``, to be
+    run one after the other; "all-exits", every layer's at once; "prefix-6" for those exits that were asked for alone.
+    """
 
     method: str
     ratio: float = Field(ge=1)
@@ -100,7 +120,32 @@ class Variant(Record):
     extra_params: int = Field(description="parameters this variant has besides the backbone's")
     flops_ratio: float = Field(description="FLOPs of the backbone divided by FLOPs of this variant")
     untrained: bool = False
+    exits: list[int] | None = Field(
+        default=None,
+        description="layers, counted from 1, after which a segment ends; the last is the depth. Absent without exits",
+    )
     settings: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _one_segment_per_exit(self) -> Variant:
+        segments = {role for role in self.graphs if role.startswith("segment-")}
+        if segments != {segment_role(index) for index in range(len(self.exits or ()))}:
+            raise ValueError("graphs: one segment for each of exits, segment-0 first")
+        if self.exits is None:
+            return self
+        if not self.exits or self.exits[0] < 1 or sorted(set(self.exits)) != self.exits:
+            raise ValueError(f"exits: layers from 1 on, each once, in order, not {self.exits}")
+        if ALL_EXITS not in self.graphs:
+            raise ValueError(f"graphs: a variant with exits has the role {ALL_EXITS}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """``exits`` is written where there are some: manifests of other methods stay readable by older versions."""
+        document: dict[str, Any] = handler(self)
+        if document.get("exits", ...) is None:
+            del document["exits"]
+        return document
 
 
 class Engine(Record):
@@ -184,6 +229,13 @@ class Manifest(Record):
             raise ValueError("label_words belong to the task label-words, and to no other")
         if words is not None and not len(words.words) == len(words.word_ids) == len(self.labels):
             raise ValueError(f"label_words: one word and one id for each of {len(self.labels)} labels")
+        return self
+
+    @model_validator(mode="after")
+    def _exits_to_the_end(self) -> Manifest:
+        for name, variant in self.variants.items():
+            if variant.exits is not None and variant.exits[-1] != self.backbone.layers:
+                raise ValueError(f"{name}: the last of exits {variant.exits} is not the last layer")
         return self
 
     @model_serializer(mode="wrap")
