@@ -132,6 +132,8 @@ _T5_SIZES = {
 }
 MODELS = {
     "tiny-bert": Tiny("Bert", _SIZES, _wordpiece),
+    # Deep enough for exits: where two layers have one exit between them, four have three.
+    "tiny-bert-deep": Tiny("Bert", {**_SIZES, "num_hidden_layers": 4}, _wordpiece),
     # RoBERTa numbers positions from pad_token_id + 1, so its table is two rows longer than its limit.
     "tiny-roberta": Tiny(
         "Roberta",
