@@ -17,17 +17,18 @@ from calib.students import Students
 from calib.trainer import Training
 from calib.unfinished import Unfinished
 from exporter.backbone import Backbone
-from exporter.methods.variator import VariatorPlugins
+from exporter.methods.variator import Plugins
 
 # Factors of the learning rate. The adapter's output side sees r small numbers, the other two hundreds of large ones.
 W_IN, W_OUT, REST = 1.0, 6.0, 2.0
+LOW_RANK = 2 / 3
 CONTINUED = 0.5  # a further factor for plugins that have been fitted before and have less far to go
 BETAS = (0.9, 0.98)
 
 
 def distillation(
     backbone: Backbone,
-    plugins: Mapping[int, VariatorPlugins],
+    plugins: Mapping[int, Plugins],
     rows: Sequence[Mapping[str, Any]],
     settings: FitSettings,
     clock: Clock,
@@ -45,7 +46,10 @@ def distillation(
         taught = [ratio for ratio in plugins if takes_part(ratio, smallest, step)]
         teacher, students = model(**batch, ratios=taught)
         share = clock.share(step)
-        losses = [batch_loss(backbone, teacher, one, mask, labels, settings.loss, share) for one in students.values()]
+        losses = [
+            batch_loss(backbone, plugins[ratio], teacher, one, mask, labels, settings.loss, share)
+            for ratio, one in students.items()
+        ]
         return torch.stack(losses).sum()
 
     return Training(
@@ -66,13 +70,18 @@ def distillation(
 
 
 def parameter_groups(
-    plugins: Mapping[int, VariatorPlugins], learning_rate: float, continued: Sequence[int] = ()
+    plugins: Mapping[int, Plugins], learning_rate: float, continued: Sequence[int] = ()
 ) -> list[dict[str, Any]]:
     """The tensors of all plugins by learning rate."""
     groups: dict[float, list[Tensor]] = {}
     for ratio, one in plugins.items():
         start = CONTINUED if ratio in continued else 1.0
         for name, parameter in one.named_parameters():
-            factor = W_IN if name.endswith("w_in.weight") else W_OUT if name.endswith("w_out.weight") else REST
-            groups.setdefault(start * factor, []).append(parameter)
+            groups.setdefault(start * _factor(name), []).append(parameter)
     return [{"params": parameters, "lr": factor * learning_rate} for factor, parameters in groups.items()]
+
+
+def _factor(name: str) -> float:
+    if name.startswith("low_rank."):
+        return LOW_RANK
+    return W_IN if name.endswith("w_in.weight") else W_OUT if name.endswith("w_out.weight") else REST

@@ -31,7 +31,8 @@ from calib.unfinished import Unfinished
 from compexport.errors import InputError, describe
 from exporter.backbone import Backbone
 from exporter.checkpoint import MethodCheckpoint, save_checkpoint
-from exporter.methods.variator import VariatorPlugins, default_width
+from exporter.methods.span import SpanPlugins, default_rank, require_span
+from exporter.methods.variator import Plugins, VariatorPlugins, default_width
 
 HELD_OUT = 256  # texts, at most, kept from training to measure the result when none are given
 
@@ -40,7 +41,7 @@ HELD_OUT = 256  # texts, at most, kept from training to measure the result when 
 class FitResult:
     """Fitted plugins by ratio, in eval mode, and the ``train`` JSON document (without "output")."""
 
-    plugins: dict[int, VariatorPlugins]
+    plugins: dict[int, Plugins]
     record: dict[str, Any]
     settings: FitSettings
 
@@ -49,7 +50,7 @@ class FitResult:
         return {
             "pad": self.settings.pad,
             "activation": "tanh",
-            "widths": {str(ratio): plugins.width for ratio, plugins in self.plugins.items()},
+            "widths": {str(ratio): _width(plugins) for ratio, plugins in self.plugins.items()},
             "training": {**self.record, "settings": {**asdict(self.settings), "widths": None}},
         }
 
@@ -66,7 +67,7 @@ def fit_variator(
     *,
     held_out: Examples | Sequence[str] | None = None,
     settings: FitSettings | None = None,
-    start: Mapping[int, VariatorPlugins] | None = None,
+    start: Mapping[int, Plugins] | None = None,
     unfinished: Unfinished | None = None,
     progress: Progress = silent,
 ) -> FitResult:
@@ -86,6 +87,8 @@ def fit_variator(
     training, measured = _split(_as_examples(texts), None if held_out is None else _as_examples(held_out))
     if not ratios or min(ratios) < 2:
         raise InputError(describe("ratios to fit", got=list(ratios), expected="whole numbers of 2 or more"))
+    if settings.span is not None:
+        require_span(backbone, settings.span - 1)
     classes = _label_ids(backbone, training, settings.loss)
     known_labels(backbone, measured)  # a label that is none is said now, and not after the fit
     start = {ratio: one for ratio, one in (start or {}).items() if ratio in ratios}
@@ -95,7 +98,9 @@ def fit_variator(
         progress("tokenise")
         rows = tokenise(backbone, training, settings.max_length, classes)
         plugins = {ratio: _first(backbone, ratio, settings, start).to(device) for ratio in ratios}
-        fresh = {ratio: one for ratio, one in plugins.items() if ratio not in start}
+        fresh = {
+            ratio: one for ratio, one in plugins.items() if ratio not in start and isinstance(one, VariatorPlugins)
+        }
         if fresh and (unfinished is None or unfinished.latest() is None):
             start_mixers(backbone, fresh, rows, settings, device, progress)
         steps = distillation(
@@ -192,14 +197,20 @@ def held_out_rows(rows: int) -> range:
     return range(0, rows if rows >= 10 else 0, max(10, math.ceil(rows / HELD_OUT)))
 
 
-def _first(
-    backbone: Backbone, ratio: int, settings: FitSettings, start: Mapping[int, VariatorPlugins]
-) -> VariatorPlugins:
+def _first(backbone: Backbone, ratio: int, settings: FitSettings, start: Mapping[int, Plugins]) -> Plugins:
     """What a ratio's fit begins with: the plugins given, or random ones."""
     if ratio in start:
         return copy.deepcopy(start[ratio]).requires_grad_(True)
-    width = (settings.widths or {}).get(ratio) or default_width(backbone, ratio)
+    width = (settings.widths or {}).get(ratio)
+    if settings.span is not None:
+        first = settings.span - 1
+        return SpanPlugins(backbone, ratio, first, width or default_rank(backbone, ratio, first))
+    width = width or default_width(backbone, ratio)
     return VariatorPlugins(backbone.hidden_size, backbone.num_layers, ratio, width, settings.pad)
+
+
+def _width(plugins: Plugins) -> int:
+    return plugins.rank if isinstance(plugins, SpanPlugins) else plugins.width
 
 
 def _label_ids(backbone: Backbone, examples: Examples, loss: Loss) -> list[int] | None:

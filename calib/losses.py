@@ -14,7 +14,8 @@ from torch import Tensor
 
 from calib.settings import Loss
 from exporter.backbone import Backbone
-from exporter.methods.variator import pool, task_outputs
+from exporter.methods.span import SpanPlugins
+from exporter.methods.variator import Plugins, pool, task_outputs
 
 # Of the hidden-state error, in units of the teacher's variance, beside the output error, at the first step. It fades to
 # nothing at the last: layers need guidance to start with, in the end only the answer counts.
@@ -26,6 +27,7 @@ STEPS_SHARE = 2.0
 
 def batch_loss(
     backbone: Backbone,
+    plugins: Plugins,
     teacher: Sequence[Tensor],
     student: Sequence[Tensor],
     mask: Tensor,
@@ -36,7 +38,7 @@ def batch_loss(
     """The loss of one ratio on one batch; ``share`` of the fit is done."""
     total = torch.zeros(())
     if loss != "task":
-        guidance = HIDDEN_WEIGHT * (1.0 - share) * hidden_error(student, teacher, mask)
+        guidance = HIDDEN_WEIGHT * (1.0 - share) * hidden_error(student, _goals(plugins, teacher, mask))
         total = guidance + output_error(backbone, student[-1], teacher[-1], mask)
     if loss != "hidden":
         assert labels is not None
@@ -50,14 +52,23 @@ def takes_part(ratio: int, smallest: int, step: int) -> bool:
     return math.floor((step + 1) * share) > math.floor(step * share)
 
 
-def hidden_error(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor) -> Tensor:
-    """Mean squared error of all layers' outputs over real tokens, each in units of the teacher's variance there."""
-    real = mask.bool()
+def hidden_error(student: Sequence[Tensor], goals: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Mean squared error of all layers' outputs where there is a token, each in units of its goal's variance there.
+
+    ``goals``: of the embeddings and every layer, what the output should be and the mask of its places.
+    """
     errors = []
-    for ours, theirs in zip(student[1:], teacher[1:], strict=True):
+    for ours, (theirs, mask) in zip(student[1:], goals[1:], strict=True):
+        real = mask.bool()
         wanted = theirs[real].float()
         errors.append(F.mse_loss(ours[real].float(), wanted) / wanted.var(0).mean().clamp_min(1e-6))
     return torch.stack(errors).mean()
+
+
+def _goals(plugins: Plugins, teacher: Sequence[Tensor], mask: Tensor) -> list[tuple[Tensor, Tensor]]:
+    if isinstance(plugins, SpanPlugins):
+        return plugins.goals(teacher, mask)
+    return [(state, mask) for state in teacher]
 
 
 def output_error(backbone: Backbone, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:

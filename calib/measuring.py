@@ -16,7 +16,7 @@ from calib.losses import embedding
 from calib.settings import FitSettings
 from calib.students import Students
 from exporter.backbone import Backbone
-from exporter.methods.variator import VariatorPlugins, task_outputs
+from exporter.methods.variator import Plugins, task_outputs
 
 MEASURED = 256  # held-out texts, at most, that are measured
 
@@ -24,7 +24,7 @@ MEASURED = 256  # held-out texts, at most, that are measured
 @torch.no_grad()
 def measure(
     backbone: Backbone,
-    plugins: Mapping[int, VariatorPlugins],
+    plugins: Mapping[int, Plugins],
     examples: Examples,
     settings: FitSettings,
     *,

@@ -28,7 +28,8 @@ class FitSettings:
     that it ends depends on the machine's speed, one that ``steps`` ends is repeated by its ``seed``. A ratio
     above twice the smallest takes part in fewer of the steps (``calib.losses.takes_part``). ``widths`` gives
     adapter widths by ratio; by default a ratio's plugins add at most 1 % to the backbone. ``batch_size`` counts the
-    texts of one step, of all processes together.
+    texts of one step, of all processes together. ``span``: merge once, before this layer (from 1), instead of around
+    every feed-forward network.
     """
 
     steps: int = 600
@@ -41,6 +42,7 @@ class FitSettings:
     pad: PadMode = "masked"
     max_seconds: float | None = None
     precision: Precision = "auto"
+    span: int | None = None
 
     def checked(self) -> FitSettings:
         """Itself, or InputError for a value that cannot be meant."""

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from exporter.backbone import Backbone
-from exporter.methods.variator import VariatorEncoder, VariatorPlugins
+from exporter.methods.variator import Plugins, VariatorEncoder
 
 
 class Students(nn.Module):
     """The backbone and one student per ratio, which share all of it but their plugins."""
 
-    def __init__(self, backbone: Backbone, plugins: Mapping[int, VariatorPlugins]) -> None:
+    def __init__(self, backbone: Backbone, plugins: Mapping[int, Plugins]) -> None:
         super().__init__()
         self.teacher = VariatorEncoder(backbone)
         self.plugins = nn.ModuleDict({str(ratio): one for ratio, one in plugins.items()})
@@ -45,7 +45,7 @@ class Students(nn.Module):
         return teacher, students
 
 
-def _student(backbone: Backbone, plugins: VariatorPlugins) -> VariatorEncoder:
+def _student(backbone: Backbone, plugins: Plugins) -> VariatorEncoder:
     student = VariatorEncoder(backbone)
     student.attach(plugins)
     return student

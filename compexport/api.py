@@ -44,7 +44,7 @@ class Fit:
 
     ``batch_size`` in texts per step, of all processes together; ``max_length`` in tokens. ``epochs`` and ``steps``
     exclude each other. Plugins only: ``loss``; ``separately``, one ratio after the other; ``fresh``, not from plugins
-    that are there already; ``start``, from those of another folder.
+    that are there already; ``start``, from those of another folder; ``span``, merging once before this layer (from 1).
     """
 
     steps: int | None = None
@@ -59,6 +59,7 @@ class Fit:
     separately: bool = False
     fresh: bool = False
     start: str | Path | None = None
+    span: int | None = None
 
 
 @dataclass(frozen=True)

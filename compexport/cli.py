@@ -124,6 +124,12 @@ def train(
     separately: Annotated[
         bool, typer.Option("--separately", help="Fit one ratio after the other, not all together.")
     ] = False,
+    span: Annotated[
+        int | None,
+        typer.Option(
+            metavar="LAYER", min=1, help="For classifiers: merge once, before this layer (from 1), to the end."
+        ),
+    ] = None,
     start: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Start from the plugins of this folder [default: MODEL's].")
     ] = None,
@@ -166,6 +172,7 @@ def train(
         ratio = None if _from_file(context, "ratio") else ratio
         loss = "hidden" if _from_file(context, "loss") else loss
         start = None if _from_file(context, "start") else start
+        span = None if _from_file(context, "span") else span
         fresh, separately = (given and not _from_file(context, name) for name, given in
                              (("fresh", fresh), ("separately", separately)))  # fmt: skip
     fit = api.Fit(
@@ -179,6 +186,7 @@ def train(
         max_length=max_length,
         precision=precision,
         separately=separately,
+        span=span,
         fresh=fresh,
         start=start,
     )

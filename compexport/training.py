@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from calib.settings import FitSettings
     from calib.unfinished import Unfinished
     from exporter.backbone import Backbone
-    from exporter.methods.variator import VariatorPlugins
+    from exporter.methods.variator import Plugins
 
 TRAININGS = (*METHODS, "finetune")
 LOSSES: tuple[Literal["hidden", "task", "task-hidden"], ...] = ("hidden", "task", "task-hidden")
@@ -98,8 +98,8 @@ def finetune(
     from calib import finetune as tuning
     from calib import learners, processes, unfinished
 
-    if fit.separately or fit.fresh or fit.start is not None or fit.loss != "hidden":
-        wrong = "--loss, --separately, --fresh, --start"
+    if fit.separately or fit.fresh or fit.start is not None or fit.span is not None or fit.loss != "hidden":
+        wrong = "--loss, --separately, --fresh, --start, --span"
         raise InputError(describe("fine-tuning has no plugins", got=f"one of {wrong}", expected="the method variator"))
     tuning.require_place(Path(output), Path(model))
     chosen: dict[str, Any] = {"epochs": fit.epochs} if fit.epochs is not None else {}
@@ -159,7 +159,7 @@ def _kept(
     examples: Examples,
     ratios: Sequence[int],
     fit: Fit,
-    start: Mapping[int, VariatorPlugins],
+    start: Mapping[int, Plugins],
     settings: FitSettings,
 ) -> Iterator[Unfinished | None]:
     """Where a fit is kept until it is written; None where nobody wants to go on with it."""
@@ -188,7 +188,7 @@ def _fit_settings(fit: Fit, rows: int, pad: Literal["masked", "official"]) -> Fi
     from calib.fit import held_out_rows
     from calib.settings import FitSettings
 
-    settings = FitSettings(loss=choice("loss", fit.loss, LOSSES), pad=pad, **_given(fit)).checked()
+    settings = FitSettings(loss=choice("loss", fit.loss, LOSSES), pad=pad, span=fit.span, **_given(fit)).checked()
     steps = _steps(fit)
     if fit.epochs is not None:
         trained = rows - len(held_out_rows(rows))
@@ -215,10 +215,10 @@ def _steps(fit: Fit) -> int | None:
 
 def _starting_plugins(
     backbone: Backbone, ratios: Sequence[int], fit: Fit
-) -> tuple[dict[int, VariatorPlugins], Literal["masked", "official"]]:
+) -> tuple[dict[int, Plugins], Literal["masked", "official"]]:
     """Plugins by ratio from which a fit goes on, and how they treat padding: the model's own, or another folder's."""
     from exporter.checkpoint import find_checkpoint
-    from exporter.methods.variator import VariatorPlugins
+    from exporter.methods.variator import plugins_from_tensors
 
     if fit.fresh and fit.start is not None:
         raise InputError(describe("both --fresh and --start were given", expected="one of them"))
@@ -239,11 +239,25 @@ def _starting_plugins(
         if ratio not in missing:
             origin = str(checkpoint.folder / checkpoint.files[ratio])
             tensors = checkpoint.load(ratio)
-            found[ratio] = VariatorPlugins.from_tensors(tensors, backbone.hidden_size, backbone.num_layers, pad, origin)
+            found[ratio] = plugins_from_tensors(tensors, backbone, pad, origin)
+            _require_form(found[ratio], fit.span, origin)
     return found, pad
 
 
-def _tensors_sha256(plugins: VariatorPlugins) -> str:
+def _require_form(plugins: Plugins, span: int | None, origin: str) -> None:
+    """InputError for a fit that would begin with plugins of the other form, or of another span."""
+    from exporter.methods.span import SpanPlugins
+
+    there = plugins.first + 1 if isinstance(plugins, SpanPlugins) else None
+    if there != span:
+        names = [
+            "plugins around every feed-forward network" if one is None else f"--span {one}" for one in (there, span)
+        ]
+        hint = "use --fresh, or the same --span"
+        raise InputError(describe(f"{origin}: other plugins", got=names[0], expected=names[1], hint=hint))
+
+
+def _tensors_sha256(plugins: Plugins) -> str:
     import hashlib
 
     from safetensors.torch import save

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal
+from typing import Any, ClassVar, Final, Literal
 
 from pydantic import (
     BaseModel,
@@ -51,6 +51,17 @@ class Record(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    # Written only where they say something, so that manifests that do not need them stay readable by older versions.
+    later_fields: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        document: dict[str, Any] = handler(self)
+        for name in self.later_fields:
+            if getattr(self, name) == type(self).model_fields[name].default:
+                document.pop(name, None)
+        return document
+
 
 class FileEntry(Record):
     """Size and content hash of one file; the key in ``Manifest.files`` is its path in the bundle."""
@@ -78,19 +89,30 @@ class Parity(Record):
 class Cost(Record):
     """Multiply-accumulates of one sequence of S tokens, padding included:
 
-    ``fixed + per_token * S + per_group * ceil(S / group) + per_pair * S * S``
+    ``fixed + per_token * S + per_group * m + per_pair * S * S + per_group_pair * m * m`` with the number of groups
+    ``m = alone + ceil((S - alone) / group)``: the first ``alone`` tokens are a group each.
     """
+
+    later_fields: ClassVar[tuple[str, ...]] = ("alone", "per_group_pair")
 
     fixed: int = 0
     per_token: int = 0
     per_group: int = 0
     group: int = Field(default=1, ge=1)
+    alone: int = Field(default=0, ge=0)
     per_pair: int = 0
+    per_group_pair: int = 0
 
     def macs(self, length: int) -> int:
         """MACs of one sequence of ``length`` tokens."""
-        groups = -(-length // self.group)
-        return self.fixed + self.per_token * length + self.per_group * groups + self.per_pair * length * length
+        groups = self.alone - (self.alone - length) // self.group
+        return (
+            self.fixed
+            + self.per_token * length
+            + self.per_group * groups
+            + self.per_pair * length * length
+            + self.per_group_pair * groups * groups
+        )
 
 
 class Graph(Record):
@@ -111,6 +133,8 @@ class Variant(Record):
     Without ``exits`` the role is "encoder". With them: "segment-0", "segment-1", …, one per entry of ``exits``, to be
     run one after the other; "all-exits", every layer's at once; "prefix-6" for those exits that were asked for alone.
     """
+
+    later_fields: ClassVar[tuple[str, ...]] = ("exits",)
 
     method: str
     ratio: float = Field(ge=1)
@@ -138,14 +162,6 @@ class Variant(Record):
         if ALL_EXITS not in self.graphs:
             raise ValueError(f"graphs: a variant with exits has the role {ALL_EXITS}")
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """``exits`` is written where there are some: manifests of other methods stay readable by older versions."""
-        document: dict[str, Any] = handler(self)
-        if document.get("exits", ...) is None:
-            del document["exits"]
-        return document
 
 
 class Engine(Record):
@@ -205,6 +221,8 @@ class Backbone(Record):
 class Manifest(Record):
     """The whole of ``manifest.json``."""
 
+    later_fields: ClassVar[tuple[str, ...]] = ("label_words",)
+
     format: Literal[1] = FORMAT
     backbone: Backbone
     method: str
@@ -237,14 +255,6 @@ class Manifest(Record):
             if variant.exits is not None and variant.exits[-1] != self.backbone.layers:
                 raise ValueError(f"{name}: the last of exits {variant.exits} is not the last layer")
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """``label_words`` is written for its task only: manifests of other tasks stay readable by older versions."""
-        document: dict[str, Any] = handler(self)
-        if document.get("label_words", ...) is None:
-            del document["label_words"]
-        return document
 
 
 if __name__ == "__main__":

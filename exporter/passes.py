@@ -28,12 +28,20 @@ def bind_ratio(template: onnx.ModelProto, ratio: int, tensors: Mapping[str, np.n
     if unbound:
         raise ValueError(f"no tensors for {sorted(unbound)}")
     model = _structure(template)
+    _take_initializers(model, template, tensors)
+    return with_bodies(model, ratio)
+
+
+def with_bodies(model: onnx.ModelProto, ratio: int) -> onnx.ModelProto:
+    """Give every custom operator its ``ratio``, and the model their function bodies.
+
+    In place. Requires that all of them have the same ratio.
+    """
     names = set()
     for node in model.graph.node:
         if node.domain == ops.DOMAIN:
             names.add(node.op_type)
             _set_attributes(node, ratio)
-    _take_initializers(model, template, tensors)
     model.functions.extend(ops.functions(sorted(names)))
     return model
 

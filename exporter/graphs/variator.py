@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,7 +18,8 @@ from exporter import parity, passes, trace
 from exporter.backbone import Backbone, load_backbone
 from exporter.graphs.family import REPORTED_LENGTH, Family, Run
 from exporter.methods import variator
-from exporter.methods.variator import VariatorModel, VariatorPlugins
+from exporter.methods.span import SpanPlugins
+from exporter.methods.variator import Plugins, VariatorModel, VariatorPlugins, plugins_from_tensors
 from exporter.plans import Plan, PlannedGraph
 from exporter.weights import WeightsFile
 
@@ -28,7 +30,7 @@ PLUGINS = "variator.plugins."
 class VariatorFamily(Family):
     """A backbone and the plugins of every ratio of a plan."""
 
-    def __init__(self, plan: Plan, backbone: Backbone, plugins: Mapping[float, VariatorPlugins]) -> None:
+    def __init__(self, plan: Plan, backbone: Backbone, plugins: Mapping[float, Plugins]) -> None:
         super().__init__(plan, backbone)
         self.plugins = plugins
         self._model = VariatorModel(backbone).eval()
@@ -45,6 +47,8 @@ class VariatorFamily(Family):
         if graph.ratio == 1:
             return passes.without_merging(self._masked_template)
         plugins = self.plugins[graph.ratio]
+        if isinstance(plugins, SpanPlugins):
+            return passes.with_bodies(self._traced(plugins), plugins.ratio)
         tensors = {f"{PLUGINS}{name}": t.numpy() for name, t in plugins.state_dict().items()}
         # "official" plugins pad the whole input to their ratio, outside the operators: they need a trace each.
         template = self._masked_template if plugins.pad == "masked" else self._template(plugins.ratio, plugins.pad)
@@ -63,8 +67,12 @@ class VariatorFamily(Family):
         with torch.no_grad():
             for parameter in plugins.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        return self._traced(plugins)
+
+    def _traced(self, plugins: Plugins) -> onnx.ModelProto:
         self._model.variator.attach(plugins.eval())
-        template = trace.onnx_from_module(self._model, backbone.input_names, variator.output_names(backbone))
+        names = variator.output_names(self.backbone)
+        template = trace.onnx_from_module(self._model, self.backbone.input_names, names)
         self._model.variator.detach()
         return passes.with_divisions(passes.with_constant_lookups(template))
 
@@ -97,7 +105,6 @@ class VariatorFamily(Family):
         plugins = self.plugins.get(ratio)
         extra = plugins.params if plugins else 0
         full = variator.cost(self.backbone, None).macs(REPORTED_LENGTH)
-        settings = {"pad": plugins.pad, "width": plugins.width, "k": plugins.ratio} if plugins else {}
         return Variant(
             method=self.plan.method,
             ratio=ratio,
@@ -107,20 +114,23 @@ class VariatorFamily(Family):
             extra_params=extra,
             flops_ratio=full / variator.cost(self.backbone, plugins).macs(REPORTED_LENGTH),
             untrained=ratio != 1 and not self.plan.trained(ratio),
-            settings=settings,
+            settings=_settings(plugins),
         )
 
 
-def _plugins(plan: Plan, backbone: Backbone, ratio: int) -> VariatorPlugins:
+def _settings(plugins: Plugins | None) -> dict[str, Any]:
+    if plugins is None:
+        return {}
+    if isinstance(plugins, SpanPlugins):
+        return {"pad": plugins.pad, "rank": plugins.rank, "k": plugins.ratio, "span": plugins.first + 1}
+    return {"pad": plugins.pad, "width": plugins.width, "k": plugins.ratio}
+
+
+def _plugins(plan: Plan, backbone: Backbone, ratio: int) -> Plugins:
     checkpoint = plan.checkpoint
     if checkpoint is not None and plan.trained(ratio):
-        plugins = VariatorPlugins.from_tensors(
-            checkpoint.load(ratio),
-            backbone.hidden_size,
-            backbone.num_layers,
-            "official" if checkpoint.pad == "official" else "masked",
-            f"{checkpoint.folder}, ratio {ratio}",
-        )
+        pad: variator.PadMode = "official" if checkpoint.pad == "official" else "masked"
+        plugins = plugins_from_tensors(checkpoint.load(ratio), backbone, pad, f"{checkpoint.folder}, ratio {ratio}")
         if plugins.ratio != ratio:
             raise InputError(
                 describe(f"{checkpoint.folder}: plugins of ratio {ratio}", got=f"tensors of ratio {plugins.ratio}")
@@ -133,7 +143,7 @@ def _plugins(plan: Plan, backbone: Backbone, ratio: int) -> VariatorPlugins:
         ).eval()
 
 
-def _eager(model: VariatorModel, plugins: VariatorPlugins | None, feed: parity.Arrays) -> list[np.ndarray]:
+def _eager(model: VariatorModel, plugins: Plugins | None, feed: parity.Arrays) -> list[np.ndarray]:
     tensors = {name: torch.from_numpy(array) for name, array in feed.items()}
     with torch.inference_mode():
         if plugins is None:

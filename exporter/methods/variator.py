@@ -18,6 +18,7 @@ from compexport.errors import InputError, describe
 from engines.manifest import Cost
 from exporter import ops
 from exporter.backbone import Backbone
+from exporter.methods.span import SpanPlugins, linears
 
 # "masked": padding never reaches a real token. "official": as the published code, pad tokens are merged like any other;
 # only on hosts that plugins were published for does it include the published row mask of the attention.
@@ -100,6 +101,16 @@ class VariatorPlugins(nn.Module):
         return plugins.eval()
 
 
+Plugins = VariatorPlugins | SpanPlugins
+
+
+def plugins_from_tensors(tensors: dict[str, Tensor], backbone: Backbone, pad: PadMode, origin: str) -> Plugins:
+    """The plugins of either form that the stored tensors are; InputError where they fit neither, or not this model."""
+    if any(name.startswith("low_rank.") for name in tensors):
+        return SpanPlugins.from_tensors(tensors, backbone, origin)
+    return VariatorPlugins.from_tensors(tensors, backbone.hidden_size, backbone.num_layers, pad, origin)
+
+
 def default_width(backbone: Backbone, ratio: int) -> int:
     """The largest adapter width r <= 64 with which the plugins add at most 1 % to the backbone's parameters.
 
@@ -127,7 +138,7 @@ class VariatorEncoder(nn.Module):
 
     It runs the backbone's own submodules in its own ``forward``, so attaching plugins changes nothing in the
     backbone. With plugins, the second half of a layer is ``finish(h + split(feed_forward(merge(x)), x))`` with
-    ``x = enter(h)``.
+    ``x = enter(h)``. With those of a span, hidden states from its first layer on are [B,m,H].
     """
 
     position_buckets: Tensor | None
@@ -136,12 +147,15 @@ class VariatorEncoder(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.encoder = backbone.encoder
-        self.plugins: VariatorPlugins | None = None
+        self.plugins: Plugins | None = None
+        self.updated = nn.ModuleDict()
         self.register_buffer("position_buckets", backbone.host.position_buckets(self.encoder), persistent=False)
 
-    def attach(self, plugins: VariatorPlugins) -> None:
+    def attach(self, plugins: Plugins) -> None:
         """Use ``plugins`` from the next call on; InputError if they have another number of layers."""
-        if len(plugins.mux_layer) != self.backbone.num_layers:
+        if isinstance(plugins, SpanPlugins):
+            self.updated = plugins.updated(self.backbone.layers)
+        elif len(plugins.mux_layer) != self.backbone.num_layers:
             raise InputError(
                 describe(
                     "plugins do not fit", got=f"{len(plugins.mux_layer)} layers", expected=self.backbone.num_layers
@@ -151,7 +165,7 @@ class VariatorEncoder(nn.Module):
 
     def detach(self) -> None:
         """Run as the plain backbone again."""
-        self.plugins = None
+        self.plugins, self.updated = None, nn.ModuleDict()
 
     def embed(self, input_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         """Ids [B,S] -> [B,S,H]."""
@@ -163,12 +177,12 @@ class VariatorEncoder(nn.Module):
 
     def run_layer(self, index: int, h: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
         """One encoder layer, [B,S,H] -> [B,S,H]; bias as :meth:`attention_bias` makes it from mask [B,S]."""
-        host, layer = self.backbone.host, self.backbone.layers[index]
+        host, layer = self.backbone.host, self._layer(index)
         attended = host.attend(layer, h, bias)
         if self._pads and host.skips_padded_rows:
             attended = torch.where(mask.unsqueeze(-1) > 0, attended, h)
         x = host.enter(layer, attended)
-        if self.plugins is None:
+        if not isinstance(self.plugins, VariatorPlugins):
             return host.finish(layer, attended + host.feed_forward(layer, x))
         plugin = self.plugins.mux_layer[index]
         assert isinstance(plugin, LayerPlugin)
@@ -191,11 +205,17 @@ class VariatorEncoder(nn.Module):
         bias = self.attention_bias(mask)
         states = [h]
         for index in range(self.backbone.num_layers):
+            if isinstance(self.plugins, SpanPlugins) and index == self.plugins.first:
+                h, mask = self.plugins.merge(h, mask)
+                bias = self.attention_bias(mask)
             h = self.run_layer(index, h, bias, mask)
             states.append(h)
         states[-1] = self.backbone.host.close(self.encoder, h)
         states = [state[:, :length] for state in states] if self._pads else states
         return EncoderOutput(states[-1], tuple(states) if keep_states else ())
+
+    def _layer(self, index: int) -> nn.Module:
+        return self.updated[str(index)] if str(index) in self.updated else self.backbone.layers[index]
 
     @property
     def _pads(self) -> bool:
@@ -276,13 +296,15 @@ def pool(h: Tensor, attention_mask: Tensor, backbone: Backbone) -> Tensor:
     return nn.functional.normalize(pooled, dim=-1) if backbone.pooling.normalize else pooled
 
 
-def cost(backbone: Backbone, plugins: VariatorPlugins | None) -> Cost:
+def cost(backbone: Backbone, plugins: Plugins | None) -> Cost:
     """MACs of one sequence, encoder and task head; embedding look-ups count 0 (methods.md 1d and 5)."""
     hidden, layers = backbone.hidden_size, backbone.num_layers
     attention, ffn, per_pair = _layer_macs(backbone)
     head_fixed, head_token = _head_macs(backbone)
     if plugins is None:
         return Cost(fixed=head_fixed, per_token=layers * (attention + ffn) + head_token, per_pair=layers * per_pair)
+    if isinstance(plugins, SpanPlugins):
+        return _span_cost(backbone, plugins)
     ratio, width = plugins.ratio, plugins.width
     # Mixer: k logits of k*H each, and the weighted sum of k vectors. Adapter: the token half of its input per token;
     # the group half of it, and its output for all k slots, per group.
@@ -294,6 +316,28 @@ def cost(backbone: Backbone, plugins: VariatorPlugins | None) -> Cost:
         per_group=layers * per_group,
         group=ratio,
         per_pair=layers * per_pair,
+    )
+
+
+def _span_cost(backbone: Backbone, plugins: SpanPlugins) -> Cost:
+    """Whole layers before the span; in it all products, those of the updates too, once for every group."""
+    attention, ffn, per_pair = _layer_macs(backbone)
+    head_fixed, head_token = _head_macs(backbone)
+    first, inside = plugins.first, backbone.num_layers - plugins.first
+    updates = sum(
+        plugins.rank * (linear.in_features + linear.out_features)
+        for layer in backbone.layers[first:]
+        for _, linear in linears(layer)
+    )
+    mixer = plugins.ratio * plugins.ratio * backbone.hidden_size + plugins.ratio * backbone.hidden_size
+    return Cost(
+        fixed=head_fixed,
+        per_token=first * (attention + ffn) + head_token,
+        per_group=inside * (attention + ffn) + updates + mixer,
+        group=plugins.ratio,
+        alone=1,
+        per_pair=first * per_pair,
+        per_group_pair=inside * per_pair,
     )
 
 
