@@ -78,7 +78,7 @@ def measure(task: str, data: Path, work: Path) -> dict[str, Any]:
     model, fitted, bundle = work / "model", work / "fitted", work / "bundle"
     tuned = _once(
         work / "finetune.json",
-        recipe,
+        {"rows": recipe.rows, "finetune": asdict(recipe.finetune)},
         lambda: training.train(
             get_model_path(),
             data,
@@ -91,7 +91,7 @@ def measure(task: str, data: Path, work: Path) -> dict[str, Any]:
     )
     trained = _once(
         work / "train.json",
-        recipe,
+        {"rows": recipe.rows, "fit": asdict(recipe.fit), "finetuned": tuned},
         lambda: training.train(
             model,
             data,
@@ -147,16 +147,16 @@ def _rows(
     ]
 
 
-def _once(record: Path, recipe: Recipe, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What ``work`` returns, or what it returned in an earlier run of the same recipe."""
-    wanted = json.loads(json.dumps(asdict(recipe)))
+def _once(record: Path, made_from: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``work`` returns, or what it returned in an earlier run that was given the same."""
+    wanted = json.loads(json.dumps(made_from))
     if record.exists():
         kept: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
-        if kept["recipe"] != wanted:
-            raise SystemExit(f"{record}: made by another recipe; remove {record.parent} and run again")
+        if kept["made_from"] != wanted:
+            raise SystemExit(f"{record}: made by another recipe; remove it with what it stands for, and run again")
         return dict(kept["document"])
     document = work()
-    save(record, {"recipe": wanted, "document": document})
+    save(record, {"made_from": wanted, "document": document})
     return document
 
 
