@@ -15,6 +15,7 @@ from safetensors.torch import save
 from exporter import family, trace
 from exporter.backbone import Backbone, load_backbone
 from exporter.checkpoint import save_checkpoint
+from exporter.methods.span import SpanPlugins
 from exporter.methods.variator import VariatorModel, VariatorPlugins
 
 RATIOS = (2, 4)
@@ -50,7 +51,8 @@ def _identity(module: Any) -> tuple[Any, ...]:
     if isinstance(module, VariatorModel):
         plugins = module.variator.plugins
         assert plugins is not None
-        return module.backbone.sha256, module.backbone.task, plugins.pad, plugins.ratio
+        bound = hashlib.sha256(save(plugins.state_dict())).hexdigest() if isinstance(plugins, SpanPlugins) else ""
+        return module.backbone.sha256, module.backbone.task, plugins.pad, plugins.ratio, bound
     return type(module).__name__, hashlib.sha256(save(module.state_dict())).hexdigest()
 
 
@@ -144,4 +146,4 @@ def built(
 def template(built: Callable[..., Path], backbone: Callable[..., Backbone], trace_memory: Traces) -> onnx.ModelProto:
     """The trace of tiny-bert from which its bundle's graphs were bound. Do not change it."""
     built("tiny-bert")
-    return trace_memory.made[backbone().sha256, "feature-extraction", "masked", 2]
+    return trace_memory.made[backbone().sha256, "feature-extraction", "masked", 2, ""]
