@@ -125,6 +125,7 @@ def measure(task: str, data: Path, work: Path, start: Path | None = None, span: 
         "task": task,
         "form": form,
         "words": recipe.words,
+        "length": recipe.length,
         "recipe": {"finetune": asdict(recipe.finetune), "fit": {**asdict(fit), "start": _record(start)}},
         "finetune": _without_paths(tuned),
         "train": _without_paths(trained),

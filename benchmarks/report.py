@@ -199,40 +199,47 @@ def _fitted_long() -> bool:
     return (RESULTS / "fit_minilm.json").exists()
 
 
+def _task_results() -> list[dict[str, Any]]:
+    """The records of the tasks that were measured, each with plugins around every FFN, then with spans."""
+    names = [f"quality_{task}{form}" for task in TASKS for form in ("", "_span")]
+    return [load(name) for name in names if (RESULTS / f"{name}.json").exists()]
+
+
+FORMS = {"ffn": "around each FFN", "span": "span"}
+
+
 def tasks_table() -> list[str]:
-    """One row per task and ratio, of the tasks that were measured."""
-    rows = []
-    for task in TASKS:
-        if not (RESULTS / f"quality_{task}.json").exists():
-            continue
-        result = load(f"quality_{task}")
-        rows += [
-            (
-                f"{task}, {result['recipe']['length']} tokens",
-                f"{row['ratio']:g}",
-                f"{row['value']:.3f}",
-                f"{row['relative_drop']:+.1%}",
-                f"{row['extra_params_share']:.2%}",
-                f"{row['ideal']:.2f}",
-                f"{row['speedup']:.2f}",
-            )
-            for row in result["rows"]
-        ]
-    header = ["task", "ratio", "accuracy", "relative drop", "extra parameters", "FLOPs ceiling", "measured speed-up"]
-    return table(header, rows)
+    """One row per task, form and ratio."""
+    rows = [
+        (
+            f"{result['task']}, {result['length']} tokens",
+            FORMS[result["form"]],
+            f"{row['ratio']:g}",
+            f"{row['value']:.3f}",
+            f"{row['relative_drop']:+.1%}",
+            f"{row['extra_params_share']:.2%}",
+            f"{row['ideal']:.2f}",
+            f"{row['speedup']:.2f}",
+        )
+        for result in _task_results()
+        for row in result["rows"]
+        if row["ratio"] != 1 or result["form"] == "ffn"
+    ]
+    header = ["task", "merging", "ratio", "accuracy", "relative drop", "extra parameters"]
+    return table([*header, "FLOPs ceiling", "measured speed-up"], rows)
 
 
 def tasks_notes() -> list[str]:
     """How each task was learnt."""
     notes = []
-    for task in TASKS:
-        if (RESULTS / f"quality_{task}.json").exists():
-            result = load(f"quality_{task}")
-            tuned, fitted = result["finetune"], result["train"]
-            notes.append(
-                f"- {task}: fine-tuned on {result['recipe']['rows']} rows ({tuned['steps']} steps), plugins fitted in "
-                f"{fitted['steps']} steps ({fitted['seconds'] / 60:.0f} minutes), {result['n']} dev rows."
-            )
+    for result in _task_results():
+        tuned, fitted, start = result["finetune"], result["train"], result["recipe"]["fit"]["start"]
+        rows = f"{tuned['texts']} rows" + (f" of at least {result['words']} words" if result["words"] else "")
+        began = f", which began with plugins pre-trained in {start['steps']} steps on plain text" if start else ""
+        notes.append(
+            f"- {result['task']}, {FORMS[result['form']]}: fine-tuned on {rows} ({tuned['steps']} steps), fitted on them in "
+            f"{fitted['steps']} steps ({fitted['seconds'] / 60:.0f} minutes){began}; {result['n']} dev rows."
+        )
     return notes
 
 
