@@ -34,7 +34,7 @@ SPAN = 3  # the layer before which spans merge
 class Recipe:
     """How a task is learnt, on two cores in minutes.
 
-    ``length`` in tokens, of training and of the timed requests. ``words``: shorter training rows are left out.
+    ``length`` in tokens, of training and of the timed requests. ``words``: what plugins are fitted on has as many.
     """
 
     length: int
@@ -90,11 +90,10 @@ def measure(task: str, data: Path, work: Path, start: Path | None = None, span: 
     form = "span" if span else "ffn"
     fit = recipe.span if span else replace(recipe.fit, start=start)
     work.mkdir(parents=True, exist_ok=True)
-    data = _with_words(data, work / "data", recipe.words) if recipe.words else data
     model, fitted, bundle = work / "model", work / f"fitted-{form}", work / f"bundle-{form}"
     tuned = _once(
         work / "finetune.json",
-        {"words": recipe.words, "finetune": asdict(recipe.finetune)},
+        asdict(recipe.finetune),
         lambda: training.train(
             get_model_path(),
             data,
@@ -106,10 +105,10 @@ def measure(task: str, data: Path, work: Path, start: Path | None = None, span: 
     )
     trained = _once(
         work / f"train-{form}.json",
-        {"fit": {**asdict(fit), "start": str(start)}, "finetuned": tuned},
+        {"words": recipe.words, "fit": {**asdict(fit), "start": str(start)}, "finetuned": tuned},
         lambda: training.train(
             model,
-            data,
+            _with_words(data, work / "data", recipe.words) if recipe.words else data,
             ratios=RATIOS,
             output=fitted,
             fit=fit,

@@ -234,11 +234,12 @@ def tasks_notes() -> list[str]:
     notes = []
     for result in _task_results():
         tuned, fitted, start = result["finetune"], result["train"], result["recipe"]["fit"]["start"]
-        rows = f"{tuned['texts']} rows" + (f" of at least {result['words']} words" if result["words"] else "")
+        rows = f"{fitted['texts']}" + (f" of at least {result['words']} words" if result["words"] else "")
         began = f", which began with plugins pre-trained in {start['steps']} steps on plain text" if start else ""
         notes.append(
-            f"- {result['task']}, {FORMS[result['form']]}: fine-tuned on {rows} ({tuned['steps']} steps), fitted on them in "
-            f"{fitted['steps']} steps ({fitted['seconds'] / 60:.0f} minutes){began}; {result['n']} dev rows."
+            f"- {result['task']}, {FORMS[result['form']]}: fine-tuned on {tuned['texts']} rows ({tuned['steps']} steps), "
+            f"fitted on {rows} in {fitted['steps']} steps ({fitted['seconds'] / 60:.0f} minutes){began}; "
+            f"{result['n']} dev rows."
         )
     return notes
 
