@@ -237,8 +237,8 @@ def tasks_notes() -> list[str]:
         rows = f"{fitted['texts']}" + (f" of at least {result['words']} words" if result["words"] else "")
         began = f", which began with plugins pre-trained in {start['steps']} steps on plain text" if start else ""
         notes.append(
-            f"- {result['task']}, {FORMS[result['form']]}: fine-tuned on {tuned['texts']} rows ({tuned['steps']} steps), "
-            f"fitted on {rows} in {fitted['steps']} steps ({fitted['seconds'] / 60:.0f} minutes){began}; "
+            f"- {result['task']}, {FORMS[result['form']]}: fine-tuned on {tuned['texts']} rows ({tuned['steps']} "
+            f"steps), fitted on {rows} in {fitted['steps']} steps ({fitted['seconds'] / 60:.0f} minutes){began}; "
             f"{result['n']} dev rows."
         )
     return notes
