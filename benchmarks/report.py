@@ -201,11 +201,12 @@ def _fitted_long() -> bool:
 
 def _task_results() -> list[dict[str, Any]]:
     """The records of the tasks that were measured, each with plugins around every FFN, then with spans."""
-    names = [f"quality_{task}{form}" for task in TASKS for form in ("", "_span")]
-    return [load(name) for name in names if (RESULTS / f"{name}.json").exists()]
+    found = [path.stem for task in TASKS for path in sorted(RESULTS.glob(f"quality_{task}*.json"))]
+    return [load(name) for name in found]
 
 
-FORMS = {"ffn": "around each FFN", "span": "span"}
+def _merging(result: dict[str, Any]) -> str:
+    return f"once, before layer {result['span']}" if result["span"] else "around each FFN"
 
 
 def tasks_table() -> list[str]:
@@ -213,7 +214,7 @@ def tasks_table() -> list[str]:
     rows = [
         (
             f"{result['task']}, {result['length']} tokens",
-            FORMS[result["form"]],
+            _merging(result),
             f"{row['ratio']:g}",
             f"{row['value']:.3f}",
             f"{row['relative_drop']:+.1%}",
@@ -223,7 +224,7 @@ def tasks_table() -> list[str]:
         )
         for result in _task_results()
         for row in result["rows"]
-        if row["ratio"] != 1 or result["form"] == "ffn"
+        if row["ratio"] != 1 or not result["span"]
     ]
     header = ["task", "merging", "ratio", "accuracy", "relative drop", "extra parameters"]
     return table([*header, "FLOPs ceiling", "measured speed-up"], rows)
@@ -237,7 +238,7 @@ def tasks_notes() -> list[str]:
         rows = f"{fitted['texts']}" + (f" of at least {result['words']} words" if result["words"] else "")
         began = f", which began with plugins pre-trained in {start['steps']} steps on plain text" if start else ""
         notes.append(
-            f"- {result['task']}, {FORMS[result['form']]}: fine-tuned on {tuned['texts']} rows ({tuned['steps']} "
+            f"- {result['task']}, {_merging(result)}: fine-tuned on {tuned['texts']} rows ({tuned['steps']} "
             f"steps), fitted on {rows} in {fitted['steps']} steps ({fitted['seconds'] / 60:.0f} minutes){began}; "
             f"{result['n']} dev rows."
         )
