@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     )
     from compexport.training import train
     from engines.bundle import Bundle
-    from engines.runtime import Result, Runtime
+    from engines.results import Result
+    from engines.runtime import Runtime
     from engines.selector import Decision
 
 __version__ = "0.1.0"
@@ -81,7 +82,7 @@ _HOMES = {
     "train": "compexport.training",
     "Bundle": "engines.bundle",
     "Decision": "engines.selector",
-    "Result": "engines.runtime",
+    "Result": "engines.results",
     "Runtime": "engines.runtime",
 }
 
