@@ -212,24 +212,29 @@ def build_document(
     from engines import backends
     from exporter import family
     from exporter.checkpoint import find_checkpoint
+    from exporter.plans import PLANS
 
-    choice("method", method or METHODS[0], METHODS)
+    if method is not None:
+        choice("method", method, tuple(PLANS))
     arithmetic = choice("precision", precision, PRECISIONS)
-    wanted = whole_ratios(ratios) if ratios is not None else None
+    checkpoint = find_checkpoint(model, method)
+    planned = PLANS[method or (checkpoint.method if checkpoint is not None else family.DEFAULT_METHOD)]
+    there = checkpoint.ratios if checkpoint is not None else []
+    if ratios is None:
+        wanted = there or list(DEFAULT_RATIOS)
+    else:
+        wanted = [*whole_ratios(ratios)] if planned.whole_ratios else checked_ratios(ratios)
     _require_free(output)
     backends.load(backend)
-    checkpoint = find_checkpoint(model)
-    there = checkpoint.ratios if checkpoint is not None else []
-    if wanted is None:
-        wanted = there or list(DEFAULT_RATIOS)
     missing = [ratio for ratio in wanted if ratio not in there]
-    if missing and data is not None and not untrained:
+    if missing and data is not None and not untrained and planned.method == METHODS[0]:
         texts = read_examples(data, "train", columns, progress)
-        training.fit_texts(model, texts, ratios=missing, output=model, fit=fit, progress=progress)
+        training.fit_texts(model, texts, ratios=whole_ratios(missing), output=model, fit=fit, progress=progress)
     report = family.build(
         model,
         wanted,
         output,
+        method=planned.method,
         backend=backend,
         precision=arithmetic,
         untrained=untrained,
@@ -375,16 +380,24 @@ def _runtime(bundle: str | Path, device: Device) -> Runtime:
 
 def whole_ratios(ratios: Sequence[float]) -> list[int]:
     """Ratios of a method that groups whole tokens, checked; 1, the backbone, is always built and may be left out."""
-    checked: list[int] = []
     for ratio in ratios:
         if not math.isfinite(ratio) or ratio != int(ratio):
             raise InputError(describe("--ratio must be whole for variator", got=f"{ratio:g}", expected="like 2,4,8"))
-        if ratio < 1:
+    return [int(ratio) for ratio in checked_ratios(ratios) if ratio != 1]
+
+
+def checked_ratios(ratios: Sequence[float]) -> list[float]:
+    """Ratios, checked; whole ones as int."""
+    from exporter.checkpoint import plain_ratio
+
+    checked: list[float] = []
+    for ratio in ratios:
+        if not (math.isfinite(ratio) and ratio >= 1):
             raise InputError(describe("--ratio is too small", got=f"{ratio:g}", expected="1 or more, like 2,4,8"))
-        if int(ratio) in checked:
+        if ratio in checked:
             raise InputError(describe("--ratio is there twice", got=f"{ratio:g}", expected="each ratio once"))
-        checked.append(int(ratio))
-    return [ratio for ratio in checked if ratio != 1]
+        checked.append(plain_ratio(ratio))
+    return checked
 
 
 def choice(what: str, got: str, choices: Sequence[Name]) -> Name:

@@ -6,7 +6,9 @@ Reading the description needs neither torch nor transformers; only the tensors t
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -23,8 +25,11 @@ from exporter.identity import backbone_sha256, file_sha256
 if TYPE_CHECKING:
     from torch import Tensor
 
+    Tensors = Mapping[str, Tensor]
+
 FORMAT = 1
 DESCRIPTION = "compexport.json"
+_TENSORS = re.compile(r"[a-z]+-r[0-9.]+\.safetensors")  # the files beside it, of whatever method
 
 
 class _Description(BaseModel):
@@ -33,33 +38,44 @@ class _Description(BaseModel):
     format: int
     method: str
     backbone_sha256: str
-    files: dict[int, str]
+    files: dict[str, str]
     settings: dict[str, Any] = {}
+
+
+def plain_ratio(ratio: float | str) -> float:
+    """A ratio as names and files write it: a whole one is an int, so that it has no ".0"; ValueError below 1."""
+    number = float(ratio)
+    if not (math.isfinite(number) and number >= 1):
+        raise ValueError(f"{ratio} is no ratio")
+    return int(number) if number == int(number) else number
 
 
 @dataclass(frozen=True)
 class MethodCheckpoint:
-    """The description found in a folder. ``settings``: pad mode, adapter widths, training record."""
+    """The description found in a folder. ``settings``: what the method says of its tensors, and the training record.
+
+    ``files`` by ratio, each a :func:`plain_ratio`.
+    """
 
     folder: Path
     method: str
     backbone_sha256: str
-    files: dict[int, str]
+    files: dict[float, str]
     settings: dict[str, Any]
 
     @property
-    def ratios(self) -> list[int]:
+    def ratios(self) -> list[float]:
         return sorted(self.files)
 
     @property
     def pad(self) -> str:
         return str(self.settings.get("pad", "masked"))
 
-    def sha256(self, ratio: int) -> str:
+    def sha256(self, ratio: float) -> str:
         """Content hash of the tensors of one ratio."""
         return file_sha256(self._path(ratio))
 
-    def load(self, ratio: int) -> dict[str, Tensor]:
+    def load(self, ratio: float) -> dict[str, Tensor]:
         """The tensors of one ratio; InputError names the file when it is missing or damaged."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -70,7 +86,7 @@ class MethodCheckpoint:
         except (OSError, SafetensorError) as error:
             raise InputError(describe(f"{path}: unreadable", got=error, expected="a safetensors file")) from error
 
-    def _path(self, ratio: int) -> Path:
+    def _path(self, ratio: float) -> Path:
         path = self.folder / self.files[ratio]
         if not path.is_file():
             raise InputError(
@@ -79,10 +95,11 @@ class MethodCheckpoint:
         return path
 
 
-def find_checkpoint(folder: str | Path) -> MethodCheckpoint | None:
+def find_checkpoint(folder: str | Path, method: str | None = None) -> MethodCheckpoint | None:
     """The method checkpoint in ``folder``, None if there is only a backbone.
 
-    InputError if ``compexport.json`` is unreadable, of a newer format, or belongs to other weights.
+    InputError if ``compexport.json`` is unreadable, of a newer format, or belongs to other weights, or to another
+    method than the one named.
     """
     folder = Path(folder)
     path = folder / DESCRIPTION
@@ -93,6 +110,7 @@ def find_checkpoint(folder: str | Path) -> MethodCheckpoint | None:
         version = raw["format"]
         if version == FORMAT:
             found = _Description.model_validate(raw)
+            files = {plain_ratio(ratio): name for ratio, name in found.files.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         got = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise InputError(describe(f"{path}: unreadable", got=got)) from error
@@ -105,7 +123,9 @@ def find_checkpoint(folder: str | Path) -> MethodCheckpoint | None:
         raise InputError(
             describe(f"{folder}: the plugins were fitted for other weights", hint="fit them again for this backbone")
         )
-    return MethodCheckpoint(folder, found.method, found.backbone_sha256, found.files, found.settings)
+    if method is not None and method != found.method:
+        raise InputError(describe(f"{folder}: a checkpoint of another method", got=found.method, expected=method))
+    return MethodCheckpoint(folder, found.method, found.backbone_sha256, files, found.settings)
 
 
 def save_checkpoint(
@@ -113,20 +133,21 @@ def save_checkpoint(
     backbone_folder: str | Path,
     method: str,
     settings: Mapping[str, Any],
-    plugins: Mapping[int, Mapping[str, Tensor]],
+    tensors: Mapping[float, Tensors] | Mapping[int, Tensors],
 ) -> MethodCheckpoint:
-    """Write backbone and plugins to ``folder``; the backbone's own files are copied untouched.
+    """Write the backbone, and the method's tensors of each ratio, to ``folder``; the backbone's files stay untouched.
 
     ``folder`` may be the backbone's own folder: then only the new files are added. Ratios that are there already are
-    kept unless given anew. A new folder appears whole or not at all; an existing folder that holds something else
-    raises InputError.
+    kept unless given anew, and so are their rows in settings that are tables by ratio. A new folder appears whole or
+    not at all; an existing folder that holds something else, or another method, raises InputError.
     """
     folder, backbone_folder = Path(folder), Path(backbone_folder)
+    by_ratio = {plain_ratio(ratio): found for ratio, found in tensors.items()}
     if not folder.exists() or not any(folder.iterdir()):
-        _create(folder, backbone_folder, method, settings, plugins)
+        _create(folder, backbone_folder, method, settings, by_ratio)
     else:
         _require_same_backbone(folder, backbone_folder)
-        _write_plugins(folder, method, settings, plugins)
+        _write_tensors(folder, method, settings, by_ratio)
     found = find_checkpoint(folder)
     assert found is not None
     return found
@@ -147,13 +168,13 @@ def _create(
     backbone_folder: Path,
     method: str,
     settings: Mapping[str, Any],
-    plugins: Mapping[int, Mapping[str, Tensor]],
+    tensors: Mapping[float, Tensors],
 ) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
     try:
         _copy_model(backbone_folder, staging)
-        _write_plugins(staging, method, settings, plugins)
+        _write_tensors(staging, method, settings, tensors)
         staging.chmod(0o755)
         os.replace(staging, folder)
     except BaseException:
@@ -171,7 +192,8 @@ def _copy_model(source: Path, target: Path) -> None:
 
 
 def _no_part_of_a_model(name: str) -> bool:
-    return name == DESCRIPTION or name.startswith((".", "variator-r")) or name.endswith(".tmp")
+    ours = name == DESCRIPTION or _TENSORS.fullmatch(name) is not None
+    return ours or name.startswith(".") or name.endswith(".tmp")
 
 
 def _module_folders(source: Path) -> list[str]:
@@ -187,32 +209,40 @@ def _module_folders(source: Path) -> list[str]:
     return sorted((named & inside) | {path.parent.name for path in source.glob("*_Pooling/config.json")})
 
 
-def _write_plugins(
-    folder: Path, method: str, settings: Mapping[str, Any], plugins: Mapping[int, Mapping[str, Tensor]]
-) -> None:
+def _write_tensors(folder: Path, method: str, settings: Mapping[str, Any], tensors: Mapping[float, Tensors]) -> None:
     from safetensors.torch import save_file
 
-    previous = find_checkpoint(folder)
+    previous = find_checkpoint(folder, method)
     files = dict(previous.files) if previous else {}
-    kept = [ratio for ratio in files if ratio not in plugins]
+    kept = [ratio for ratio in files if ratio not in tensors]
     pad = settings.get("pad")
     if previous and kept and pad not in (None, previous.pad):
         hint = "use another folder, or fit all of them again"
         raise InputError(describe(f"{folder}: ratios {kept} have pad {previous.pad}", got=f"pad {pad}", hint=hint))
-    for ratio, tensors in plugins.items():
+    for ratio, found in tensors.items():
         name = f"{method}-r{ratio}.safetensors"
         with _replacing(folder / name) as partial:
-            save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, partial)
+            save_file({key: tensor.detach().contiguous() for key, tensor in found.items()}, partial)
         files[ratio] = name
     document = {
         "format": FORMAT,
         "method": method,
         "backbone_sha256": backbone_sha256(folder),
         "files": {str(ratio): files[ratio] for ratio in sorted(files)},
-        "settings": {**(previous.settings if previous else {}), **settings},
+        "settings": _merged(previous.settings if previous else {}, settings, {str(ratio) for ratio in files}),
     }
     with _replacing(folder / DESCRIPTION) as partial:
         partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def _merged(old: Mapping[str, Any], new: Mapping[str, Any], ratios: set[str]) -> dict[str, Any]:
+    """The new settings over the old ones; of tables by ratio, row by row."""
+    merged = {**old, **new}
+    for name, table in new.items():
+        before = old.get(name)
+        if isinstance(table, Mapping) and isinstance(before, Mapping) and {*table, *before} <= ratios:
+            merged[name] = {**before, **table}
+    return merged
 
 
 @contextmanager

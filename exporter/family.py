@@ -11,17 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compexport.errors import CompexportError, InputError, describe
+from compexport.errors import CompexportError
 from engines import backends
 from engines.bundle import Bundle, BundleWriter
 from engines.manifest import Engine, Graph, Manifest, Precision, Variant
-from exporter.checkpoint import MethodCheckpoint, find_checkpoint
-from exporter.identity import backbone_sha256, graph_key, label_words_sha256, library_versions
+from exporter.checkpoint import MethodCheckpoint, find_checkpoint, plain_ratio
+from exporter.identity import library_versions
+from exporter.plans import PLANS, Plan
 
 if TYPE_CHECKING:
-    from exporter.graphs import Family
+    from exporter.graphs.family import Family
 
-METHOD = "variator"
+DEFAULT_METHOD = "variator"
 WEIGHTS = "graphs/weights.bin"
 
 Progress = Callable[[str, float | None, float | None], None]
@@ -29,29 +30,6 @@ Progress = Callable[[str, float | None, float | None], None]
 
 def _silent(message: str, done: float | None = None, total: float | None = None) -> None:
     """The progress of callers that want none."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to build; everything here enters the graphs' keys."""
-
-    folder: Path
-    ratios: tuple[int, ...]
-    checkpoint: MethodCheckpoint | None
-    task: str | None = None
-    precision: Precision = "fp32"
-    untrained: bool = False
-    seed: int = 0
-
-    def trained(self, ratio: int) -> bool:
-        """Whether the checkpoint holds plugins for ``ratio``."""
-        return self.checkpoint is not None and ratio in self.checkpoint.ratios
-
-    def variant(self, ratio: int) -> str:
-        return f"{METHOD}-r{ratio}-{self.precision}"
-
-    def graph(self, ratio: int) -> str:
-        return f"r{ratio}"
 
 
 @dataclass
@@ -72,7 +50,7 @@ class BuildReport:
         }
 
     def _row(self, name: str, variant: Variant) -> dict[str, Any]:
-        graph = variant.graphs["encoder"]
+        graphs = [self.manifest.graphs[graph] for graph in variant.graphs.values()]
         return {
             "variant": name,
             "method": variant.method,
@@ -81,17 +59,18 @@ class BuildReport:
             "flops_ratio": variant.flops_ratio,
             "params": variant.params,
             "extra_params": variant.extra_params,
-            "parity_max_abs": self.manifest.graphs[graph].parity.max_abs,
+            "parity_max_abs": max(graph.parity.max_abs for graph in graphs),
             "untrained": variant.untrained,
-            "reused": graph in self.reused,
+            "reused": self.reused.issuperset(variant.graphs.values()),
         }
 
 
 def build(
     folder: str | Path,
-    ratios: Sequence[int],
+    ratios: Sequence[float],
     output: str | Path,
     *,
+    method: str | None = None,
     task: str | None = None,
     checkpoint: MethodCheckpoint | None = None,
     backend: str = "ort",
@@ -100,27 +79,32 @@ def build(
     seed: int = 0,
     command: str = "",
     progress: Progress = _silent,
+    **options: Any,
 ) -> BuildReport:
     """Build the backbone in ``folder`` and its ``ratios`` into the bundle ``output``.
 
-    Plugins come from ``checkpoint``, by default the one in ``folder``; ``untrained`` allows random ones, which the
-    manifest then says. Raises InputError for bad input and ParityError for a graph that differs from PyTorch; then
-    ``output`` is what it was before.
+    What is trained comes from ``checkpoint``, by default the one in ``folder``; ``untrained`` allows random tensors,
+    which the manifest then says. ``method`` is by default the checkpoint's; ``options`` are those of its plan. Raises
+    InputError for bad input and ParityError for a graph that differs from PyTorch; then ``output`` is what it was
+    before.
     """
     started = time.perf_counter()
     folder = Path(folder)
-    plan = Plan(
-        folder,
-        tuple(sorted({1, *ratios})),
-        checkpoint or (find_checkpoint(folder) if folder.is_dir() else None),
-        task,
-        precision,
-        untrained,
-        seed,
+    if checkpoint is None and folder.is_dir():
+        checkpoint = find_checkpoint(folder, method)
+    plan = PLANS[method or (checkpoint.method if checkpoint else DEFAULT_METHOD)](
+        folder=folder,
+        ratios=tuple(sorted({1, *map(plain_ratio, ratios)})),
+        checkpoint=checkpoint,
+        task=task,
+        precision=precision,
+        untrained=untrained,
+        seed=seed,
+        **options,
     )
-    _require_plugins(plan)
+    plan.require_trained()
     runtime = backends.load(backend)
-    keys = _graph_keys(plan)
+    keys = plan.keys()
     with BundleWriter(output) as writer:
         previous = writer.previous
         if previous is not None and _is_current(previous, plan, keys, runtime):
@@ -131,54 +115,14 @@ def build(
     return BuildReport(bundle.path, time.perf_counter() - started, bundle.manifest, reused)
 
 
-def _require_plugins(plan: Plan) -> None:
-    missing = [ratio for ratio in plan.ratios if ratio != 1 and not plan.trained(ratio)]
-    if not missing or plan.untrained or not (plan.folder / "config.json").is_file():
-        return  # a folder without a model gets its own message from load_backbone
-    names = ",".join(map(str, missing))
-    raise InputError(
-        describe(
-            f"{plan.folder}: no trained plugins for ratio {names}",
-            got=f"ratios {plan.checkpoint.ratios}" if plan.checkpoint else "a bare model",
-            hint=f"fit them with `compexport train {METHOD} {plan.folder} --ratio {names} --data TEXTS -o OUT`, "
-            "or give --data here, or pass --untrained for latency work",
-        )
-    )
-
-
-def _graph_keys(plan: Plan) -> dict[str, str]:
-    """Graph name -> hash of all it is made from."""
-    if not (plan.folder / "config.json").is_file():
-        from exporter.backbone import load_backbone
-
-        load_backbone(plan.folder)  # raises the error that says what is missing
-    backbone, words = backbone_sha256(plan.folder), label_words_sha256(plan.folder)
-    keys = {}
-    for ratio in plan.ratios:
-        plugins = None
-        if ratio != 1:
-            trained = plan.checkpoint is not None and plan.trained(ratio)
-            plugins = plan.checkpoint.sha256(ratio) if plan.checkpoint and trained else f"untrained {plan.seed}"
-        pad = plan.checkpoint.pad if plan.checkpoint else "masked"
-        keys[plan.graph(ratio)] = graph_key(
-            backbone=backbone,
-            words=words,
-            ratio=ratio,
-            plugins=plugins,
-            pad=pad,
-            precision=plan.precision,
-            task=plan.task,
-        )
-    return keys
-
-
 def _is_current(bundle: Bundle, plan: Plan, keys: Mapping[str, str], runtime: Any) -> bool:
     """Whether the bundle already is what would be built: same graphs, and engines for this machine."""
     manifest = bundle.manifest
     engines = {engine.graph: engine.key for engine in manifest.engines.values() if engine.backend == runtime.NAME}
     return (
         {name: graph.key for name, graph in manifest.graphs.items()} == keys
-        and set(manifest.variants) == {plan.variant(ratio) for ratio in plan.ratios}
+        and {name: variant.graphs for name, variant in manifest.variants.items()}
+        == {plan.variant(ratio): plan.roles(ratio) for ratio in plan.ratios}
         and engines == {name: runtime.engine_key(key) for name, key in keys.items()}
         and not bundle_damaged(bundle)
     )
@@ -198,23 +142,21 @@ def _write(
     writer: BundleWriter, plan: Plan, keys: Mapping[str, str], runtime: Any, command: str, progress: Progress
 ) -> tuple[Manifest, set[str]]:
     """Fill the staging folder; the manifest and the names of the graphs that were reused."""
-    from exporter.graphs import Family
-
-    total = 2 * len(plan.ratios) + 2
+    total = 2 * len(keys) + 2
     progress(f"loading {plan.folder}", 0, total)
-    family = Family.load(plan)
+    family = plan.load()
     (writer.dir / "tokenizer.json").write_text(family.backbone.tokenizer_json, encoding="utf-8")
     engines = _reused_engines(writer, keys, runtime)
     with runtime.EngineBuilder(writer.dir, f"engines/{runtime.NAME}-cpu") as builder:
         written = (lambda name, graph: None) if engines is not None else builder.add
         graphs, reused = _write_graphs(writer, plan, family, keys, written, progress, total)
         if engines is None:
-            step = len(plan.ratios) + 1
+            step = len(keys) + 1
             engines = builder.finish(lambda message: progress(message, step, total))
             family.check_engines(writer.dir, engines, runtime)
     manifest = Manifest(
         backbone=family.describe(),
-        method=METHOD,
+        method=plan.method,
         task=family.backbone.task,
         labels=family.backbone.labels,
         pooling=str(family.backbone.pooling) if family.backbone.pooling else None,
@@ -249,26 +191,30 @@ def _write_graphs(
     graphs: dict[str, Graph] = {}
     reused = set()
     with WeightsFile(writer.dir / WEIGHTS) as weights:
-        for step, ratio in enumerate(plan.ratios, start=1):
-            name = plan.graph(ratio)
-            old = _same_graph(writer.previous, name, keys[name])
-            progress(f"{'reusing' if old else 'tracing and checking'} ratio {ratio}", step, total)
-            path = f"graphs/{name}.onnx"
+        for step, graph in enumerate(plan.graphs(), start=1):
+            old = _same_graph(writer.previous, graph.name, keys[graph.name])
+            progress(f"{'reusing' if old else 'tracing and checking'} {graph.label}", step, total)
+            path = f"graphs/{graph.name}.onnx"
             if old is not None and writer.previous is not None:
                 weights.adopt(writer.previous.file(old.path), writer.dir / path)
-                graphs[name] = old
-                reused.add(name)
+                graphs[graph.name] = old.model_copy(update={"path": path})
+                reused.add(graph.name)
             else:
-                graphs[name] = family.write_graph(ratio, writer.dir, path, weights, keys[name])
+                graphs[graph.name] = family.write_graph(graph, writer.dir, path, weights, keys[graph.name])
             weights.flush()
-            written(name, graphs[name])
+            written(graph.name, graphs[graph.name])
     return graphs, reused
 
 
 def _same_graph(previous: Bundle | None, name: str, key: str) -> Graph | None:
-    """The previous bundle's graph if it was made from the same inputs and is undamaged."""
-    graph = previous.manifest.graphs.get(name) if previous else None
-    if previous is None or graph is None or graph.key != key:
+    """The previous bundle's graph made from the same inputs, whatever its name there, if it is undamaged."""
+    if previous is None:
+        return None
+    there = previous.manifest.graphs
+    graph = next(
+        (found for _, found in sorted(there.items(), key=lambda one: one[0] != name) if found.key == key), None
+    )
+    if graph is None:
         return None
     try:
         previous.file(graph.path)

@@ -54,7 +54,7 @@ class Imported:
     method: str
     output: str
     ratio: int | None
-    ratios: list[int]
+    ratios: list[float]
     extra_params: int
     extra_params_share: float
     tensors: int

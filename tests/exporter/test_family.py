@@ -241,11 +241,11 @@ def test_large_official_ratios_keep_the_models_length(
     tiny: Callable[..., Path], backbone: Callable[..., Backbone]
 ) -> None:
     """Ratios 3, 7 and 8 pad 159 tokens to at most 160; their least common multiple has no say in it."""
-    from exporter.family import Plan
-    from exporter.graphs import Family
+    from exporter.graphs.variator import VariatorFamily
+    from exporter.plans.variator import VariatorPlan
 
     plugins = {ratio: random_plugins(backbone(), ratio, "official") for ratio in (3, 7, 8)}
-    family = Family(Plan(tiny("tiny-bert"), (1, 3, 7, 8), None, untrained=True), backbone(), plugins)
+    family = VariatorFamily(VariatorPlan(tiny("tiny-bert"), (1, 3, 7, 8), None, untrained=True), backbone(), plugins)
     assert family.tokenizer("tokenizer.json").max_length >= 150
 
 

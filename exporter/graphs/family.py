@@ -1,0 +1,169 @@
+"""What the graphs of all methods have in common: written into one weights file, compared with PyTorch, described."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from engines.manifest import Backbone as BackboneRecord
+from engines.manifest import Cost, Engine, Graph, Parity, Tokenizer, Variant
+from exporter import parity, trace
+from exporter.backbone import Backbone
+from exporter.plans import Plan, PlannedGraph
+from exporter.weights import WeightsFile
+
+REPORTED_LENGTH = 128  # the length at which FLOPs ratios are quoted
+
+Run = Callable[[parity.Arrays], list[np.ndarray]]
+
+
+class Family(ABC):
+    """A loaded backbone and all its plan asks for. A method says how one graph is made and what it must compute."""
+
+    def __init__(self, plan: Plan, backbone: Backbone) -> None:
+        self.plan = plan
+        self.backbone = backbone
+        self._expected: dict[str, tuple[parity.Arrays, list[np.ndarray]]] = {}
+
+    # --- what a method says
+
+    @abstractmethod
+    def model(self, graph: PlannedGraph, weights: WeightsFile) -> onnx.ModelProto:
+        """The graph; what several share may have been moved to ``weights`` already."""
+
+    @abstractmethod
+    def cost(self, graph: PlannedGraph) -> Cost:
+        """MACs of the graph."""
+
+    @abstractmethod
+    def feeds(self, graph: PlannedGraph) -> list[parity.Arrays]:
+        """Valid inputs of several shapes, the largest last."""
+
+    @abstractmethod
+    def reference(self, graph: PlannedGraph) -> Run:
+        """Eager PyTorch: what the graph must compute."""
+
+    @abstractmethod
+    def exact(self, graph: PlannedGraph) -> Run:
+        """The same in float64; nothing is copied before it is asked."""
+
+    @abstractmethod
+    def variant(self, ratio: float) -> Variant:
+        """The entry of one ratio."""
+
+    def max_length(self) -> int:
+        """How many tokens all of the family's graphs take."""
+        return self.backbone.max_length
+
+    # --- graphs
+
+    def write_graph(self, graph: PlannedGraph, root: Path, path: str, weights: WeightsFile, key: str) -> Graph:
+        """Make one graph, write it to ``root/path``, compare it with PyTorch; ParityError if they differ."""
+        model = self.model(graph, weights)
+        weights.move_out(model)
+        weights.flush()
+        (root / path).write_bytes(model.SerializeToString())
+        onnx.checker.check_model(str(root / path))
+        session = _PlainSession(root / path)
+        return Graph(
+            path=path,
+            opset=trace.OPSET,
+            inputs=session.inputs,
+            outputs=session.outputs,
+            cost=self.cost(graph),
+            parity=self._check(graph, session.run),
+            key=key,
+        )
+
+    def check_engines(self, root: Path, engines: Mapping[str, Engine], runtime: Any) -> None:
+        """Compare every engine with what PyTorch gave for its graph; ParityError if one differs."""
+        graphs = {graph.name: graph for graph in self.plan.graphs()}
+        for name, engine in engines.items():
+            if name not in self._expected:
+                feed = self.feeds(graphs[name])[-1]
+                self._expected[name] = feed, self.reference(graphs[name])(feed)
+            feed, expected = self._expected[name]
+            run = _runner(runtime.open_file(root / engine.path))
+            exact = self.exact(graphs[name])
+            parity.compare(f"engine {name}", _always(expected), run, [feed], self._tolerance, exact)
+
+    def _check(self, graph: PlannedGraph, candidate: Run) -> Parity:
+        feeds = self.feeds(graph)
+        reference = self.reference(graph)
+
+        def remember(feed: parity.Arrays) -> list[np.ndarray]:
+            outputs = reference(feed)
+            if feed is feeds[-1]:
+                self._expected[graph.name] = (feed, outputs)
+            return outputs
+
+        return parity.compare(graph.name, remember, candidate, feeds, self._tolerance, self.exact(graph))
+
+    @property
+    def _tolerance(self) -> float:
+        return parity.TOLERANCE[self.plan.precision]
+
+    def id_feeds(self, group: int) -> list[parity.Arrays]:
+        """Random ids, masks and types at lengths around one and three groups of tokens."""
+        config = self.backbone.config
+        return parity.probe_feeds(
+            self.backbone.input_names,
+            group,
+            int(config.vocab_size),
+            self.max_length(),
+            int(getattr(config, "type_vocab_size", 1) or 1),
+            int(config.pad_token_id or 0),
+        )
+
+    # --- records for the manifest
+
+    def describe(self) -> BackboneRecord:
+        """The backbone's entry."""
+        backbone = self.backbone
+        return BackboneRecord(
+            name=backbone.folder.resolve().name,
+            architecture=type(backbone.model).__name__,
+            model_type=backbone.config.model_type,
+            sha256=backbone.sha256,
+            params=backbone.params,
+            hidden_size=backbone.hidden_size,
+            layers=backbone.num_layers,
+        )
+
+    def tokenizer(self, path: str) -> Tokenizer:
+        """The tokenizer's entry."""
+        return Tokenizer(
+            path=path,
+            max_length=self.max_length(),
+            pad_id=int(self.backbone.config.pad_token_id or 0),
+            inputs=list(self.backbone.input_names),
+        )
+
+
+def _always(outputs: list[np.ndarray]) -> Run:
+    return lambda feed: outputs
+
+
+class _PlainSession:
+    """The graph as any user of ONNX Runtime would run it."""
+
+    def __init__(self, path: Path) -> None:
+        from engines.backends import ort
+
+        inner = ort.open_file(path, optimised=False)
+        self.inputs = ort.tensor_specs(inner.get_inputs())
+        self.outputs = ort.tensor_specs(inner.get_outputs())
+        self.run = _runner(inner)
+
+
+def _runner(inner: Any) -> Run:
+    def run(feed: parity.Arrays) -> list[np.ndarray]:
+        outputs: list[np.ndarray] = inner.run(None, feed)
+        return outputs
+
+    return run

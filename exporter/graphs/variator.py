@@ -1,0 +1,159 @@
+"""Variator's graphs: all ratios bound from one trace, the backbone's own graph among them."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from functools import cached_property
+
+import numpy as np
+import onnx
+import torch
+
+from compexport.errors import InputError, describe
+from engines.manifest import Cost, Variant
+from exporter import parity, passes, trace
+from exporter.backbone import Backbone, load_backbone
+from exporter.graphs.family import REPORTED_LENGTH, Family, Run
+from exporter.methods import variator
+from exporter.methods.variator import VariatorModel, VariatorPlugins
+from exporter.plans import Plan, PlannedGraph
+from exporter.weights import WeightsFile
+
+TEMPLATE_RATIO, TEMPLATE_WIDTH = 2, 4
+PLUGINS = "variator.plugins."
+
+
+class VariatorFamily(Family):
+    """A backbone and the plugins of every ratio of a plan."""
+
+    def __init__(self, plan: Plan, backbone: Backbone, plugins: Mapping[float, VariatorPlugins]) -> None:
+        super().__init__(plan, backbone)
+        self.plugins = plugins
+        self._model = VariatorModel(backbone).eval()
+
+    @classmethod
+    def load(cls, plan: Plan) -> VariatorFamily:
+        """Load the backbone and its plugins, random ones where the plan allows; InputError as their loaders raise."""
+        backbone = load_backbone(plan.folder, plan.task)
+        return cls(plan, backbone, {r: _plugins(plan, backbone, int(r)) for r in plan.ratios if r != 1})
+
+    def model(self, graph: PlannedGraph, weights: WeightsFile) -> onnx.ModelProto:
+        # Once for all ratios; the second time there is nothing left to move.
+        weights.move_out(self._masked_template, but=PLUGINS)
+        if graph.ratio == 1:
+            return passes.without_merging(self._masked_template)
+        plugins = self.plugins[graph.ratio]
+        tensors = {f"{PLUGINS}{name}": t.numpy() for name, t in plugins.state_dict().items()}
+        # "official" plugins pad the whole input to their ratio, outside the operators: they need a trace each.
+        template = self._masked_template if plugins.pad == "masked" else self._template(plugins.ratio, plugins.pad)
+        return passes.bind_ratio(template, plugins.ratio, tensors)
+
+    @cached_property
+    def _masked_template(self) -> onnx.ModelProto:
+        return self._template(TEMPLATE_RATIO, "masked")
+
+    def _template(self, ratio: int, pad: variator.PadMode) -> onnx.ModelProto:
+        """A trace with throw-away plugins. Their values are random and thus all different, so that no initialiser of
+        theirs is taken for an equal one of the backbone."""
+        backbone = self.backbone
+        plugins = VariatorPlugins(backbone.hidden_size, backbone.num_layers, ratio, TEMPLATE_WIDTH, pad)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in plugins.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        self._model.variator.attach(plugins.eval())
+        template = trace.onnx_from_module(self._model, backbone.input_names, variator.output_names(backbone))
+        self._model.variator.detach()
+        return passes.with_divisions(passes.with_constant_lookups(template))
+
+    def cost(self, graph: PlannedGraph) -> Cost:
+        return variator.cost(self.backbone, self.plugins.get(graph.ratio))
+
+    def feeds(self, graph: PlannedGraph) -> list[parity.Arrays]:
+        return self.id_feeds(int(graph.ratio))
+
+    def reference(self, graph: PlannedGraph) -> Run:
+        """For ratio 1 the Hugging Face model itself, otherwise the backbone with its plugins."""
+        return lambda feed: _eager(self._model, self.plugins.get(graph.ratio), feed)
+
+    def exact(self, graph: PlannedGraph) -> Run:
+        def run(feed: parity.Arrays) -> list[np.ndarray]:
+            model = copy.deepcopy(self.backbone.model).double()
+            plugins = self.plugins.get(graph.ratio)
+            doubled = VariatorModel(dataclasses.replace(self.backbone, model=model)).eval()
+            return _eager(doubled, copy.deepcopy(plugins).double() if plugins else None, feed)
+
+        return run
+
+    def max_length(self) -> int:
+        """The model's limit; "official" plugins pad to their ratio and must not step over it."""
+        limit = self.backbone.max_length
+        padded = [limit // p.ratio * p.ratio for p in self.plugins.values() if p.pad == "official"]
+        return max(1, min([limit, *padded]))
+
+    def variant(self, ratio: float) -> Variant:
+        plugins = self.plugins.get(ratio)
+        extra = plugins.params if plugins else 0
+        full = variator.cost(self.backbone, None).macs(REPORTED_LENGTH)
+        settings = {"pad": plugins.pad, "width": plugins.width, "k": plugins.ratio} if plugins else {}
+        return Variant(
+            method=self.plan.method,
+            ratio=ratio,
+            precision=self.plan.precision,
+            graphs=self.plan.roles(ratio),
+            params=self.backbone.params + extra,
+            extra_params=extra,
+            flops_ratio=full / variator.cost(self.backbone, plugins).macs(REPORTED_LENGTH),
+            untrained=ratio != 1 and not self.plan.trained(ratio),
+            settings=settings,
+        )
+
+
+def _plugins(plan: Plan, backbone: Backbone, ratio: int) -> VariatorPlugins:
+    checkpoint = plan.checkpoint
+    if checkpoint is not None and plan.trained(ratio):
+        plugins = VariatorPlugins.from_tensors(
+            checkpoint.load(ratio),
+            backbone.hidden_size,
+            backbone.num_layers,
+            "official" if checkpoint.pad == "official" else "masked",
+            f"{checkpoint.folder}, ratio {ratio}",
+        )
+        if plugins.ratio != ratio:
+            raise InputError(
+                describe(f"{checkpoint.folder}: plugins of ratio {ratio}", got=f"tensors of ratio {plugins.ratio}")
+            )
+        return plugins
+    with torch.random.fork_rng():
+        torch.manual_seed(plan.seed + ratio)
+        return VariatorPlugins(
+            backbone.hidden_size, backbone.num_layers, ratio, variator.default_width(backbone, ratio)
+        ).eval()
+
+
+def _eager(model: VariatorModel, plugins: VariatorPlugins | None, feed: parity.Arrays) -> list[np.ndarray]:
+    tensors = {name: torch.from_numpy(array) for name, array in feed.items()}
+    with torch.inference_mode():
+        if plugins is None:
+            return [t.numpy() for t in _stock_outputs(model.backbone, tensors)]
+        model.variator.attach(plugins)
+        outputs = [t.numpy() for t in model(**tensors)]
+        model.variator.detach()
+        return outputs
+
+
+def _stock_outputs(backbone: Backbone, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The outputs of the Hugging Face model as it is, pooled where the folder says so."""
+    if backbone.label_words is not None:
+        prefix = torch.tensor([backbone.label_words.decoder_input_ids] * len(tensors["input_ids"]))
+        logits = backbone.model(**tensors, decoder_input_ids=prefix).logits
+        return (logits[:, -1, backbone.label_words.word_ids],)
+    outputs = backbone.model(**tensors)
+    if backbone.task == "feature-extraction":
+        hidden = outputs.last_hidden_state
+        if backbone.pooling is None:
+            return (hidden,)
+        return hidden, variator.pool(hidden, tensors["attention_mask"], backbone)
+    return tuple(outputs[name] for name in variator.output_names(backbone))

@@ -1,0 +1,475 @@
+"""COST-EFF: a BERT-like encoder made slender inside its layers, with an exit head after every layer.
+
+Source: COST-EFF (arXiv 2210.15523) and its official code, whose tensor names are kept whatever the host. The residual
+stream keeps its width H; heads, neurons and the rank of the word table may differ per layer.
+Letters: B batch, S sequence length, H hidden size, L layers, C classes, a heads of w, f neurons, e rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from compexport.errors import InputError, describe
+from engines.manifest import Cost
+from exporter.backbone import Backbone
+from exporter.methods.slender import (
+    PRESETS,
+    HostFacts,
+    SlenderShape,
+    shape_for_ratio,
+    shape_named,
+)
+from exporter.methods.slender_weights import factorised, official_names, slenderised
+from exporter.methods.variator import additive
+
+# "eager" traces to plain MatMul and Softmax, "sdpa" is faster to train with.
+Attention = Literal["eager", "sdpa"]
+
+
+class ExitStatistics(NamedTuple):
+    """How sure an exit is, each [...] in fp32: entropy in nats, the largest probability, its lead over the next."""
+
+    entropy: Tensor
+    max_probability: Tensor
+    margin: Tensor
+
+
+def exit_statistics(logits: Tensor) -> ExitStatistics:
+    """Logits [..., C] -> statistics [...]; finite for any finite logits, NaN where a logit is NaN.
+
+    By way of log-probabilities, since a probability that underflows has no logarithm.
+    """
+    log = torch.log_softmax(logits.float(), dim=-1)
+    probabilities = log.exp()
+    top = probabilities.topk(2, dim=-1).values
+    return ExitStatistics(-(probabilities * log).sum(-1), top[..., 0], top[..., 0] - top[..., 1])
+
+
+@dataclass
+class CosteffOutput:
+    """``logits``: one [B,C] per layer, the last final. ``hidden_states``: embeddings, then every layer, [B,S,H]."""
+
+    logits: list[Tensor]
+    hidden_states: list[Tensor]
+
+
+class _ScaledGradient(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by a number."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return h.view_as(h)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0] * ctx.factor, None
+
+
+def _activation(name: str) -> Any:
+    from transformers.activations import ACT2FN
+
+    return ACT2FN[name]
+
+
+class _SelfAttention(nn.Module):
+    """W_Q, W_K, W_V of the kept heads; scores are scaled by the width of one head, however many there are."""
+
+    def __init__(self, facts: HostFacts, heads: int, kind: Attention) -> None:
+        super().__init__()
+        self.head_width, self.kind = facts.head_width, kind
+        self.query, self.key, self.value = (nn.Linear(facts.hidden, heads * facts.head_width) for _ in range(3))
+        self.dropout = nn.Dropout(facts.attention_dropout)
+
+    def forward(self, h: Tensor, bias: Tensor) -> Tensor:
+        split = (*h.shape[:-1], -1, self.head_width)
+        query, key, value = (part(h).view(split).transpose(1, 2) for part in (self.query, self.key, self.value))
+        if self.kind == "sdpa":
+            dropout = self.dropout.p if self.training else 0.0
+            mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
+        else:
+            scores = torch.matmul(query, key.transpose(2, 3)) * self.head_width**-0.5 + bias
+            mixed = torch.matmul(self.dropout(torch.softmax(scores, dim=-1)), value)
+        return mixed.transpose(1, 2).reshape(*h.shape[:-1], -1)
+
+
+class _Output(nn.Module):
+    """Back to the residual stream: ``norm(dense(x) + h)``."""
+
+    def __init__(self, facts: HostFacts, width: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, facts.hidden)
+        self.LayerNorm = nn.LayerNorm(facts.hidden, eps=facts.norm_epsilon)
+        self.dropout = nn.Dropout(facts.dropout)
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        out: Tensor = self.LayerNorm(self.dropout(self.dense(x)) + h)
+        return out
+
+
+class _Layer(nn.Module):
+    def __init__(self, facts: HostFacts, heads: int, neurons: int, attention: Attention) -> None:
+        super().__init__()
+        self.attention = nn.ModuleDict(
+            {
+                "self": _SelfAttention(facts, heads, attention),
+                "output": _Output(facts, heads * facts.head_width),
+            }
+        )
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(facts.hidden, neurons)})
+        self.activation = _activation(facts.activation)
+        self.output = _Output(facts, neurons)
+
+    def forward(self, h: Tensor, bias: Tensor) -> Tensor:
+        h = self.attention["output"](self.attention["self"](h, bias), h)
+        out: Tensor = self.output(self.activation(self.intermediate["dense"](h)), h)
+        return out
+
+
+class _Embeddings(nn.Module):
+    """Words, types and positions, summed in the hosts' own order, then normed."""
+
+    def __init__(self, facts: HostFacts, rank: int | None) -> None:
+        super().__init__()
+        self.position_start = facts.position_start
+        if rank is None:
+            self.word_embeddings = nn.Embedding(facts.vocabulary, facts.word_width)
+        else:
+            self.word_embeddings1 = nn.Embedding(facts.vocabulary, rank)
+            self.word_embeddings2 = nn.Linear(rank, facts.word_width, bias=False)
+        self.position_embeddings = nn.Embedding(facts.positions, facts.word_width)
+        if facts.types:
+            self.token_type_embeddings = nn.Embedding(facts.types, facts.word_width)
+        self.LayerNorm = nn.LayerNorm(facts.word_width, eps=facts.norm_epsilon)
+        self.dropout = nn.Dropout(facts.dropout)
+
+    def words(self, ids: Tensor) -> Tensor:
+        whole = hasattr(self, "word_embeddings")
+        out: Tensor = self.word_embeddings(ids) if whole else self.word_embeddings2(self.word_embeddings1(ids))
+        return out
+
+    def positions(self, ids: Tensor) -> Tensor:
+        """[1,S,…], or [B,S,…] where pad tokens have no position of their own."""
+        if self.position_start is None:
+            return self.position_embeddings.weight[: ids.shape[1]].unsqueeze(0)
+        real = ids.ne(self.position_start).long()
+        out: Tensor = self.position_embeddings(torch.cumsum(real, dim=1) * real + self.position_start)
+        return out
+
+    def forward(self, ids: Tensor, types: Tensor | None) -> Tensor:
+        h = self.words(ids)
+        if hasattr(self, "token_type_embeddings"):
+            h = h + (self.token_type_embeddings.weight[0] if types is None else self.token_type_embeddings(types))
+        out: Tensor = self.dropout(self.LayerNorm(h + self.positions(ids)))
+        return out
+
+
+class _Pooler(nn.Module):
+    def __init__(self, facts: HostFacts) -> None:
+        super().__init__()
+        self.dense = nn.Linear(facts.hidden, facts.hidden)
+        self.activation = _activation(facts.pooler_activation)
+
+    def forward(self, first: Tensor) -> Tensor:
+        out: Tensor = self.activation(self.dense(first))
+        return out
+
+
+class _Highway(nn.Module):
+    """The exit head after one layer."""
+
+    def __init__(self, facts: HostFacts, num_labels: int, dense: bool) -> None:
+        super().__init__()
+        if dense:
+            self.pooler = _Pooler(facts)
+        self.classifier = nn.Linear(facts.hidden, num_labels)
+
+
+class CosteffModel(nn.Module):
+    """A slender multi-exit classifier; ``state_dict`` has the official names.
+
+    Layers are counted from 1 where they are exits and from 0 where they are sliced, as everywhere. ``pooler_dense``:
+    the final classifier reads a dense pooler, as the host's own does; ``highway_dense``: so do the exits before it.
+    Otherwise a head reads tanh of the first token. While training, the gradients of the L-i predictions above layer i
+    (from 0) reach it as their mean and not as their sum, unless ``gradient_equilibrium`` is switched off.
+    """
+
+    def __init__(
+        self,
+        facts: HostFacts,
+        shape: SlenderShape,
+        num_labels: int,
+        *,
+        pooler_dense: bool = False,
+        highway_dense: bool = False,
+        attention: Attention = "eager",
+    ) -> None:
+        super().__init__()
+        shape.require_fit(facts, "COST-EFF model")
+        _require_labels(num_labels, "COST-EFF model")
+        self.facts, self.shape, self.num_labels = facts, shape, num_labels
+        self.pooler_dense, self.highway_dense = pooler_dense, highway_dense
+        self.gradient_equilibrium = True
+        widths = zip(shape.heads, shape.neurons, strict=True)
+        self.bert = nn.ModuleDict(
+            {
+                "embeddings": _Embeddings(facts, shape.embedding),
+                "encoder": nn.ModuleDict(
+                    {
+                        "layer": nn.ModuleList(_Layer(facts, heads, neurons, attention) for heads, neurons in widths),
+                        "highway": nn.ModuleList(
+                            _Highway(facts, num_labels, highway_dense) for _ in range(facts.layers - 1)
+                        ),
+                    }
+                ),
+            }
+        )
+        if facts.word_width != facts.hidden:
+            self.bert["embeddings_project"] = nn.Linear(facts.word_width, facts.hidden)
+        if pooler_dense:
+            self.bert["pooler"] = _Pooler(facts)
+        self.dropout = nn.Dropout(facts.classifier_dropout)
+        self.classifier = nn.Linear(facts.hidden, num_labels)
+        self.apply(self._initialise)
+
+    def _initialise(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.facts.initializer_range)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    # --- making
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: Backbone,
+        shape: SlenderShape | None = None,
+        num_labels: int | None = None,
+        *,
+        pooler_dense: bool | None = None,
+        highway_dense: bool = False,
+        attention: Attention = "eager",
+    ) -> CosteffModel:
+        """The backbone's weights; exits, and whatever head the backbone lacks, are fresh.
+
+        At full width, the final logits are those of a backbone fine-tuned for classification, bit for bit. A narrower
+        ``shape`` keeps the first heads and neurons: only training can say which are worth it. ``pooler_dense`` defaults
+        to what the backbone has; a model without a classification head needs ``num_labels`` and has none.
+        InputError for architectures and tasks that the method does not fit.
+        """
+        facts = HostFacts.of(backbone)
+        _require_task(backbone, num_labels)
+        classes = len(backbone.labels) if num_labels is None else num_labels
+        tensors = official_names(backbone, classes)
+        own = "bert.pooler.dense.weight" in tensors
+        dense = own if pooler_dense is None else pooler_dense
+        wanted = SlenderShape.full(facts) if shape is None else shape
+        wanted.require_fit(facts, f"{backbone.folder}: shape {wanted}")
+        kept = slenderised(
+            tensors,
+            facts.head_width,
+            [range(heads) for heads in wanted.heads],
+            [range(neurons) for neurons in wanted.neurons],
+            wanted.embedding,
+        )
+        model = cls(facts, wanted, classes, pooler_dense=dense, highway_dense=highway_dense, attention=attention)
+        if own and not dense:  # the backbone's classifier reads what its pooler makes, and nothing else
+            kept = {n: t for n, t in kept.items() if not n.startswith(("bert.pooler.", "classifier."))}
+        model.load_state_dict({**model.state_dict(), **kept})
+        return model.eval()
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], host: HostFacts | Backbone, origin: str, *, attention: Attention = "eager"
+    ) -> CosteffModel:
+        """Rebuild a model from stored tensors in the official layout; every width is read from their shapes.
+
+        InputError names the first tensor that is missing, left over, or of a shape that does not fit the others.
+        """
+        facts = HostFacts.of(host)
+        shape = _shape_of(tensors, facts, origin)
+        num_labels = _size(tensors, "classifier.weight", 0, origin)
+        _require_labels(num_labels, origin)
+        with torch.device("meta"):
+            model = cls(
+                facts,
+                shape,
+                num_labels,
+                pooler_dense="bert.pooler.dense.weight" in tensors,
+                highway_dense=any(name.startswith(f"{_HIGHWAY}0.pooler.") for name in tensors),
+                attention=attention,
+            )
+        expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+        for name in sorted(expected.keys() | tensors.keys()):
+            got = list(tensors[name].shape) if name in tensors else "nothing"
+            if got != expected.get(name):
+                raise InputError(describe(f"{origin}: {name}", got=got, expected=expected.get(name, "no such tensor")))
+        # Copies: training must not write into what the caller, or a file's memory map, holds.
+        copies = {name: tensors[name].detach().float().clone().contiguous() for name in expected}
+        model.load_state_dict(copies, assign=True)
+        return model.requires_grad_(True).eval()
+
+    # --- running
+
+    def embed(self, input_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        """Ids [B,S] -> [B,S,H]; without types, all tokens are of type 0."""
+        h: Tensor = self.bert["embeddings"](input_ids, token_type_ids)
+        return self.bert["embeddings_project"](h) if "embeddings_project" in self.bert else h
+
+    def run_layers(self, h: Tensor, attention_mask: Tensor, first: int, last: int) -> Tensor:
+        """Layers ``first`` to ``last`` - 1, counted from 0: h [B,S,H], mask [B,S] of 0 and 1 -> [B,S,H]."""
+        bias = self._bias(attention_mask, h)
+        for index in range(first, last):
+            h = self._layers[index](h, bias)
+        return h
+
+    def exit_logits(self, h: Tensor, layer: int) -> Tensor:
+        """The prediction after ``layer``, counted from 1, of which h [B,S,H] is the output: [B,C]."""
+        first = h[:, 0]
+        if layer == self.facts.layers:
+            pooler = self.bert["pooler"] if self.pooler_dense else None
+            classifier: nn.Module = self.classifier
+        else:
+            highway: Any = self.bert["encoder"]["highway"][layer - 1]  # type: ignore[index]
+            pooler = highway.pooler if self.highway_dense else None
+            classifier = highway.classifier
+        pooled = torch.tanh(first) if pooler is None else pooler(first)
+        out: Tensor = classifier(self.dropout(pooled))
+        return out
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> CosteffOutput:
+        """All predictions and states; input_ids, attention_mask, token_type_ids: [B,S] integers."""
+        h = self.embed(input_ids, token_type_ids)
+        bias = self._bias(attention_mask, h)
+        logits, states = [], [h]
+        layers = self.facts.layers
+        balanced = self.training and self.gradient_equilibrium
+        for index in range(layers):
+            state = self._layers[index](h, bias)
+            if balanced:
+                state = _ScaledGradient.apply(state, 1 / (layers - index))
+            states.append(state)
+            logits.append(self.exit_logits(state, index + 1))
+            h = _ScaledGradient.apply(state, max(1, layers - index - 1)) if balanced else state
+        return CosteffOutput(logits, states)
+
+    def _bias(self, attention_mask: Tensor, h: Tensor) -> Tensor:
+        return additive(attention_mask.to(h.dtype))[:, None, None, :]
+
+    @property
+    def _layers(self) -> Any:
+        return self.bert["encoder"]["layer"]  # type: ignore[index]
+
+    # --- describing
+
+    @property
+    def params(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def ratio(self) -> float:
+        """Parameters of the host's layers' matrices ÷ those kept."""
+        return self.shape.ratio(self.facts)
+
+
+def cost(model: CosteffModel, first: int = 0, last: int | None = None, exits: Iterable[int] | None = None) -> Cost:
+    """MACs of one sequence through layers ``first`` to ``last`` - 1 and the heads ``exits``, counted from 1.
+
+    From layer 0 on, the product of the factorised word table (and ELECTRA's projection) is part of it; look-ups count
+    0. ``exits`` defaults to the head after the last of these layers.
+    """
+    facts, shape = model.facts, model.shape
+    last = facts.layers if last is None else last
+    heads, neurons = sum(shape.heads[first:last]), sum(shape.neurons[first:last])
+    per_token = 4 * facts.hidden * facts.head_width * heads + 2 * facts.hidden * neurons
+    if first == 0:
+        per_token += (shape.embedding or 0) * facts.word_width
+        per_token += facts.word_width * facts.hidden if facts.word_width != facts.hidden else 0
+    fixed = 0
+    for layer in (last,) if exits is None else exits:
+        dense = model.pooler_dense if layer == facts.layers else model.highway_dense
+        fixed += facts.hidden * (model.num_labels + (facts.hidden if dense else 0))
+    return Cost(fixed=fixed, per_token=per_token, per_pair=2 * facts.head_width * heads)
+
+
+# --- shapes of stored tensors ----------------------------------------------------------------------------------------
+
+_LAYER = "bert.encoder.layer."
+_HIGHWAY = "bert.encoder.highway."
+
+
+def _shape_of(tensors: Mapping[str, Tensor], facts: HostFacts, origin: str) -> SlenderShape:
+    """Widths per layer; a query that is no whole number of heads is refused."""
+    heads, neurons = [], []
+    for layer in range(facts.layers):
+        name = f"{_LAYER}{layer}.attention.self.query.weight"
+        width = _size(tensors, name, 0, origin)
+        if width % facts.head_width or not width:
+            expected = f"a multiple of the head width {facts.head_width}"
+            raise InputError(describe(f"{origin}: {name}", got=f"{width} rows", expected=expected))
+        heads.append(width // facts.head_width)
+        neurons.append(_size(tensors, f"{_LAYER}{layer}.intermediate.dense.weight", 0, origin))
+    factorised_name = "bert.embeddings.word_embeddings1.weight"
+    rank = _size(tensors, factorised_name, 1, origin) if factorised_name in tensors else None
+    shape = SlenderShape(tuple(heads), tuple(neurons), rank)
+    shape.require_fit(facts, origin)
+    return shape
+
+
+def _size(tensors: Mapping[str, Tensor], name: str, axis: int, origin: str) -> int:
+    tensor = tensors.get(name)
+    if tensor is None or tensor.dim() != 2:
+        got = "nothing" if tensor is None else list(tensor.shape)
+        raise InputError(describe(f"{origin}: {name}", got=got, expected="a matrix"))
+    return int(tensor.shape[axis])
+
+
+def _require_labels(num_labels: int, origin: str) -> None:
+    if num_labels < 2:
+        hint = "an exit needs a probability to be sure of"
+        raise InputError(describe(f"{origin}: labels", got=num_labels, expected="at least 2", hint=hint))
+
+
+def _require_task(backbone: Backbone, num_labels: int | None) -> None:
+    start = backbone.task == "feature-extraction" and num_labels is not None
+    if backbone.task != "sequence-classification" and not start:
+        hint = "fine-tune the model on labels first"
+        raise InputError(
+            describe(
+                f"{backbone.folder}: COST-EFF's exits classify whole texts",
+                got=f"a model for {backbone.task}",
+                expected="sequence-classification",
+                hint=hint,
+            )
+        )
+    if getattr(backbone.config, "problem_type", None) in ("multi_label_classification", "regression"):
+        raise InputError(
+            describe(
+                f"{backbone.folder}: COST-EFF's exits need one label per text",
+                got=backbone.config.problem_type,
+                expected="single_label_classification",
+            )
+        )
+
+
+__all__ = [
+    "PRESETS",
+    "Attention",
+    "CosteffModel",
+    "CosteffOutput",
+    "ExitStatistics",
+    "HostFacts",
+    "SlenderShape",
+    "cost",
+    "exit_statistics",
+    "factorised",
+    "shape_for_ratio",
+    "shape_named",
+    "slenderised",
+]

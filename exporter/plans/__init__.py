@@ -1,0 +1,8 @@
+"""What can be built: one plan class a method. Nothing here needs torch."""
+
+from exporter.plans.plan import Plan, PlannedGraph
+from exporter.plans.variator import VariatorPlan
+
+PLANS: dict[str, type[Plan]] = {plan.method: plan for plan in (VariatorPlan,)}
+
+__all__ = ["PLANS", "Plan", "PlannedGraph"]
