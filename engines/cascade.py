@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from compexport.errors import CompexportError, InputError, describe
 from engines.exit_rule import TO_THE_END, Array, ExitRule
-from engines.manifest import ENCODER, HIDDEN, ROWS, TensorSpec, Variant, segment_role
+from engines.manifest import ENCODER, HIDDEN, PREVIOUS, ROWS, TensorSpec, Variant, segment_role
 from engines.session import Session
 
 MASK, LOGITS = "attention_mask", "logits"
@@ -94,7 +94,7 @@ class Cascade(Session):
         rule = rule.checked(len(self.exits))
         left = np.arange(len(feeds[MASK]))
         run = _Run(self, feeds)
-        # By exit, so that no row is touched alone: rows, their logits, and the reason of those that left there.
+        needed = tuple(dict.fromkeys((LOGITS, *rule.needs())))
         exit_layer = np.zeros(len(left), np.int64)
         why = np.full(len(left), LAST, dtype=object)
         logits: Array | None = None
@@ -102,7 +102,7 @@ class Cascade(Session):
             if number and deadline is not None and not deadline.allows(number, len(left)):
                 why[left] = OUT_OF_TIME
                 break
-            outputs = run.next((LOGITS, *rule.needs()))
+            outputs = run.next(needed)
             self._require_finite(outputs, layer, left)
             if logits is None:
                 logits = np.empty((len(left), *outputs[LOGITS].shape[1:]), outputs[LOGITS].dtype)
@@ -171,7 +171,7 @@ class _Run:
         # The rows of ``hidden`` are now the kept ones, so the mask's must be too.
         mask = self._feeds[MASK][self._rows]
         self._rows = np.arange(len(mask))
-        self._held = held
+        self._held = {PREVIOUS: held[HIDDEN]} if held else {}
         self._feeds = {MASK: mask, ROWS: self._rows}
         return found
 

@@ -51,7 +51,7 @@ class ExitRule:
         for value in given:
             if not _is_finite(value) or (value < 0 and value != NEVER):
                 expected = f"a finite number >= 0, or {NEVER:g} for never"
-                raise InputError(describe("exit threshold is out of range", got=value, expected=expected))
+                raise InputError(describe("exit threshold is out of range", got=repr(value), expected=expected))
         for value in self.temperatures or ():
             if not _is_finite(value) or value <= 0:
                 raise InputError(describe("exit temperature is out of range", got=value, expected="a number > 0"))
