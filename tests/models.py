@@ -132,6 +132,8 @@ _T5_SIZES = {
 }
 MODELS = {
     "tiny-bert": Tiny("Bert", _SIZES, _wordpiece),
+    # Deep enough for exits: where two layers have one exit between them, four have three.
+    "tiny-bert-deep": Tiny("Bert", {**_SIZES, "num_hidden_layers": 4}, _wordpiece),
     # RoBERTa numbers positions from pad_token_id + 1, so its table is two rows longer than its limit.
     "tiny-roberta": Tiny(
         "Roberta",
@@ -166,11 +168,18 @@ MODELS = {
 
 
 def make(
-    name: str, folder: Path, task: str = "feature-extraction", *, pooling: str | None = "mean", seed: int = 0
+    name: str,
+    folder: Path,
+    task: str = "feature-extraction",
+    *,
+    pooling: str | None = "mean",
+    seed: int = 0,
+    layers: int = LAYERS,
 ) -> Path:
     """Write the model ``name`` for ``task`` to ``folder`` as Hugging Face saves it, and return ``folder``.
 
     ``pooling`` ("mean", "cls" or None) adds what a sentence-transformers folder says; feature-extraction only.
+    ``layers``: another depth, of a model that is an encoder alone.
     """
     import torch
     import transformers
@@ -178,6 +187,7 @@ def make(
     tiny = MODELS[name]
     tokenizer = tiny.tokenizer()
     config = getattr(transformers, f"{tiny.prefix}Config")(**{"vocab_size": tokenizer.get_vocab_size(), **tiny.config})
+    config.num_hidden_layers = layers
     if (labels := LABELS.get(task)) and task != "label-words":
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: i for i, label in enumerate(labels)}
