@@ -294,6 +294,14 @@ class Runtime:
         graph = self.bundle.manifest.variants[self.members.known(variant)].graphs[role]
         return self._backend.open_graphs(self.bundle, [graph], threads=self.threads, provider=self._provider)[graph]
 
+    def run_raw(
+        self, session: OpenSession, texts: Sequence[Text], outputs: Sequence[str]
+    ) -> tuple[dict[str, npt.NDArray[Any]], list[int]]:
+        """What a session of this bundle returns for ``texts``, [B, ...] by name, and their lengths in tokens."""
+        encoder = self._text_encoder()
+        encoded = encoder.encode(texts)
+        return session.run(encoder.feeds(encoded), outputs), [len(one) for one in encoded]
+
     def warm_up(self, variants: Sequence[str] | None = None) -> None:
         """Open the engines (all by default) and run each once, so that the next request is as fast as later ones."""
         self._opened(self.members.engines if variants is None else [engine_of(name) for name in variants])
