@@ -48,7 +48,8 @@ class Weights:
     def __init__(self, ratio: float, broken: int | None = None) -> None:
         random = np.random.default_rng(int(ratio))
         self.table = random.normal(size=(V, H)).astype(np.float32)
-        self.mix = random.normal(size=(LAYERS, H, H)).astype(np.float32)
+        # Small enough that rounding does not grow from layer to layer.
+        self.mix = (random.normal(size=(LAYERS, H, H)) / H**0.5).astype(np.float32)
         # Heads of deeper layers are surer, as a trained model's are.
         sure = np.linspace(0.5, 4.0, LAYERS)[:, None, None]
         self.head = (random.normal(size=(1, H, C)) * sure + random.normal(size=(LAYERS, H, C)) * 0.3).astype(np.float32)
