@@ -63,7 +63,7 @@ RequiredData = Annotated[
 TextColumn = Annotated[str | None, typer.Option(metavar="COLUMN", help="Column of --data with the text.")]
 PairColumn = Annotated[str | None, typer.Option(metavar="COLUMN", help="Column with the second text of a pair.")]
 LabelColumn = Annotated[str | None, typer.Option(metavar="COLUMN", help="Column with the label.")]
-Ratio = Annotated[str | None, typer.Option(metavar="LIST", help="Compression ratios, whole numbers: 2,4,8.")]
+Ratio = Annotated[str | None, typer.Option(metavar="LIST", help="Compression ratios: 2,4,8.")]
 Backend = Annotated[str, typer.Option(metavar="NAME", help="Engine backend: ort.")]
 Provider = Annotated[str, typer.Option(metavar="NAME", help="ONNX Runtime provider: cpu or cuda.")]
 Threads = Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads of an engine [default: all cores].")]
@@ -239,15 +239,22 @@ def build(
     backend: Backend = "ort",
     precision: Annotated[str, typer.Option(metavar="NAME", help="Arithmetic of the engines: fp32.")] = "fp32",
     method: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Method, where MODEL does not say: variator.")
+        str | None, typer.Option(metavar="NAME", help="Method, where MODEL does not say: variator or costeff.")
     ] = None,
+    exits: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="costeff: layers after which rows may leave, 3,6,9, or auto, on --data."),
+    ] = None,
+    prefix: Annotated[
+        bool, typer.Option("--prefix", help="costeff: also one graph from the text to each exit.")
+    ] = False,
     data: Data = None,
     text: TextColumn = None,
     text_pair: PairColumn = None,
     steps: Steps = None,
     max_seconds: MaxSeconds = None,
     untrained: Annotated[
-        bool, typer.Option("--untrained", help="Random plugins where none are trained, for latency work only.")
+        bool, typer.Option("--untrained", help="Random tensors where none are trained, for latency work only.")
     ] = False,
     seed: Seed = 0,
     as_json: Json = False,
@@ -257,7 +264,7 @@ def build(
     """Build all ratios of MODEL into one bundle.
 
     Each ratio is traced, checked against PyTorch and built for the backend. A rebuild reuses what did not change.
-    With --data, plugins that MODEL lacks are fitted first.
+    With --data, plugins that MODEL lacks are fitted first; for costeff, exits are chosen on it.
     """
     from compexport import api, present, tables
 
@@ -269,6 +276,8 @@ def build(
             backend=backend,
             precision=precision,
             method=method,
+            exits=_layers(exits),
+            prefix=prefix,
             data=data,
             columns=api.Columns(text=text, text_pair=text_pair),
             fit=api.Fit(steps=steps, max_seconds=max_seconds, seed=seed),
@@ -495,6 +504,11 @@ def _from_file(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "DEFAULT_MAP"
 
 
+def _layers(exits: str | None) -> list[float] | str | None:
+    """``--exits``: numbers, the word auto, or nothing."""
+    return exits if exits in (None, "auto") else _numbers("exits", exits)
+
+
 def _numbers(option: str, text: str) -> list[float]:
     """``"2,4,8"`` as numbers; InputError names the part that is none. What the numbers must be is the API's to say."""
     numbers = []
@@ -502,7 +516,7 @@ def _numbers(option: str, text: str) -> list[float]:
         try:
             numbers.append(float(part))
         except ValueError:
-            wanted = "whole numbers like 2,4,8"
+            wanted = "numbers like 2,4,8"
             raise InputError(describe(f"--{option} is not a number", got=repr(part.strip()), expected=wanted)) from None
     return numbers
 
