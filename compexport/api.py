@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from engines.text import Text
 
 METHODS = ("variator",)
+IMPORTED_METHODS = ("variator", "costeff")
 PRECISIONS: tuple[Literal["fp32"], ...] = ("fp32",)
 DEFAULT_RATIOS = (2, 4, 8)
 
@@ -164,16 +165,24 @@ def _unchecked(path: Path) -> Bundle | None:
 def import_checkpoint(
     file: str | Path,
     *,
-    backbone: str | Path,
+    backbone: str | Path | None = None,
     output: str | Path = "imported",
     method: str = "variator",
     progress: Progress = quiet,
 ) -> dict[str, Any]:
-    """Turn an official file of ``method`` and the folder ``backbone`` it belongs to into the checkpoint ``output``.
+    """Turn an official file or folder of ``method`` into the checkpoint ``output``.
 
-    Raises InputError for a file that does not fit exactly, in which case nothing was written.
+    ``backbone`` is the model folder that it was made for; costeff needs none. Raises InputError for anything that does
+    not fit exactly, in which case nothing was written.
     """
-    choice("method", method, METHODS)
+    if choice("method", method, IMPORTED_METHODS) == "costeff":
+        progress(f"importing {file}")
+        from exporter.importers.costeff import import_costeff
+
+        return import_costeff(file, backbone, output).document()
+    if backbone is None:
+        hint = "--backbone names the T5 folder that FILE was made for"
+        raise InputError(describe("variator plugins need a backbone", expected="--backbone MODEL", hint=hint))
     progress(f"importing {file}")
     from exporter.importers.variator import import_variator
 

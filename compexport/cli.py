@@ -202,13 +202,19 @@ def train(
 
 @app.command("import")
 def import_(
-    method: Annotated[str, typer.Argument(metavar="METHOD", help="variator")],
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A plugin file (.pkl) or a task checkpoint (.pt).")],
+    method: Annotated[str, typer.Argument(metavar="METHOD", help="variator or costeff.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="variator: a plugin file (.pkl) or a task checkpoint (.pt); costeff: the official folder.",
+        ),
+    ],
     *,
     backbone: Annotated[
-        Path,
-        typer.Option(metavar="MODEL", help="The T5 folder that FILE was made for."),
-    ],
+        Path | None,
+        typer.Option(metavar="MODEL", help="variator: the T5 folder that FILE was made for; costeff: the teacher."),
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder of the checkpoint.")] = Path(
         "imported"
     ),
@@ -218,8 +224,12 @@ def import_(
 ) -> None:
     """Import an official checkpoint of a method.
 
-    OUT becomes a model folder with the plugins of FILE, at the scale of its T5; import further ratios into the same
-    OUT. FILE is a pickle, of which only tensors are read. `compexport build OUT` makes the engines.
+    variator: OUT becomes a model folder with the plugins of FILE, at the scale of its T5. costeff: OUT becomes the
+    folder of the teacher with the slender model beside it; without a teacher, the same function at full width stands
+    in for it.
+
+    Import further ratios into the same OUT. Of pickles, only tensors are read. `compexport build OUT` makes the
+    engines.
     """
     from compexport import api, present, tables
 

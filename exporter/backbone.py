@@ -16,6 +16,7 @@ from engines.manifest import LabelWords, Task
 from exporter.hosts import Host, host_of
 from exporter.identity import LABEL_WORDS, VOCABULARIES, backbone_sha256
 from exporter.label_words import read_label_words
+from exporter.official import require_plain_model
 
 # Suffix of the class named in config.json -> task.
 TASKS: dict[str, Task] = {
@@ -27,8 +28,6 @@ TASKS: dict[str, Task] = {
 }
 # Relative positions have no end; texts are cut here where the tokenizer's settings name no limit.
 DEFAULT_MAX_LENGTH = 512
-# What official COST-EFF checkpoints, which say they are BERT, have in config.json and BERT has not.
-COSTEFF_FIELD = "prun_hidden_size"
 _NO_LIMIT = 1e29  # transformers writes 1e30 for "none"
 
 
@@ -141,20 +140,12 @@ def load_config(folder: Path) -> Any:
                 f"{folder}: not a model", got=found, expected="a Hugging Face folder (config.json, model.safetensors)"
             )
         )
+    require_plain_model(folder)
     from transformers import AutoConfig
 
     raw = _read_json(folder / "config.json")
     if not isinstance(raw, dict):
         raise InputError(describe(f"{folder}/config.json: no model's", got=raw, expected="an object"))
-    if COSTEFF_FIELD in raw:
-        raise InputError(
-            describe(
-                f"{folder}: a COST-EFF checkpoint, whatever model_type its config.json says",
-                got=f"{COSTEFF_FIELD} {raw[COSTEFF_FIELD]}",
-                expected="layers of full width",
-                hint=f"`compexport import costeff {folder} -o OUT` makes a model folder of it",
-            )
-        )
     host_of(str(raw.get("model_type")), folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)

@@ -179,12 +179,12 @@ def make(
     *,
     pooling: str | None = "mean",
     seed: int = 0,
-    layers: int = LAYERS,
+    layers: int | None = None,
 ) -> Path:
     """Write the model ``name`` for ``task`` to ``folder`` as Hugging Face saves it, and return ``folder``.
 
     ``pooling`` ("mean", "cls" or None) adds what a sentence-transformers folder says; feature-extraction only.
-    ``layers``: another depth, of a model that is an encoder alone.
+    ``layers``: another depth than the model's own, of one that is an encoder alone.
     """
     import torch
     import transformers
@@ -192,7 +192,8 @@ def make(
     tiny = MODELS[name]
     tokenizer = tiny.tokenizer()
     config = getattr(transformers, f"{tiny.prefix}Config")(**{"vocab_size": tokenizer.get_vocab_size(), **tiny.config})
-    config.num_hidden_layers = layers
+    if layers is not None:
+        config.num_hidden_layers = layers
     if (labels := LABELS.get(task)) and task != "label-words":
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: i for i, label in enumerate(labels)}

@@ -25,6 +25,7 @@ from exporter.importers.costeff_config import OfficialConfig, read_official_conf
 from exporter.importers.folder import folder_near, require_no_root, write_config, write_weights
 from exporter.importers.tensors import promoted, read_safetensors, read_tensors
 from exporter.methods.costeff import CosteffModel
+from exporter.methods.costeff_checkpoint import stored_tensors
 from exporter.methods.slender import HostFacts, SlenderShape
 from exporter.methods.slender_weights import WORDS, WORDS_LEFT, WORDS_RIGHT
 
@@ -78,7 +79,7 @@ def import_costeff(folder: str | Path, backbone: str | Path | None, output: str 
         _require_its_backbone(output, source, backbone)
         ratio = plain_ratio(round(model.ratio, 2))
         settings = _settings(file, model, config, ratio, backbone is None)
-        saved = save_checkpoint(output, source, "costeff", settings, {ratio: model.state_dict()})
+        saved = save_checkpoint(output, source, "costeff", settings, {ratio: stored_tensors(model, loaded)})
     return ImportedModel(
         method="costeff",
         output=str(output),

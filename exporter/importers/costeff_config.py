@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from compexport.errors import InputError, describe
-from exporter.backbone import COSTEFF_FIELD
 from exporter.methods.slender import HostFacts
+from exporter.official import COSTEFF_FIELD
 
 # Fields that BERT's configuration has not, and what the official code takes them for where they are missing.
 _OWN_FIELDS = {
@@ -90,9 +90,10 @@ def read_official_config(folder: Path) -> OfficialConfig:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        found = "no config.json in it" if path.parent.is_dir() else "no such folder"
+        folder = path.parent
+        found = "no config.json in it" if folder.is_dir() else "a file" if folder.exists() else "no such folder"
         expected = "the folder that the official code wrote (config.json, pytorch_model.bin, vocab.txt)"
-        raise InputError(describe(f"{path.parent}: no COST-EFF checkpoint", got=found, expected=expected))
+        raise InputError(describe(f"{folder}: no COST-EFF checkpoint", got=found, expected=expected))
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -290,12 +290,9 @@ class CosteffModel(nn.Module):
     ) -> CosteffModel:
         """Rebuild a model from stored tensors in the official layout; every width is read from their shapes.
 
-        Where there are exits and nothing else, they belong to the backbone as it is. InputError names the first tensor
-        that is missing, left over, or of a shape that does not fit the others.
+        InputError names the first tensor that is missing, left over, or of a shape that does not fit the others.
         """
         facts = HostFacts.of(host)
-        if isinstance(host, Backbone) and tensors and all(name.startswith(_HIGHWAY) for name in tensors):
-            tensors = {**official_names(host, len(host.labels)), **tensors}
         shape = _shape_of(tensors, facts, origin)
         num_labels = _size(tensors, "classifier.weight", 0, origin)
         _require_labels(num_labels, origin)

@@ -213,19 +213,6 @@ def test_round_trip_of_uneven_widths(backbone: Backbones) -> None:
         assert all(torch.equal(tensors[name], tensor) for name, tensor in before.items())
 
 
-def test_exits_alone_belong_to_the_backbone(backbone: Backbones) -> None:
-    loaded = backbone("tiny-bert-deep", "sequence-classification")
-    model = CosteffModel.from_backbone(loaded, highway_dense=True)
-    exits = {name: tensor for name, tensor in model.state_dict().items() if ".highway." in name}
-    again = CosteffModel.from_tensors(exits, loaded, "test")
-    with torch.no_grad():
-        for a, b in zip(model(**feeds(loaded)).logits, again(**feeds(loaded)).logits, strict=True):
-            assert torch.equal(a, b)
-    exits.popitem()
-    with pytest.raises(InputError, match="here: bert.encoder.highway.2.classifier.bias: got nothing, expected"):
-        CosteffModel.from_tensors(exits, loaded, "here")
-
-
 LAYER = "bert.encoder.layer.1."
 
 

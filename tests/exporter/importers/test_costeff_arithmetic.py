@@ -14,6 +14,7 @@ from exporter.backbone import load_backbone
 from exporter.checkpoint import find_checkpoint
 from exporter.importers.costeff import import_costeff
 from exporter.methods.costeff import CosteffModel, exit_statistics
+from exporter.methods.costeff_checkpoint import load_model
 from exporter.methods.slender import SlenderShape
 from tests.exporter.importers import costeff_official as official
 from tests.exporter.importers.costeff_official import Official, Sizes
@@ -42,9 +43,8 @@ def imported(folder: Path) -> CosteffModel:
     checkpoint = find_checkpoint(folder)
     assert checkpoint is not None and checkpoint.method == "costeff"
     (ratio,) = checkpoint.ratios
-    tensors = checkpoint.load(ratio)
-    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
-    return CosteffModel.from_tensors(tensors, load_backbone(folder), str(folder))
+    assert {tensor.dtype for tensor in checkpoint.load(ratio).values()} == {torch.float32}
+    return load_model(checkpoint, load_backbone(folder), ratio)
 
 
 @pytest.mark.parametrize("name", SIZES)

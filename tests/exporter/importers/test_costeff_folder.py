@@ -278,6 +278,7 @@ def test_folders(tmp_path: Path, refusal: Callable[..., str]) -> None:
     (source / "vocab.txt").rename(tmp_path / "vocab.txt")
     assert "no tokenizer: expected vocab.txt or tokenizer.json; copy that of the BERT it was made" in refusal(source)
     (source / "pytorch_model.bin").unlink()
+    assert "vocab.txt: no COST-EFF checkpoint: got a file, expected the folder" in refusal(tmp_path / "vocab.txt")
     assert "no weights: expected model.safetensors or pytorch_model.bin" in refusal(source)
     (source / "model.safetensors").write_bytes(b"cut")
     assert "model.safetensors: unreadable" in refusal(source)
