@@ -327,7 +327,8 @@ def bench(
         variants, quality = opened.manifest.variants, opened.quality()
         if plot is not None and quality is not None:
             report.write_bytes(plot, report.pareto_png(document, quality, variants))
-    screen.document(document, [tables.bench_table(document, variants, quality)])
+    segments = tables.segments_table(document)
+    screen.document(document, [tables.bench_table(document, variants, quality), *([segments] if segments.rows else [])])
 
 
 @app.command()
@@ -339,6 +340,15 @@ def evaluate(
     text_pair: PairColumn = None,
     label: LabelColumn = None,
     limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Use the first N examples only.")] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="D", help="Choose exit thresholds on these rows [default: on one half of --data]."),
+    ] = None,
+    statistic: Annotated[
+        str, typer.Option(metavar="NAME", help="What exits are judged by: entropy, max_probability or margin.")
+    ] = "entropy",
+    per_exit: Annotated[bool, typer.Option("--per-exit", help="A threshold for each exit, not one for all.")] = False,
+    temperature: Annotated[bool, typer.Option("--temperature", help="Fit a temperature for each exit first.")] = False,
     backend: Backend = "ort",
     provider: Provider = "cpu",
     threads: Threads = None,
@@ -348,7 +358,9 @@ def evaluate(
 ) -> None:
     """Measure the quality of every variant on data.
 
-    The engines themselves are measured. The bundle keeps the table; `select` and `run` choose by it.
+    The engines themselves are measured. The bundle keeps the table; `select` and `run` choose by it. Variants with
+    exits get operating points (drop-1%, 2x, ...), which are members of the family from then on: their thresholds are
+    chosen on some rows and everything is measured on others.
     """
     from compexport import api, present, tables
 
@@ -358,11 +370,13 @@ def evaluate(
             data,
             columns=api.Columns(text=text, text_pair=text_pair, label=label),
             limit=limit,
+            exits=api.Exits(calibration, statistic, per_exit, temperature),
             device=api.Device(backend, provider, threads),
             progress=progress,
         )
         variants = api.open_bundle(bundle).manifest.variants
-    screen.document(document, [tables.evaluate_table(document, variants)])
+    points = [tables.points_table(document)] if document.get("points") else []
+    screen.document(document, [tables.evaluate_table(document, variants), *points])
 
 
 @app.command()
@@ -411,7 +425,19 @@ def run(
     ] = None,
     budget_ms: BudgetMs = None,
     ratio: Annotated[float | None, typer.Option(metavar="N", help="Use this ratio, whatever the budget.")] = None,
-    variant: Annotated[str | None, typer.Option(metavar="NAME", help="Use this variant, whatever the budget.")] = None,
+    variant: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Use this variant or NAME@POINT, whatever the budget.")
+    ] = None,
+    threshold: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="Leave at exits surer than this: one, or one for each exit but the last."),
+    ] = None,
+    statistic: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What --threshold is of: entropy, max_probability or margin.")
+    ] = None,
+    exit_mode: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Who leaves: per-row, or batch-maximum (all or none).")
+    ] = None,
     truncate: Annotated[
         bool, typer.Option("--truncate/--no-truncate", help="Cut texts that are too long, or refuse them.")
     ] = True,
@@ -425,11 +451,13 @@ def run(
 ) -> None:
     """Answer texts within a latency budget.
 
-    All texts are answered together, by the best variant that is predicted to meet the budget.
+    All texts are answered together, by the best variant that is predicted to meet the budget. A variant with exits
+    reads the clock between them, and answers from the newest where going on would be too late.
     """
     from compexport import api, tables
 
     texts = api.paired(text or [], text_pair)
+    thresholds = None if threshold is None else _numbers("threshold", threshold, "numbers like 0.3")
     with _screen(as_json) as screen:
         document = api.run(
             bundle,
@@ -437,6 +465,7 @@ def run(
             budget_ms=budget_ms,
             ratio=ratio,
             variant=variant,
+            rule=api.exit_rule(thresholds, statistic, exit_mode),
             truncate=truncate,
             device=api.Device(backend, provider, threads),
         )
@@ -505,14 +534,13 @@ def _from_file(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "DEFAULT_MAP"
 
 
-def _numbers(option: str, text: str) -> list[float]:
+def _numbers(option: str, text: str, wanted: str = "whole numbers like 2,4,8") -> list[float]:
     """``"2,4,8"`` as numbers; InputError names the part that is none. What the numbers must be is the API's to say."""
     numbers = []
     for part in text.split(","):
         try:
             numbers.append(float(part))
         except ValueError:
-            wanted = "whole numbers like 2,4,8"
             raise InputError(describe(f"--{option} is not a number", got=repr(part.strip()), expected=wanted)) from None
     return numbers
 

@@ -173,18 +173,11 @@ MODELS = {
 
 
 def make(
-    name: str,
-    folder: Path,
-    task: str = "feature-extraction",
-    *,
-    pooling: str | None = "mean",
-    seed: int = 0,
-    layers: int | None = None,
+    name: str, folder: Path, task: str = "feature-extraction", *, pooling: str | None = "mean", seed: int = 0
 ) -> Path:
     """Write the model ``name`` for ``task`` to ``folder`` as Hugging Face saves it, and return ``folder``.
 
     ``pooling`` ("mean", "cls" or None) adds what a sentence-transformers folder says; feature-extraction only.
-    ``layers``: another depth than the model's own, of one that is an encoder alone.
     """
     import torch
     import transformers
@@ -192,8 +185,6 @@ def make(
     tiny = MODELS[name]
     tokenizer = tiny.tokenizer()
     config = getattr(transformers, f"{tiny.prefix}Config")(**{"vocab_size": tokenizer.get_vocab_size(), **tiny.config})
-    if layers is not None:
-        config.num_hidden_layers = layers
     if (labels := LABELS.get(task)) and task != "label-words":
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: i for i, label in enumerate(labels)}
