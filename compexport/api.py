@@ -18,11 +18,13 @@ from compexport.present import Progress
 if TYPE_CHECKING:
     from calib.data import Examples
     from engines.bundle import Bundle
+    from engines.exit_rule import ExitRule
     from engines.runtime import Runtime
     from engines.text import Text
     from exporter.checkpoint import MethodCheckpoint
 
 METHODS = ("variator",)
+IMPORTED_METHODS = ("variator", "costeff")
 PRECISIONS: tuple[Literal["fp32"], ...] = ("fp32",)
 DEFAULT_RATIOS = (2, 4, 8)
 
@@ -87,7 +89,21 @@ class Device:
     threads: int | None = None
 
 
-COLUMNS, FIT, DEVICE, ROWS, SAVING = Columns(), Fit(), Device(), Rows(), Saving()  # the defaults
+@dataclass(frozen=True)
+class Exits:
+    """How the thresholds of exits are found: on ``calibration`` data (None: on one half of the data evaluated).
+
+    ``statistic``: "entropy", "max_probability" or "margin". ``per_exit``: a threshold for each exit, not one for all.
+    ``temperature``: fit each exit's temperature first.
+    """
+
+    calibration: str | Path | None = None
+    statistic: str = "entropy"
+    per_exit: bool = False
+    temperature: bool = False
+
+
+COLUMNS, FIT, DEVICE, ROWS, SAVING, EXITS = Columns(), Fit(), Device(), Rows(), Saving(), Exits()  # the defaults
 
 
 def quiet(message: str, done: float | None = None, total: float | None = None) -> None:
@@ -165,16 +181,24 @@ def _unchecked(path: Path) -> Bundle | None:
 def import_checkpoint(
     file: str | Path,
     *,
-    backbone: str | Path,
+    backbone: str | Path | None = None,
     output: str | Path = "imported",
     method: str = "variator",
     progress: Progress = quiet,
 ) -> dict[str, Any]:
-    """Turn an official file of ``method`` and the folder ``backbone`` it belongs to into the checkpoint ``output``.
+    """Turn an official file or folder of ``method`` into the checkpoint ``output``.
 
-    Raises InputError for a file that does not fit exactly, in which case nothing was written.
+    ``backbone`` is the model folder that it was made for; costeff needs none. Raises InputError for anything that does
+    not fit exactly, in which case nothing was written.
     """
-    choice("method", method, METHODS)
+    if choice("method", method, IMPORTED_METHODS) == "costeff":
+        progress(f"importing {file}")
+        from exporter.importers.costeff import import_costeff
+
+        return import_costeff(file, backbone, output).document()
+    if backbone is None:
+        hint = "--backbone names the T5 folder that FILE was made for"
+        raise InputError(describe("variator plugins need a backbone", expected="--backbone MODEL", hint=hint))
     progress(f"importing {file}")
     from exporter.importers.variator import import_variator
 
@@ -340,27 +364,39 @@ def evaluate(
     *,
     columns: Columns = COLUMNS,
     limit: int | None = None,
+    exits: Exits = EXITS,
     device: Device = DEVICE,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Measure the quality of every variant on ``data``, keep the table in the bundle, and return the rows.
 
-    Without labels the backbone's own answers are the truth.
+    Without labels the backbone's own answers are the truth. Variants with exits get named operating points, found as
+    ``exits`` says and measured on other rows than those they were found on.
     """
     open_bundle(bundle)  # a wrong bundle is said before a large file is read
-    return evaluate_examples(
-        bundle, read_examples(data, "dev or test", columns, progress, limit), device=device, progress=progress
-    )
+    examples = read_examples(data, "dev or test", columns, progress, limit)
+    return evaluate_examples(bundle, examples, columns=columns, exits=exits, device=device, progress=progress)
 
 
 def evaluate_examples(
-    bundle: str | Path, examples: Examples, *, device: Device = DEVICE, progress: Progress = quiet
+    bundle: str | Path,
+    examples: Examples,
+    *,
+    columns: Columns = COLUMNS,
+    exits: Exits = EXITS,
+    device: Device = DEVICE,
+    progress: Progress = quiet,
 ) -> dict[str, Any]:
-    """``evaluate`` on examples already read."""
+    """``evaluate`` on examples already read; ``columns`` are those of the calibration data."""
     from calib import quality
+    from calib.exits_search import Search
 
+    search = Search(exits.statistic, exits.per_exit, exits.temperature)
+    calibration = None
+    if exits.calibration is not None:
+        calibration = read_examples(exits.calibration, "dev", columns, progress)
     with _runtime(bundle, device) as runtime:
-        evaluation = quality.evaluate(runtime, examples, progress=progress)
+        evaluation = quality.evaluate(runtime, examples, calibration=calibration, search=search, progress=progress)
         runtime.bundle.save_quality(evaluation.table)
     return evaluation.document()
 
@@ -388,15 +424,30 @@ def run(
     budget_ms: float | None = None,
     ratio: float | None = None,
     variant: str | None = None,
+    rule: ExitRule | None = None,
     truncate: bool = True,
     device: Device = DEVICE,
 ) -> dict[str, Any]:
-    """Answer ``texts`` together; errors as ``Runtime.run_batch``."""
+    """Answer ``texts`` together; arguments and errors as ``Runtime.run_batch``."""
     if not texts:
         raise InputError(describe("nothing to run", expected='--text "..."'))
     with _runtime(bundle, device) as runtime:
-        batch = runtime.run_batch(texts, budget_ms=budget_ms, ratio=ratio, variant=variant, truncate=truncate)
+        batch = runtime.run_batch(
+            texts, budget_ms=budget_ms, ratio=ratio, variant=variant, rule=rule, truncate=truncate
+        )
         return batch.document()
+
+
+def exit_rule(thresholds: Sequence[float] | None, statistic: str | None, mode: str | None) -> ExitRule | None:
+    """The rule that thresholds, one or one for each exit but the last, make; None without any."""
+    from engines.exit_rule import ENTROPY, PER_ROW, ExitRule, thresholds_of
+
+    if thresholds is None:
+        for option, given in (("--statistic", statistic), ("--exit-mode", mode)):
+            if given is not None:
+                raise InputError(describe(f"{option} without a threshold", got=given, expected="--threshold too"))
+        return None
+    return ExitRule(thresholds_of(thresholds), statistic or ENTROPY, mode or PER_ROW)
 
 
 def paired(texts: Sequence[str], seconds: Sequence[str] | None) -> list[Text]:
