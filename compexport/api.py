@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from engines.exit_rule import ExitRule
     from engines.runtime import Runtime
     from engines.text import Text
+    from exporter.checkpoint import MethodCheckpoint
 
 METHODS = ("variator",)
+IMPORTED_METHODS = ("variator", "costeff")
 PRECISIONS: tuple[Literal["fp32"], ...] = ("fp32",)
 DEFAULT_RATIOS = (2, 4, 8)
 
@@ -179,16 +181,24 @@ def _unchecked(path: Path) -> Bundle | None:
 def import_checkpoint(
     file: str | Path,
     *,
-    backbone: str | Path,
+    backbone: str | Path | None = None,
     output: str | Path = "imported",
     method: str = "variator",
     progress: Progress = quiet,
 ) -> dict[str, Any]:
-    """Turn an official file of ``method`` and the folder ``backbone`` it belongs to into the checkpoint ``output``.
+    """Turn an official file or folder of ``method`` into the checkpoint ``output``.
 
-    Raises InputError for a file that does not fit exactly, in which case nothing was written.
+    ``backbone`` is the model folder that it was made for; costeff needs none. Raises InputError for anything that does
+    not fit exactly, in which case nothing was written.
     """
-    choice("method", method, METHODS)
+    if choice("method", method, IMPORTED_METHODS) == "costeff":
+        progress(f"importing {file}")
+        from exporter.importers.costeff import import_costeff
+
+        return import_costeff(file, backbone, output).document()
+    if backbone is None:
+        hint = "--backbone names the T5 folder that FILE was made for"
+        raise InputError(describe("variator plugins need a backbone", expected="--backbone MODEL", hint=hint))
     progress(f"importing {file}")
     from exporter.importers.variator import import_variator
 
@@ -211,6 +221,8 @@ def build_document(
     backend: str = "ort",
     precision: str = "fp32",
     method: str | None = None,
+    exits: Sequence[float] | str | None = None,
+    prefix: bool = False,
     data: str | Path | None = None,
     columns: Columns = COLUMNS,
     fit: Fit = FIT,
@@ -220,8 +232,10 @@ def build_document(
 ) -> dict[str, Any]:
     """Trace, check and build; with ``data``, plugins that ``model`` lacks are fitted first and kept in its folder.
 
-    ``ratios`` defaults to those ``model`` has plugins for, or 2, 4, 8. Raises InputError for bad input, in which case
-    nothing was written, and ParityError when a graph differs from PyTorch, in which case no bundle was.
+    ``ratios`` defaults to those ``model`` was trained for, or 2, 4, 8. ``exits`` (method "costeff"): layers counted
+    from 1 at which segments end, or "auto", which ``data`` alone means too; ``prefix`` adds a graph from the ids to
+    each of them. Raises InputError for bad input, in which case nothing was written, and ParityError when a graph
+    differs from PyTorch, in which case no bundle was.
     """
     from compexport import training
     from engines import backends
@@ -241,8 +255,14 @@ def build_document(
         wanted = [*whole_ratios(ratios)] if planned.whole_ratios else checked_ratios(ratios)
     _require_free(output)
     backends.load(backend)
-    missing = [ratio for ratio in wanted if ratio not in there]
-    if missing and data is not None and not untrained and planned.method == METHODS[0]:
+    options: dict[str, Any] = {}
+    if planned.method == "costeff":
+        source = None if data is None or untrained else (data, columns)
+        options = {"exits": _exits(model, checkpoint, wanted, exits, source, progress), "prefixes": prefix}
+    elif exits is not None or prefix:
+        got = f"the method {planned.method}"
+        raise InputError(describe("--exits" if exits is not None else "--prefix", got=got, expected="costeff"))
+    elif data is not None and not untrained and (missing := [ratio for ratio in wanted if ratio not in there]):
         texts = read_examples(data, "train", columns, progress)
         training.fit_texts(model, texts, ratios=whole_ratios(missing), output=model, fit=fit, progress=progress)
     report = family.build(
@@ -256,8 +276,35 @@ def build_document(
         seed=fit.seed,
         command=command,
         progress=progress,
+        **options,
     )
     return report.document()
+
+
+def _exits(
+    model: str | Path,
+    checkpoint: MethodCheckpoint | None,
+    ratios: Sequence[float],
+    wanted: Sequence[float] | str | None,
+    data: tuple[str | Path, Columns] | None,
+    progress: Progress,
+) -> dict[float, tuple[int, ...]]:
+    """Exits by ratio; none where the default is meant."""
+    from calib import data as reading
+    from compexport.exits import AUTO, chosen_exits, given_exits
+
+    if isinstance(wanted, str):
+        if wanted != AUTO:
+            raise InputError(describe("--exits", got=repr(wanted), expected="layers like 2,4,6, or auto"))
+    elif wanted is not None:
+        return given_exits(model, wanted, ratios)
+    if data is None:
+        if wanted is None:
+            return {}
+        raise InputError(describe("--exits auto chooses on texts", expected="--data FILE, and a trained model"))
+    path, columns = data
+    split = "dev" if reading.has_split(path, "dev") else "train"
+    return chosen_exits(model, checkpoint, ratios, read_examples(path, split, columns, progress), progress)
 
 
 def read_examples(

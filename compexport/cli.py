@@ -63,7 +63,7 @@ RequiredData = Annotated[
 TextColumn = Annotated[str | None, typer.Option(metavar="COLUMN", help="Column of --data with the text.")]
 PairColumn = Annotated[str | None, typer.Option(metavar="COLUMN", help="Column with the second text of a pair.")]
 LabelColumn = Annotated[str | None, typer.Option(metavar="COLUMN", help="Column with the label.")]
-Ratio = Annotated[str | None, typer.Option(metavar="LIST", help="Compression ratios, whole numbers: 2,4,8.")]
+Ratio = Annotated[str | None, typer.Option(metavar="LIST", help="Compression ratios: 2,4,8.")]
 Backend = Annotated[str, typer.Option(metavar="NAME", help="Engine backend: ort.")]
 Provider = Annotated[str, typer.Option(metavar="NAME", help="ONNX Runtime provider: cpu or cuda.")]
 Threads = Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads of an engine [default: all cores].")]
@@ -202,13 +202,19 @@ def train(
 
 @app.command("import")
 def import_(
-    method: Annotated[str, typer.Argument(metavar="METHOD", help="variator")],
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A plugin file (.pkl) or a task checkpoint (.pt).")],
+    method: Annotated[str, typer.Argument(metavar="METHOD", help="variator or costeff.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="variator: a plugin file (.pkl) or a task checkpoint (.pt); costeff: the official folder.",
+        ),
+    ],
     *,
     backbone: Annotated[
-        Path,
-        typer.Option(metavar="MODEL", help="The T5 folder that FILE was made for."),
-    ],
+        Path | None,
+        typer.Option(metavar="MODEL", help="variator: the T5 folder that FILE was made for; costeff: the teacher."),
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder of the checkpoint.")] = Path(
         "imported"
     ),
@@ -218,8 +224,12 @@ def import_(
 ) -> None:
     """Import an official checkpoint of a method.
 
-    OUT becomes a model folder with the plugins of FILE, at the scale of its T5; import further ratios into the same
-    OUT. FILE is a pickle, of which only tensors are read. `compexport build OUT` makes the engines.
+    variator: OUT becomes a model folder with the plugins of FILE, at the scale of its T5. costeff: OUT becomes the
+    folder of the teacher with the slender model beside it; without a teacher, the same function at full width stands
+    in for it.
+
+    Import further ratios into the same OUT. Of pickles, only tensors are read. `compexport build OUT` makes the
+    engines.
     """
     from compexport import api, present, tables
 
@@ -239,15 +249,22 @@ def build(
     backend: Backend = "ort",
     precision: Annotated[str, typer.Option(metavar="NAME", help="Arithmetic of the engines: fp32.")] = "fp32",
     method: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Method, where MODEL does not say: variator.")
+        str | None, typer.Option(metavar="NAME", help="Method, where MODEL does not say: variator or costeff.")
     ] = None,
+    exits: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="costeff: layers after which rows may leave, 3,6,9, or auto, on --data."),
+    ] = None,
+    prefix: Annotated[
+        bool, typer.Option("--prefix", help="costeff: also one graph from the text to each exit.")
+    ] = False,
     data: Data = None,
     text: TextColumn = None,
     text_pair: PairColumn = None,
     steps: Steps = None,
     max_seconds: MaxSeconds = None,
     untrained: Annotated[
-        bool, typer.Option("--untrained", help="Random plugins where none are trained, for latency work only.")
+        bool, typer.Option("--untrained", help="Random tensors where none are trained, for latency work only.")
     ] = False,
     seed: Seed = 0,
     as_json: Json = False,
@@ -257,7 +274,7 @@ def build(
     """Build all ratios of MODEL into one bundle.
 
     Each ratio is traced, checked against PyTorch and built for the backend. A rebuild reuses what did not change.
-    With --data, plugins that MODEL lacks are fitted first.
+    With --data, plugins that MODEL lacks are fitted first; for costeff, exits are chosen on it.
     """
     from compexport import api, present, tables
 
@@ -269,6 +286,8 @@ def build(
             backend=backend,
             precision=precision,
             method=method,
+            exits=_layers(exits),
+            prefix=prefix,
             data=data,
             columns=api.Columns(text=text, text_pair=text_pair),
             fit=api.Fit(steps=steps, max_seconds=max_seconds, seed=seed),
@@ -524,7 +543,12 @@ def _from_file(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "DEFAULT_MAP"
 
 
-def _numbers(option: str, text: str, wanted: str = "whole numbers like 2,4,8") -> list[float]:
+def _layers(exits: str | None) -> list[float] | str | None:
+    """``--exits``: numbers, the word auto, or nothing."""
+    return exits if exits in (None, "auto") else _numbers("exits", exits, "layers like 2,4,6, or auto")
+
+
+def _numbers(option: str, text: str, wanted: str = "numbers like 2,4,8") -> list[float]:
     """``"2,4,8"`` as numbers; InputError names the part that is none. What the numbers must be is the API's to say."""
     numbers = []
     for part in text.split(","):

@@ -184,6 +184,8 @@ def finetune_table(document: Mapping[str, Any]) -> Table:
 
 def import_table(document: Mapping[str, Any]) -> Table:
     """``import``: what the file added to the model, and what its backbone is made of."""
+    if document["method"] == "costeff":
+        return _slender_table(document)
     ratio = document["ratio"]
     rows = [] if ratio is None else [(ratio, f"{document['extra_params']:,}", _percent(document["extra_params_share"]))]
     source = "this file" if document["backbone_from_file"] else document["backbone"]
@@ -192,6 +194,16 @@ def import_table(document: Mapping[str, Any]) -> Table:
         notes.append(f"LoRA updates merged into {document['lora']} matrices")
     title = f"{document['output']}: {document['tensors']} tensors imported"
     return Table(title, ("ratio", "extra parameters", "share") if rows else (), rows, notes)
+
+
+def _slender_table(document: Mapping[str, Any]) -> Table:
+    """``import costeff``: the size of the model beside its teacher's."""
+    rows = [(document["ratio"], f"{document['params']:,}", _percent(document["params_share"]))]
+    there = f"ratios there now: {', '.join(map(str, document['ratios']))}"
+    made = "the backbone is this model at full width: name its teacher with --backbone to compare with that"
+    notes = [f"{made}; {there}" if document["backbone_from_file"] else f"backbone from {document['backbone']}; {there}"]
+    title = f"{document['output']}: {document['tensors']} tensors imported"
+    return Table(title, ("ratio", "parameters", "of the backbone's"), rows, notes)
 
 
 def _percent(share: float) -> str:
