@@ -33,7 +33,7 @@ from engines.manifest import (
 )
 from tests.engines.test_text import ALL_INPUTS, save_tokenizer
 
-H, C, V, LAYERS = 8, 3, 20, 6
+H, C, V, LAYERS = 8, 3, 128, 6
 EXITS = (2, 4, 6)
 LABELS = ["bad", "fair", "good"]
 NAMES = {1.0: "costeff-r1-fp32", 4.0: "costeff-r4-fp32"}

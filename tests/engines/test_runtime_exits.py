@@ -26,7 +26,7 @@ from tests.engines.test_text import WORDS
 
 R1, R4 = NAMES[1.0], NAMES[4.0]
 POINT = point_name(R4, "2x")
-RULE = ExitRule((0.03, 0.1))  # of the toy at ratio 4, lets some rows leave at each exit
+RULE = ExitRule((0.2, 0.05))  # of the toy at ratio 4, lets some rows leave at each exit
 QUICK_MS, HOUR_MS = 1e-4, 3.6e6
 TEXTS = [" ".join(WORDS[(i * 5 + j * 3) % len(WORDS)] for j in range(1 + i % 9)) for i in range(24)]
 
