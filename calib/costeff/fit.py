@@ -42,7 +42,8 @@ class Start:
 def open_start(folder: str | Path, examples: Examples) -> Start:
     """The model of ``folder``; InputError where the method does not fit it, or for labels that are no classes."""
     backbone = load_backbone(folder)
-    HostFacts.of(backbone)
+    if HostFacts.of(backbone).layers < 2:
+        raise InputError(describe(f"{folder}: layers", got=1, expected="at least 2, to leave after one of them"))
     if head_fits(backbone, examples):
         return Start(backbone, True)
     if backbone.task != "feature-extraction":

@@ -34,8 +34,8 @@ HIDDEN_SHARE = 0.7
 EXITS = ".highway."  # what the names of the exits' tensors hold, and no other
 
 Rows = Sequence[Mapping[str, Any]]
-# (student, teacher, batch's mask, labels, share of the stage done) -> loss
-StageLoss = Callable[[CosteffOutput, CosteffOutput, Tensor, Tensor, float], Tensor]
+# (student, teacher, batch's mask, labels) -> loss
+StageLoss = Callable[[CosteffOutput, CosteffOutput, Tensor, Tensor], Tensor]
 
 
 class Lesson(nn.Module):
@@ -61,40 +61,44 @@ class Lesson(nn.Module):
             self.student.train(mode)
         return self
 
-    def forward(self, **batch: Tensor) -> tuple[CosteffOutput, CosteffOutput]:
-        """Student and teacher on input_ids, attention_mask[, token_type_ids] [B,S]."""
+    def forward(self, answers: bool = True, **batch: Tensor) -> tuple[CosteffOutput, CosteffOutput]:
+        """Student and teacher on input_ids, attention_mask[, token_type_ids] [B,S].
+
+        Without ``answers`` the student has no logits: several processes wait for the gradient of all that is given out.
+        """
         student = self.student(**batch)
         if self.teacher is None:
             return CosteffOutput(student.logits[:-1], student.hidden_states), student
+        if not answers:
+            student = CosteffOutput([], student.hidden_states)
         with torch.no_grad():
             return student, self.teacher(**batch)
 
 
-def _hidden(student: CosteffOutput, teacher: CosteffOutput, mask: Tensor, labels: Tensor, share: float) -> Tensor:
+def wants_answers(kind: Kind, share: float) -> bool:
+    """Whether a stage of which ``share`` is done teaches answers, and not hidden states alone."""
+    return share >= HIDDEN_SHARE if kind == "slenderise" else kind not in ("assist-hidden", "hidden")
+
+
+def _hidden(student: CosteffOutput, teacher: CosteffOutput, mask: Tensor, labels: Tensor) -> Tensor:
     return hidden_error(student.hidden_states, teacher.hidden_states, mask)
 
 
-def _first_exits(student: CosteffOutput, teacher: CosteffOutput, mask: Tensor, labels: Tensor, share: float) -> Tensor:
+def _first_exits(student: CosteffOutput, teacher: CosteffOutput, mask: Tensor, labels: Tensor) -> Tensor:
     return first_exits_error(student.logits, teacher.logits[-1].detach(), labels)
 
 
-def _prediction(student: CosteffOutput, teacher: CosteffOutput, mask: Tensor, labels: Tensor, share: float) -> Tensor:
-    return exit_to_exit(student.logits, teacher.logits) + _hidden(student, teacher, mask, labels, share)
+def _prediction(student: CosteffOutput, teacher: CosteffOutput, mask: Tensor, labels: Tensor) -> Tensor:
+    return exit_to_exit(student.logits, teacher.logits) + _hidden(student, teacher, mask, labels)
 
 
-def _slenderise(student: CosteffOutput, teacher: CosteffOutput, mask: Tensor, labels: Tensor, share: float) -> Tensor:
-    return (_hidden if share < HIDDEN_SHARE else _prediction)(student, teacher, mask, labels, share)
-
-
+# What teaches answers, by the kind of stage.
 LOSSES: dict[Kind, StageLoss] = {
-    "assist-hidden": _hidden,
     "assist": _first_exits,
     "exits": _first_exits,
-    "slenderise": _slenderise,
-    "hidden": _hidden,
+    "slenderise": _prediction,
     "prediction": _prediction,
 }
-PARTIAL: set[Kind] = {"assist-hidden", "slenderise", "hidden"}  # whose loss leaves the exits out, at times
 
 
 @dataclass(frozen=True)
@@ -119,13 +123,15 @@ def train_stage(
     unfinished: Unfinished | None = None,
 ) -> int:
     """Train ``student`` in place, and leave it in eval mode; the number of steps taken, as of ``Training.run``."""
-    settings, wanted = material.settings, LOSSES[stage.kind]
+    settings = material.settings
     lesson = Lesson(student, teacher)
 
     def loss(model: nn.Module, batch: Batch, step: int) -> Tensor:
         labels = batch.pop("labels")
-        ours, theirs = model(**batch)
-        return wanted(ours, theirs, batch["attention_mask"], labels, clock.share(step))
+        answers = wants_answers(stage.kind, clock.share(step))
+        ours, theirs = model(answers=answers, **batch)
+        wanted = LOSSES[stage.kind] if answers else _hidden
+        return wanted(ours, theirs, batch["attention_mask"], labels)
 
     def report(message: str, done: float | None = None, total: float | None = None) -> None:
         material.progress(f"{stage.name}: {message}", done, total)
@@ -140,7 +146,7 @@ def train_stage(
         batch_size=settings.batch_size,
         seed=stage.seed,
         precision=settings.precision,
-        partial=stage.kind in PARTIAL,
+        partial=not wants_answers(stage.kind, 0.0),
         unfinished=unfinished,
         progress=report,
     ).run()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,12 @@ from calib.costeff.plan import Kind, Stage
 from calib.costeff.settings import CosteffSettings
 from calib.costeff.stages import (
     HIDDEN_SHARE,
-    LOSSES,
     Lesson,
     Material,
     exit_accuracies,
     measure_importance,
     train_stage,
+    wants_answers,
 )
 from calib.data import Examples
 from calib.progress import silent
@@ -103,13 +104,28 @@ def test_hidden_states_teach_no_exit(backbone: Backbone, material: Material) -> 
 
 
 def test_slenderising_mends_the_hidden_states_first(backbone: Backbone, material: Material) -> None:
-    lesson = Lesson(model(backbone, pooler_dense=False), model(backbone, pooler_dense=True))
-    batch = material.collate(material.rows)
-    labels, mask = batch.pop("labels"), batch["attention_mask"]
-    ours, theirs = lesson(**batch)
-    early, late = (LOSSES["slenderise"](ours, theirs, mask, labels, share) for share in (0.0, HIDDEN_SHARE))
-    assert torch.equal(early, LOSSES["hidden"](ours, theirs, mask, labels, 0.0))
-    assert torch.equal(late, LOSSES["prediction"](ours, theirs, mask, labels, 0.0)) and late > early
+    """The exits get their first gradient when the share of the hidden states is over."""
+    for steps, taught in ((7, False), (10, True)):
+        student, teacher = model(backbone, pooler_dense=False), model(backbone)
+        before, clock = copied(student), Clock(time.monotonic(), 10)
+        stopped = stage("slenderise")
+
+        def until(message: str, done: float | None = None, total: float | None = None, last: int = steps) -> None:
+            if (done or 0) >= last:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            train_stage(stopped, student, teacher, replace(material, progress=until), clock)
+        exits = {name for name in before if "classifier" in name}
+        assert (changed(student, before) >= exits) is taught and bool(changed(student, before) & exits) is taught
+    assert [wants_answers("slenderise", share) for share in (0.0, 0.69, HIDDEN_SHARE, 1.0)] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+    kinds: tuple[Kind, ...] = ("assist-hidden", "assist", "exits", "hidden", "prediction")
+    assert [wants_answers(kind, 0.0) for kind in kinds] == [False, True, True, False, True]
 
 
 def test_dropout_is_for_students_with_a_teacher(backbone: Backbone) -> None:
