@@ -66,7 +66,7 @@ RequiredData = Annotated[
 TextColumn = Annotated[str | None, typer.Option(metavar="COLUMN", help="Column of --data with the text.")]
 PairColumn = Annotated[str | None, typer.Option(metavar="COLUMN", help="Column with the second text of a pair.")]
 LabelColumn = Annotated[str | None, typer.Option(metavar="COLUMN", help="Column with the label.")]
-Ratio = Annotated[str | None, typer.Option(metavar="LIST", help="Compression ratios, whole numbers: 2,4,8.")]
+Ratio = Annotated[str | None, typer.Option(metavar="LIST", help="Compression ratios: 2,4,8.")]
 TrainRatio = Annotated[
     str | None, typer.Option(metavar="LIST", help="Compression ratios: 2,4,8; costeff: 1 and fractions too.")
 ]
@@ -242,13 +242,19 @@ def train(
 
 @app.command("import")
 def import_(
-    method: Annotated[str, typer.Argument(metavar="METHOD", help="variator")],
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A plugin file (.pkl) or a task checkpoint (.pt).")],
+    method: Annotated[str, typer.Argument(metavar="METHOD", help="variator or costeff.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="variator: a plugin file (.pkl) or a task checkpoint (.pt); costeff: the official folder.",
+        ),
+    ],
     *,
     backbone: Annotated[
-        Path,
-        typer.Option(metavar="MODEL", help="The T5 folder that FILE was made for."),
-    ],
+        Path | None,
+        typer.Option(metavar="MODEL", help="variator: the T5 folder that FILE was made for; costeff: the teacher."),
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder of the checkpoint.")] = Path(
         "imported"
     ),
@@ -258,8 +264,12 @@ def import_(
 ) -> None:
     """Import an official checkpoint of a method.
 
-    OUT becomes a model folder with the plugins of FILE, at the scale of its T5; import further ratios into the same
-    OUT. FILE is a pickle, of which only tensors are read. `compexport build OUT` makes the engines.
+    variator: OUT becomes a model folder with the plugins of FILE, at the scale of its T5. costeff: OUT becomes the
+    folder of the teacher with the slender model beside it; without a teacher, the same function at full width stands
+    in for it.
+
+    Import further ratios into the same OUT. Of pickles, only tensors are read. `compexport build OUT` makes the
+    engines.
     """
     from compexport import api, present, tables
 
@@ -279,15 +289,22 @@ def build(
     backend: Backend = "ort",
     precision: Annotated[str, typer.Option(metavar="NAME", help="Arithmetic of the engines: fp32.")] = "fp32",
     method: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Method, where MODEL does not say: variator.")
+        str | None, typer.Option(metavar="NAME", help="Method, where MODEL does not say: variator or costeff.")
     ] = None,
+    exits: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="costeff: layers after which rows may leave, 3,6,9, or auto, on --data."),
+    ] = None,
+    prefix: Annotated[
+        bool, typer.Option("--prefix", help="costeff: also one graph from the text to each exit.")
+    ] = False,
     data: Data = None,
     text: TextColumn = None,
     text_pair: PairColumn = None,
     steps: Steps = None,
     max_seconds: MaxSeconds = None,
     untrained: Annotated[
-        bool, typer.Option("--untrained", help="Random plugins where none are trained, for latency work only.")
+        bool, typer.Option("--untrained", help="Random tensors where none are trained, for latency work only.")
     ] = False,
     seed: Seed = 0,
     as_json: Json = False,
@@ -297,7 +314,7 @@ def build(
     """Build all ratios of MODEL into one bundle.
 
     Each ratio is traced, checked against PyTorch and built for the backend. A rebuild reuses what did not change.
-    With --data, plugins that MODEL lacks are fitted first.
+    With --data, plugins that MODEL lacks are fitted first; for costeff, exits are chosen on it.
     """
     from compexport import api, present, tables
 
@@ -309,6 +326,8 @@ def build(
             backend=backend,
             precision=precision,
             method=method,
+            exits=_layers(exits),
+            prefix=prefix,
             data=data,
             columns=api.Columns(text=text, text_pair=text_pair),
             fit=api.Fit(steps=steps, max_seconds=max_seconds, seed=seed),
@@ -357,7 +376,8 @@ def bench(
         variants, quality = opened.manifest.variants, opened.quality()
         if plot is not None and quality is not None:
             report.write_bytes(plot, report.pareto_png(document, quality, variants))
-    screen.document(document, [tables.bench_table(document, variants, quality)])
+    segments = tables.segments_table(document)
+    screen.document(document, [tables.bench_table(document, variants, quality), *([segments] if segments.rows else [])])
 
 
 @app.command()
@@ -369,6 +389,15 @@ def evaluate(
     text_pair: PairColumn = None,
     label: LabelColumn = None,
     limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Use the first N examples only.")] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="D", help="Choose exit thresholds on these rows [default: on one half of --data]."),
+    ] = None,
+    statistic: Annotated[
+        str, typer.Option(metavar="NAME", help="What exits are judged by: entropy, max_probability or margin.")
+    ] = "entropy",
+    per_exit: Annotated[bool, typer.Option("--per-exit", help="A threshold for each exit, not one for all.")] = False,
+    temperature: Annotated[bool, typer.Option("--temperature", help="Fit a temperature for each exit first.")] = False,
     backend: Backend = "ort",
     provider: Provider = "cpu",
     threads: Threads = None,
@@ -378,7 +407,9 @@ def evaluate(
 ) -> None:
     """Measure the quality of every variant on data.
 
-    The engines themselves are measured. The bundle keeps the table; `select` and `run` choose by it.
+    The engines themselves are measured. The bundle keeps the table; `select` and `run` choose by it. Variants with
+    exits get operating points (drop-1%, 2x, ...), which are members of the family from then on: their thresholds are
+    chosen on some rows and everything is measured on others.
     """
     from compexport import api, present, tables
 
@@ -388,11 +419,13 @@ def evaluate(
             data,
             columns=api.Columns(text=text, text_pair=text_pair, label=label),
             limit=limit,
+            exits=api.Exits(calibration, statistic, per_exit, temperature),
             device=api.Device(backend, provider, threads),
             progress=progress,
         )
         variants = api.open_bundle(bundle).manifest.variants
-    screen.document(document, [tables.evaluate_table(document, variants)])
+    points = [tables.points_table(document)] if document.get("points") else []
+    screen.document(document, [tables.evaluate_table(document, variants), *points])
 
 
 @app.command()
@@ -441,7 +474,19 @@ def run(
     ] = None,
     budget_ms: BudgetMs = None,
     ratio: Annotated[float | None, typer.Option(metavar="N", help="Use this ratio, whatever the budget.")] = None,
-    variant: Annotated[str | None, typer.Option(metavar="NAME", help="Use this variant, whatever the budget.")] = None,
+    variant: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Use this variant or NAME@POINT, whatever the budget.")
+    ] = None,
+    threshold: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="Leave at exits surer than this: one, or one for each exit but the last."),
+    ] = None,
+    statistic: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What --threshold is of: entropy, max_probability or margin.")
+    ] = None,
+    exit_mode: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Who leaves: per-row, or batch-maximum (all or none).")
+    ] = None,
     truncate: Annotated[
         bool, typer.Option("--truncate/--no-truncate", help="Cut texts that are too long, or refuse them.")
     ] = True,
@@ -455,11 +500,13 @@ def run(
 ) -> None:
     """Answer texts within a latency budget.
 
-    All texts are answered together, by the best variant that is predicted to meet the budget.
+    All texts are answered together, by the best variant that is predicted to meet the budget. A variant with exits
+    reads the clock between them, and answers from the newest where going on would be too late.
     """
     from compexport import api, tables
 
     texts = api.paired(text or [], text_pair)
+    thresholds = None if threshold is None else _numbers("threshold", threshold, "numbers like 0.3")
     with _screen(as_json) as screen:
         document = api.run(
             bundle,
@@ -467,6 +514,7 @@ def run(
             budget_ms=budget_ms,
             ratio=ratio,
             variant=variant,
+            rule=api.exit_rule(thresholds, statistic, exit_mode),
             truncate=truncate,
             device=api.Device(backend, provider, threads),
         )
@@ -540,14 +588,18 @@ def _own(context: typer.Context, foreign: set[str], name: str, value: Value, def
     return default if name in foreign and _from_file(context, name) else value
 
 
-def _numbers(option: str, text: str) -> list[float]:
+def _layers(exits: str | None) -> list[float] | str | None:
+    """``--exits``: numbers, the word auto, or nothing."""
+    return exits if exits in (None, "auto") else _numbers("exits", exits, "layers like 2,4,6, or auto")
+
+
+def _numbers(option: str, text: str, wanted: str = "numbers like 2,4,8") -> list[float]:
     """``"2,4,8"`` as numbers; InputError names the part that is none. What the numbers must be is the API's to say."""
     numbers = []
     for part in text.split(","):
         try:
             numbers.append(float(part))
         except ValueError:
-            wanted = "whole numbers like 2,4,8"
             raise InputError(describe(f"--{option} is not a number", got=repr(part.strip()), expected=wanted)) from None
     return numbers
 

@@ -31,7 +31,8 @@ Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
 # Roles of a variant's graphs, and the tensors that only graphs with exits have.
 ENCODER, ALL_EXITS = "encoder", "all-exits"
-HIDDEN, ROWS = "hidden", "rows"
+# A segment's output hidden states are the next one's input, under another name: in one graph, names are unique.
+HIDDEN, PREVIOUS, ROWS = "hidden", "previous", "rows"
 EXIT_OUTPUTS = ("logits", "entropy", "max_probability", "margin")
 
 

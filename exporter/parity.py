@@ -39,7 +39,7 @@ def compare(
     worst = 0.0
     shapes = []
     for feed, outputs in zip(feeds, expected, strict=True):
-        batch, length = feed["input_ids"].shape
+        batch, length = feed["attention_mask"].shape
         where = f"{name} at batch {batch}, length {length}"
         found = list(candidate(feed))
         differences = _differences(where, outputs, found)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from engines.manifest import PREVIOUS, ROWS
 from exporter import ops
 
+MASK, KEPT = "attention_mask", "kept"
 SPLIT = ops.TOKEN_SPLIT.name
 MERGES = (ops.TOKEN_MERGE.name, ops.MASKED_TOKEN_MERGE.name)
 
@@ -104,6 +106,81 @@ def with_divisions(template: onnx.ModelProto) -> onnx.ModelProto:
         template, [node for node in template.graph.node if node.op_type != "Reciprocal" or node.output[0] in used]
     )
     return template
+
+
+def part(template: onnx.ModelProto, outputs: Mapping[str, str]) -> onnx.ModelProto:
+    """What is needed for some of the traced outputs, given as new name -> traced name.
+
+    ids -> a -> hidden.1 -> b -> hidden.2, logits.2          {"logits": "logits.1"}
+           hidden.1 -> c -> logits.1                   ->    ids -> a -> hidden.1 -> c -> logits
+    """
+    return _part(template, {name: name for name in _names(template.graph.input)}, outputs)
+
+
+def part_from(template: onnx.ModelProto, state: str, outputs: Mapping[str, str]) -> onnx.ModelProto:
+    """The same from the traced output ``state`` [batch, sequence, …] on, for chosen rows of it and of the mask.
+
+        hidden.1 -> b(attention_mask) -> hidden.2    ->    Gather(previous, rows) -> b(Gather(attention_mask, rows))
+
+    Requires that between ``state`` and ``outputs`` nothing but sizes is read from the traced inputs other than the
+    mask. Ensures that the inputs are ``previous``, ``attention_mask`` and ``rows``.
+    """
+    taken = {state: f"{PREVIOUS}.taken", MASK: f"{MASK}.taken"}
+    model = _part(template, taken, outputs)
+    sized = set(_names(template.graph.input))
+    for node in model.graph.node:
+        if node.op_type == "Shape" and node.input[0] in sized:
+            node.input[0] = taken[MASK]  # all inputs have the mask's shape
+    gathers = [
+        helper.make_node("Gather", [source, ROWS], [f"{source}.taken"], f"take_{source}", axis=0)
+        for source in (PREVIOUS, MASK)
+    ]
+    body = list(model.graph.node)
+    _replace_nodes(model, [*gathers, *body])
+    return _with_rows(model, template, state)
+
+
+def _part(template: onnx.ModelProto, starts: Mapping[str, str], outputs: Mapping[str, str]) -> onnx.ModelProto:
+    """Nodes and initialisers between ``starts`` (traced name -> new name) and ``outputs`` (new name -> traced name)."""
+    needed = set(outputs.values())
+    kept = []
+    for node in reversed(template.graph.node):
+        if any(name in needed and name not in starts for name in node.output):
+            kept.append(node)
+            needed.update(node.input)
+    renamed = {**{traced: new for new, traced in outputs.items()}, **starts}
+    model = _structure(template)
+    _replace_nodes(model, kept[::-1])
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            for index, name in enumerate(names):
+                names[index] = renamed.get(name, name)
+    made = {value.name: value for value in template.graph.output}
+    del model.graph.output[:]
+    for new, traced in outputs.items():
+        model.graph.output.add().CopyFrom(made[traced])
+        model.graph.output[-1].name = new
+    _take_initializers(model, template, {})
+    return model
+
+
+def _with_rows(model: onnx.ModelProto, template: onnx.ModelProto, state: str) -> onnx.ModelProto:
+    """Inputs of a later part in the place of the traced ones; its outputs have one row for each of ``rows``."""
+    traced = {value.name: value for value in (*template.graph.input, *template.graph.output)}
+    inputs = [onnx.ValueInfoProto() for _ in range(3)]
+    for value, source, name in zip(inputs, (state, MASK, MASK), (PREVIOUS, MASK, ROWS), strict=True):
+        value.CopyFrom(traced[source])
+        value.name = name
+    del inputs[2].type.tensor_type.shape.dim[1:]
+    for value in (inputs[2], *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = KEPT
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    return model
+
+
+def _names(values: Iterable[onnx.ValueInfoProto]) -> list[str]:
+    return [value.name for value in values]
 
 
 def _attribute(node: onnx.NodeProto, name: str) -> int:

@@ -60,14 +60,19 @@ class Tiny:
     classes: dict[str, str] = field(default_factory=lambda: HEAD_CLASSES)
 
 
-def _wordpiece() -> Any:
-    """A BERT tokenizer: letters, their continuations and the words of ``TEXTS``."""
-    from tokenizers import BertWordPieceTokenizer
-
+def wordpiece_vocabulary() -> list[str]:
+    """The lines of a ``vocab.txt``: letters, their continuations and the words of ``TEXTS``."""
     letters = [chr(code) for code in range(33, 127)]
     words = sorted({word for text in TEXTS for word in text.lower().replace(",", "").split()})
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + x for x in letters), *words]
-    return BertWordPieceTokenizer(vocab={token: i for i, token in enumerate(dict.fromkeys(tokens))})
+    return list(dict.fromkeys(tokens))
+
+
+def _wordpiece() -> Any:
+    """A BERT tokenizer of that vocabulary."""
+    from tokenizers import BertWordPieceTokenizer
+
+    return BertWordPieceTokenizer(vocab={token: i for i, token in enumerate(wordpiece_vocabulary())})
 
 
 def _byte_level() -> Any:
@@ -132,6 +137,8 @@ _T5_SIZES = {
 }
 MODELS = {
     "tiny-bert": Tiny("Bert", _SIZES, _wordpiece),
+    # Deep enough for exits: where two layers have one exit between them, four have three.
+    "tiny-bert-deep": Tiny("Bert", {**_SIZES, "num_hidden_layers": 4}, _wordpiece),
     # RoBERTa numbers positions from pad_token_id + 1, so its table is two rows longer than its limit.
     "tiny-roberta": Tiny(
         "Roberta",

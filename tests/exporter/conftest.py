@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from safetensors.torch import save
 
 from exporter import family, trace
 from exporter.backbone import Backbone, load_backbone
 from exporter.checkpoint import save_checkpoint
-from exporter.methods.variator import VariatorPlugins
+from exporter.methods.variator import VariatorModel, VariatorPlugins
 
 RATIOS = (2, 4)
 
@@ -30,19 +32,26 @@ class Traces:
     """``trace.onnx_from_module`` with a memory: a trace takes seconds, and equal models give equal ones."""
 
     def __init__(self) -> None:
-        self.made: dict[tuple[str, str, str, int], onnx.ModelProto] = {}
-        self.calls: list[tuple[str, str, str, int]] = []
+        self.made: dict[tuple[Any, ...], onnx.ModelProto] = {}
+        self.calls: list[tuple[Any, ...]] = []
         self._trace = trace.onnx_from_module
 
     def __call__(self, module: Any, input_names: Sequence[str], output_names: Sequence[str]) -> onnx.ModelProto:
-        plugins = module.variator.plugins
-        key = (module.backbone.sha256, module.backbone.task, plugins.pad, plugins.ratio)
+        key = _identity(module)
         self.calls.append(key)
         if key not in self.made:
             self.made[key] = self._trace(module, input_names, output_names)
         copy = onnx.ModelProto()
         copy.CopyFrom(self.made[key])
         return copy
+
+
+def _identity(module: Any) -> tuple[Any, ...]:
+    if isinstance(module, VariatorModel):
+        plugins = module.variator.plugins
+        assert plugins is not None
+        return module.backbone.sha256, module.backbone.task, plugins.pad, plugins.ratio
+    return type(module).__name__, hashlib.sha256(save(module.state_dict())).hexdigest()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,221 @@
+"""COST-EFF's graphs: one trace a ratio, with every state and exit as an output, cut into segments, prefixes and exits.
+
+Letters: B batch, S sequence length, H hidden size, L layers, C classes, K kept rows.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, nn
+
+from engines.manifest import ALL_EXITS, EXIT_OUTPUTS, HIDDEN, PREVIOUS, ROWS, Cost, Variant
+from exporter import parity, passes, trace
+from exporter.backbone import Backbone, load_backbone
+from exporter.graphs.family import REPORTED_LENGTH, Family, Run
+from exporter.methods.costeff import CosteffModel, cost, exit_statistics
+from exporter.methods.costeff_checkpoint import load_model, stored_tensors, untrained_model
+from exporter.plans import Plan, PlannedGraph
+from exporter.plans.costeff import CosteffPlan, PlannedPart
+from exporter.weights import WeightsFile
+
+PROBED_LENGTH = 2  # feeds have lengths around it, and 128
+# Rows that a later segment takes from a batch of three, in turn; the last feed is the one that engines are checked on.
+_TAKEN: tuple[tuple[int, ...], ...] = ((1,), (0, 1, 2), (2, 0))
+
+
+class TracedExits(nn.Module):
+    """What is traced: per layer its state [B,S,H], logits [B,C] and statistics [B], then all exits, [B,L,C] and [B,L].
+
+    ``output_names`` in that order: ``hidden.1``, ``logits.1``, …, ``hidden.2``, …, ``logits``, ``entropy``, ….
+    """
+
+    def __init__(self, model: CosteffModel) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def output_names(self) -> list[str]:
+        layers = range(1, self.model.facts.layers + 1)
+        return [*(f"{name}.{layer}" for layer in layers for name in (HIDDEN, *EXIT_OUTPUTS)), *EXIT_OUTPUTS]
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        found = self.model(input_ids, attention_mask, token_type_ids)
+        outputs: list[Tensor] = []
+        for state, logits in zip(found.hidden_states[1:], found.logits, strict=True):
+            outputs += [state, *_with_statistics(logits)]
+        return *outputs, *_with_statistics(torch.stack(found.logits, dim=1))
+
+
+def _with_statistics(logits: Tensor) -> tuple[Tensor, ...]:
+    return logits, *exit_statistics(logits)
+
+
+class CosteffFamily(Family):
+    """A backbone and the slender models of every ratio of a plan; that of ratio 1 is the backbone, with its exits."""
+
+    def __init__(self, plan: CosteffPlan, backbone: Backbone, models: Mapping[float, CosteffModel]) -> None:
+        super().__init__(plan, backbone)
+        self.exits = {ratio: plan.exits_of(ratio) for ratio in plan.ratios}
+        self.models = models
+        self._own = {ratio: stored_tensors(model, backbone) for ratio, model in models.items()}
+        self._template: tuple[float, onnx.ModelProto] | None = None
+        self._states: tuple[float, list[tuple[parity.Arrays, list[Tensor]]]] | None = None
+
+    @classmethod
+    def load(cls, plan: CosteffPlan) -> CosteffFamily:
+        """Load the backbone and its models, random ones where the plan allows; InputError as their loaders raise."""
+        backbone = load_backbone(plan.folder, plan.task)
+        return cls(plan, backbone, {ratio: _model(plan, backbone, ratio) for ratio in plan.ratios})
+
+    # --- graphs
+
+    def model(self, graph: PlannedGraph, weights: WeightsFile) -> onnx.ModelProto:
+        part = _part(graph)
+        template = self._traced(part.ratio)
+        weights.move_out(template)  # once for all parts of a ratio
+        if part.kind == "encoder":
+            return passes.part(template, {"logits": f"logits.{part.last}"})
+        if part.kind == ALL_EXITS:
+            return passes.part(template, {name: name for name in EXIT_OUTPUTS})
+        outputs = {name: f"{name}.{part.last}" for name in self._output_names(part)}
+        if part.first == 0:
+            return passes.part(template, outputs)
+        return passes.part_from(template, f"{HIDDEN}.{part.first}", outputs)
+
+    def _output_names(self, part: PlannedPart) -> tuple[str, ...]:
+        ends = part.kind != "segment" or part.last == self.backbone.num_layers
+        return EXIT_OUTPUTS if ends else (HIDDEN, *EXIT_OUTPUTS)
+
+    def _traced(self, ratio: float) -> onnx.ModelProto:
+        """The trace of one ratio; the graphs of a ratio are made one after the other, so one is kept."""
+        if self._template is None or self._template[0] != ratio:
+            traced = TracedExits(self.models[ratio]).eval()
+            template = trace.onnx_from_module(traced, self.backbone.input_names, traced.output_names)
+            self._template = ratio, passes.with_constant_lookups(template)
+        return self._template[1]
+
+    # --- parity
+
+    def feeds(self, graph: PlannedGraph) -> list[parity.Arrays]:
+        part = _part(graph)
+        if part.first == 0:
+            return self.id_feeds(PROBED_LENGTH)
+        feeds = []
+        for number, (ids, states) in enumerate(self._states_of(part.ratio)):
+            mask = ids["attention_mask"]
+            rows = (0,) if len(mask) == 1 else _TAKEN[(number // 2) % len(_TAKEN)]
+            previous = states[part.first].numpy()
+            feeds.append({PREVIOUS: previous, "attention_mask": mask, ROWS: np.array(rows)})
+        return feeds
+
+    def _states_of(self, ratio: float) -> list[tuple[parity.Arrays, list[Tensor]]]:
+        """Ids, and what every layer makes of them: the valid inputs of later segments."""
+        if self._states is None or self._states[0] != ratio:
+            model = self.models[ratio]
+            with torch.inference_mode():
+                made = [(ids, model(**_tensors(ids)).hidden_states) for ids in self.id_feeds(PROBED_LENGTH)]
+            self._states = ratio, made
+        return self._states[1]
+
+    def reference(self, graph: PlannedGraph) -> Run:
+        part = _part(graph)
+        model, host = self.models[part.ratio], self.backbone.model if self._is_backbone(part.ratio) else None
+        return lambda feed: self._eager(part, model, host, feed)
+
+    def exact(self, graph: PlannedGraph) -> Run:
+        part = _part(graph)
+
+        def run(feed: parity.Arrays) -> list[np.ndarray]:
+            model = copy.deepcopy(self.models[part.ratio]).double()
+            host = copy.deepcopy(self.backbone.model).double() if self._is_backbone(part.ratio) else None
+            return self._eager(part, model, host, feed)
+
+        return run
+
+    def _is_backbone(self, ratio: float) -> bool:
+        """Whether the last exit is the backbone's own answer, not one of tensors trained for it."""
+        return all(name.startswith("bert.encoder.highway.") for name in self._own[ratio])
+
+    def _eager(
+        self, part: PlannedPart, model: CosteffModel, host: nn.Module | None, feed: parity.Arrays
+    ) -> list[np.ndarray]:
+        """One part by PyTorch; where there is a ``host``, the Hugging Face model, the final logits are its."""
+        tensors = {
+            name: t.to(model.classifier.weight.dtype) if t.is_floating_point() else t
+            for name, t in _tensors(feed).items()
+        }
+        with torch.inference_mode():
+            whole = (part.first, part.last) == (0, model.facts.layers)
+            final = host(**tensors).logits if host is not None and whole else None
+            outputs = _outputs(part, model, tensors, final)
+        return [tensor.numpy() for tensor in outputs if tensor is not None]
+
+    # --- records for the manifest
+
+    def cost(self, graph: PlannedGraph) -> Cost:
+        part = _part(graph)
+        exits = range(1, part.last + 1) if part.kind == ALL_EXITS else (part.last,)
+        return cost(self.models[part.ratio], part.first, part.last, exits)
+
+    def variant(self, ratio: float) -> Variant:
+        model, exits = self.models[ratio], self.exits[ratio]
+        depth = self.backbone.num_layers
+        extra = self._own[ratio] if exits else {}
+        heads = {"pooler_dense": model.pooler_dense, "highway_dense": model.highway_dense}
+        full = cost(self.models[1], exits=(depth,)).macs(REPORTED_LENGTH)
+        return Variant(
+            method=self.plan.method,
+            ratio=ratio,
+            precision=self.plan.precision,
+            graphs=self.plan.roles(ratio),
+            params=model.params if exits else self.backbone.params,
+            extra_params=sum(tensor.numel() for tensor in extra.values()),
+            flops_ratio=full / cost(model, exits=exits or (depth,)).macs(REPORTED_LENGTH),
+            untrained=ratio != 1 and not self.plan.trained(ratio),
+            exits=list(exits) if exits else None,
+            settings={**model.shape.document(), **heads} if exits else {},
+        )
+
+
+def _model(plan: Plan, backbone: Backbone, ratio: float) -> CosteffModel:
+    if plan.checkpoint is not None and plan.trained(ratio):
+        return load_model(plan.checkpoint, backbone, ratio)
+    return untrained_model(backbone, ratio, plan.seed)
+
+
+def _part(graph: PlannedGraph) -> PlannedPart:
+    assert isinstance(graph, PlannedPart)
+    return graph
+
+
+def _tensors(feed: parity.Arrays) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(array) for name, array in feed.items()}
+
+
+def _outputs(
+    part: PlannedPart, model: CosteffModel, inputs: Mapping[str, Tensor], final: Tensor | None
+) -> Sequence[Tensor]:
+    """The part's outputs in their order; ``final`` stands for the last exit's logits."""
+    mask = inputs["attention_mask"]
+    if part.first == 0:
+        h = model.embed(inputs["input_ids"], inputs.get("token_type_ids"))
+    else:
+        h, mask = inputs[PREVIOUS][inputs[ROWS]], mask[inputs[ROWS]]
+    logits = []
+    for layer in range(part.first + 1, part.last + 1):
+        h = model.run_layers(h, mask, layer - 1, layer)
+        last = layer == model.facts.layers
+        logits.append(final if last and final is not None else model.exit_logits(h, layer))
+    if part.kind == "encoder":
+        return logits[-1:]
+    if part.kind == ALL_EXITS:
+        return _with_statistics(torch.stack(logits, dim=1))
+    states = (h,) if part.kind == "segment" and part.last < model.facts.layers else ()
+    return *states, *_with_statistics(logits[-1])
