@@ -9,23 +9,25 @@ import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from calib.answering import Read, Work
 from calib.data import Examples
+from calib.exits import points_and_exits, split
+from calib.exits_search import Search
 from calib.labels import label_ids
 from calib.progress import Progress, silent
 from compexport.errors import InputError, describe
 from engines.runtime import Runtime
 
-BATCH = 32  # texts per request
 PAIRS = 20_000  # pairs of texts, at most, whose similarities are ranked
 ARTICLES = {"a", "an", "the"}
 
 Answers = Sequence[Mapping[str, Any]]
+NO_SEARCH = Search()
 
 
 @dataclass(frozen=True)
@@ -37,78 +39,86 @@ class Evaluation:
 
     def document(self) -> dict[str, Any]:
         """What ``evaluate --json`` prints. ``drop``: what the variant loses against the backbone, in the metric."""
-        names = ("metric", "higher_is_better", "n", "data", "backbone_variant")
-        return {**{name: self.table[name] for name in names}, "variants": self.rows}
+        names = ("metric", "higher_is_better", "n", "data", "backbone_variant", "calibration", "points", "exits")
+        return {**{name: self.table[name] for name in names if name in self.table}, "variants": self.rows}
 
 
-def evaluate(runtime: Runtime, examples: Examples, *, data: str = "", progress: Progress = silent) -> Evaluation:
+def evaluate(
+    runtime: Runtime,
+    examples: Examples,
+    *,
+    data: str = "",
+    calibration: Examples | None = None,
+    search: Search = NO_SEARCH,
+    progress: Progress = silent,
+) -> Evaluation:
     """Let every variant of ``runtime`` answer ``examples`` and compare; nothing is written.
 
     Metrics: "cosine" with the backbone's embedding, and Spearman's correlation of pair similarities; "accuracy" of
     labels, per text or token; "f1" of answers, and exact matches. Without labels: "agreement" with the backbone.
+    Where variants have exits, thresholds are chosen (``search``) on ``calibration``, or on one half of ``examples``,
+    and everything is measured on the rest; "calibration" says which.
 
-    Raises InputError for no examples, a label the model does not have, a bundle without its backbone, or a
-    regression model.
+    Raises InputError for no examples, a label the model does not have, a bundle without its backbone, a regression
+    model, or calibration data where nothing has exits.
     """
     if not len(examples):
         raise InputError(describe("no examples to evaluate on", expected="at least one"))
     backbone = _backbone_variant(runtime)
-    score = _scorer(runtime, examples)
-    names = [backbone, *(name for name in runtime.variants if name != backbone)]
+    layers = runtime.members.layers
+    if calibration is not None and not layers:
+        raise InputError(describe("calibration data", got=calibration.origin, expected="a bundle with exits"))
+    parts = split(examples, calibration) if layers else None
+    reported = examples if parts is None else parts.reported
+    names = [backbone, *(name for name in runtime.members.engines if name != backbone)]
+    chosen = 0 if parts is None else len(layers) * len(parts.chosen)
+    work = Work(runtime, progress, len(names) * len(reported) + chosen)
+    score = _scorer(runtime, reported)
     values: dict[str, dict[str, float]] = {}
+    found: dict[str, Read] = {}
     truth: Answers = []
-    for position, name in enumerate(names):
-        before, total = position * len(examples), len(names) * len(examples)
-        given = _answers(runtime, examples, name, partial(_report, progress, before, total))
+    for name in names:
+        if name in layers:
+            found[name] = work.read(name, reported, search.statistic)
+            given: Answers = [{"label": label} for label in found[name].labels]
+        else:
+            given = work.answers(name, reported)
         if name == backbone:
             truth = given
         values[name] = score(given, truth)
     metric = next(iter(values[backbone]))
-    table = {
+    table: dict[str, Any] = {
         "metric": metric,
         "higher_is_better": True,
-        "n": len(examples),
+        "n": len(reported),
         "data": data or examples.origin,
         "backbone_variant": backbone,
-        "variants": {name: found[metric] for name, found in values.items()},
     }
+    if parts is not None:
+        table["calibration"] = {"n": len(parts.chosen), "rows": parts.said}
+        table |= points_and_exits(work, backbone, found, parts, _labels(truth), search)
+        for name, point in table["points"].items():
+            point["drop"] = values[backbone][metric] - point["value"]
+            values[name] = {metric: point["value"]}
+    table["variants"] = {name: one[metric] for name, one in values.items()}
+    return Evaluation(table, _rows(values, backbone, metric))
+
+
+def _rows(values: Mapping[str, Mapping[str, float]], backbone: str, metric: str) -> list[dict[str, Any]]:
     best = values[backbone][metric]
-    rows = [
+    return [
         {"variant": name, "value": found[metric], "drop": best - found[metric],
          **{other: value for other, value in found.items() if other != metric}}
         for name, found in values.items()
     ]  # fmt: skip
-    return Evaluation(table, rows)
 
 
 def _backbone_variant(runtime: Runtime) -> str:
-    variants = runtime.bundle.manifest.variants
-    for name in runtime.variants:
+    variants, engines = runtime.bundle.manifest.variants, runtime.members.engines
+    for name in engines:
         if variants[name].ratio == 1:
             return name
-    raise InputError(
-        describe("the backbone is not among the variants", got=", ".join(runtime.variants), expected="ratio 1")
-    )
-
-
-def _report(progress: Progress, before: int, total: int, done: int) -> None:
-    progress("evaluate", before + done, total)
-
-
-def _answers(
-    runtime: Runtime, examples: Examples, variant: str, report: Callable[[int], None]
-) -> list[Mapping[str, Any]]:
-    """One answer per example, in order; texts of similar length go together, so that little is padding."""
-    inputs = examples.inputs
-    order = sorted(range(len(inputs)), key=lambda index: len("".join(inputs[index])))
-    answers: list[Mapping[str, Any]] = [{}] * len(inputs)
-    for start in range(0, len(order), BATCH):
-        chosen = order[start : start + BATCH]
-        outputs = runtime.run_batch([inputs[index] for index in chosen], variant=variant).outputs
-        for index, output in zip(chosen, outputs, strict=True):
-            answers[index] = output
-        report(start + len(chosen))
-    return answers
+    raise InputError(describe("the backbone is not among the variants", got=", ".join(engines), expected="ratio 1"))
 
 
 # --- scores: each returns its metrics by name, the leading one first --------------------------------------------------

@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from compexport.api import (
         Columns,
         Device,
+        Exits,
         Fit,
         Rows,
         Saving,
+        Slender,
         bench,
         build,
         evaluate,
@@ -39,7 +41,9 @@ if TYPE_CHECKING:
     )
     from compexport.training import train
     from engines.bundle import Bundle
-    from engines.runtime import Result, Runtime
+    from engines.exit_rule import ExitRule
+    from engines.results import Result
+    from engines.runtime import Runtime
     from engines.selector import Decision
 
 __version__ = "0.1.0"
@@ -62,9 +66,12 @@ __all__ = [
     # how it is done
     "Columns",
     "Device",
+    "ExitRule",
+    "Exits",
     "Fit",
     "Rows",
     "Saving",
+    "Slender",
     # what can go wrong
     "BundleError",
     "CompexportError",
@@ -77,11 +84,12 @@ __all__ = [
 _HOMES = {
     **dict.fromkeys(("bench", "build", "evaluate", "import_checkpoint"), "compexport.api"),
     **dict.fromkeys(("inspect", "load", "verify"), "compexport.api"),
-    **dict.fromkeys(("Columns", "Device", "Fit", "Rows", "Saving"), "compexport.api"),
+    **dict.fromkeys(("Columns", "Device", "Exits", "Fit", "Rows", "Saving", "Slender"), "compexport.api"),
     "train": "compexport.training",
     "Bundle": "engines.bundle",
     "Decision": "engines.selector",
-    "Result": "engines.runtime",
+    "ExitRule": "engines.exit_rule",
+    "Result": "engines.results",
     "Runtime": "engines.runtime",
 }
 

@@ -18,10 +18,13 @@ from compexport.present import Progress
 if TYPE_CHECKING:
     from calib.data import Examples
     from engines.bundle import Bundle
+    from engines.exit_rule import ExitRule
     from engines.runtime import Runtime
     from engines.text import Text
+    from exporter.checkpoint import MethodCheckpoint
 
 METHODS = ("variator",)
+IMPORTED_METHODS = ("variator", "costeff")
 PRECISIONS: tuple[Literal["fp32"], ...] = ("fp32",)
 DEFAULT_RATIOS = (2, 4, 8)
 
@@ -63,6 +66,22 @@ class Fit:
 
 
 @dataclass(frozen=True)
+class Slender:
+    """How slender multi-exit models are trained (method costeff); None keeps the method's own default.
+
+    ``preset``: sizes of the paper by name (a6, a4, a2, a2-half, or a2_l12_f256_e128; several with commas), beside or
+    in place of ratios. ``joint``: at ratio 1 train the whole model with its exits, and not the exits alone.
+    ``heads_per_event``: heads that leave each layer at a time. ``importance_rows``: rows by whose gradients heads and
+    neurons are judged.
+    """
+
+    preset: str | None = None
+    joint: bool = False
+    heads_per_event: int | None = None
+    importance_rows: int | None = None
+
+
+@dataclass(frozen=True)
 class Rows:
     """Which rows of the training data to use: at most ``limit``, drawn by the seed, or the ``first`` ones."""
 
@@ -87,7 +106,23 @@ class Device:
     threads: int | None = None
 
 
-COLUMNS, FIT, DEVICE, ROWS, SAVING = Columns(), Fit(), Device(), Rows(), Saving()  # the defaults
+@dataclass(frozen=True)
+class Exits:
+    """How the thresholds of exits are found: on ``calibration`` data (None: on one half of the data evaluated).
+
+    ``statistic``: "entropy", "max_probability" or "margin". ``per_exit``: a threshold for each exit, not one for all.
+    ``temperature``: fit each exit's temperature first.
+    """
+
+    calibration: str | Path | None = None
+    statistic: str = "entropy"
+    per_exit: bool = False
+    temperature: bool = False
+
+
+# The defaults.
+COLUMNS, FIT, SLENDER, ROWS, SAVING = Columns(), Fit(), Slender(), Rows(), Saving()
+DEVICE, EXITS = Device(), Exits()
 
 
 def quiet(message: str, done: float | None = None, total: float | None = None) -> None:
@@ -165,16 +200,24 @@ def _unchecked(path: Path) -> Bundle | None:
 def import_checkpoint(
     file: str | Path,
     *,
-    backbone: str | Path,
+    backbone: str | Path | None = None,
     output: str | Path = "imported",
     method: str = "variator",
     progress: Progress = quiet,
 ) -> dict[str, Any]:
-    """Turn an official file of ``method`` and the folder ``backbone`` it belongs to into the checkpoint ``output``.
+    """Turn an official file or folder of ``method`` into the checkpoint ``output``.
 
-    Raises InputError for a file that does not fit exactly, in which case nothing was written.
+    ``backbone`` is the model folder that it was made for; costeff needs none. Raises InputError for anything that does
+    not fit exactly, in which case nothing was written.
     """
-    choice("method", method, METHODS)
+    if choice("method", method, IMPORTED_METHODS) == "costeff":
+        progress(f"importing {file}")
+        from exporter.importers.costeff import import_costeff
+
+        return import_costeff(file, backbone, output).document()
+    if backbone is None:
+        hint = "--backbone names the T5 folder that FILE was made for"
+        raise InputError(describe("variator plugins need a backbone", expected="--backbone MODEL", hint=hint))
     progress(f"importing {file}")
     from exporter.importers.variator import import_variator
 
@@ -197,6 +240,8 @@ def build_document(
     backend: str = "ort",
     precision: str = "fp32",
     method: str | None = None,
+    exits: Sequence[float] | str | None = None,
+    prefix: bool = False,
     data: str | Path | None = None,
     columns: Columns = COLUMNS,
     fit: Fit = FIT,
@@ -206,8 +251,10 @@ def build_document(
 ) -> dict[str, Any]:
     """Trace, check and build; with ``data``, plugins that ``model`` lacks are fitted first and kept in its folder.
 
-    ``ratios`` defaults to those ``model`` has plugins for, or 2, 4, 8. Raises InputError for bad input, in which case
-    nothing was written, and ParityError when a graph differs from PyTorch, in which case no bundle was.
+    ``ratios`` defaults to those ``model`` was trained for, or 2, 4, 8. ``exits`` (method "costeff"): layers counted
+    from 1 at which segments end, or "auto", which ``data`` alone means too; ``prefix`` adds a graph from the ids to
+    each of them. Raises InputError for bad input, in which case nothing was written, and ParityError when a graph
+    differs from PyTorch, in which case no bundle was.
     """
     from compexport import training
     from engines import backends
@@ -227,8 +274,14 @@ def build_document(
         wanted = [*whole_ratios(ratios)] if planned.whole_ratios else checked_ratios(ratios)
     _require_free(output)
     backends.load(backend)
-    missing = [ratio for ratio in wanted if ratio not in there]
-    if missing and data is not None and not untrained and planned.method == METHODS[0]:
+    options: dict[str, Any] = {}
+    if planned.method == "costeff":
+        source = None if data is None or untrained else (data, columns)
+        options = {"exits": _exits(model, checkpoint, wanted, exits, source, progress), "prefixes": prefix}
+    elif exits is not None or prefix:
+        got = f"the method {planned.method}"
+        raise InputError(describe("--exits" if exits is not None else "--prefix", got=got, expected="costeff"))
+    elif data is not None and not untrained and (missing := [ratio for ratio in wanted if ratio not in there]):
         texts = read_examples(data, "train", columns, progress)
         training.fit_texts(model, texts, ratios=whole_ratios(missing), output=model, fit=fit, progress=progress)
     report = family.build(
@@ -242,8 +295,35 @@ def build_document(
         seed=fit.seed,
         command=command,
         progress=progress,
+        **options,
     )
     return report.document()
+
+
+def _exits(
+    model: str | Path,
+    checkpoint: MethodCheckpoint | None,
+    ratios: Sequence[float],
+    wanted: Sequence[float] | str | None,
+    data: tuple[str | Path, Columns] | None,
+    progress: Progress,
+) -> dict[float, tuple[int, ...]]:
+    """Exits by ratio; none where the default is meant."""
+    from calib import data as reading
+    from compexport.exits import AUTO, chosen_exits, given_exits
+
+    if isinstance(wanted, str):
+        if wanted != AUTO:
+            raise InputError(describe("--exits", got=repr(wanted), expected="layers like 2,4,6, or auto"))
+    elif wanted is not None:
+        return given_exits(model, wanted, ratios)
+    if data is None:
+        if wanted is None:
+            return {}
+        raise InputError(describe("--exits auto chooses on texts", expected="--data FILE, and a trained model"))
+    path, columns = data
+    split = "dev" if reading.has_split(path, "dev") else "train"
+    return chosen_exits(model, checkpoint, ratios, read_examples(path, split, columns, progress), progress)
 
 
 def read_examples(
@@ -303,27 +383,39 @@ def evaluate(
     *,
     columns: Columns = COLUMNS,
     limit: int | None = None,
+    exits: Exits = EXITS,
     device: Device = DEVICE,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Measure the quality of every variant on ``data``, keep the table in the bundle, and return the rows.
 
-    Without labels the backbone's own answers are the truth.
+    Without labels the backbone's own answers are the truth. Variants with exits get named operating points, found as
+    ``exits`` says and measured on other rows than those they were found on.
     """
     open_bundle(bundle)  # a wrong bundle is said before a large file is read
-    return evaluate_examples(
-        bundle, read_examples(data, "dev or test", columns, progress, limit), device=device, progress=progress
-    )
+    examples = read_examples(data, "dev or test", columns, progress, limit)
+    return evaluate_examples(bundle, examples, columns=columns, exits=exits, device=device, progress=progress)
 
 
 def evaluate_examples(
-    bundle: str | Path, examples: Examples, *, device: Device = DEVICE, progress: Progress = quiet
+    bundle: str | Path,
+    examples: Examples,
+    *,
+    columns: Columns = COLUMNS,
+    exits: Exits = EXITS,
+    device: Device = DEVICE,
+    progress: Progress = quiet,
 ) -> dict[str, Any]:
-    """``evaluate`` on examples already read."""
+    """``evaluate`` on examples already read; ``columns`` are those of the calibration data."""
     from calib import quality
+    from calib.exits_search import Search
 
+    search = Search(exits.statistic, exits.per_exit, exits.temperature)
+    calibration = None
+    if exits.calibration is not None:
+        calibration = read_examples(exits.calibration, "dev", columns, progress)
     with _runtime(bundle, device) as runtime:
-        evaluation = quality.evaluate(runtime, examples, progress=progress)
+        evaluation = quality.evaluate(runtime, examples, calibration=calibration, search=search, progress=progress)
         runtime.bundle.save_quality(evaluation.table)
     return evaluation.document()
 
@@ -351,15 +443,30 @@ def run(
     budget_ms: float | None = None,
     ratio: float | None = None,
     variant: str | None = None,
+    rule: ExitRule | None = None,
     truncate: bool = True,
     device: Device = DEVICE,
 ) -> dict[str, Any]:
-    """Answer ``texts`` together; errors as ``Runtime.run_batch``."""
+    """Answer ``texts`` together; arguments and errors as ``Runtime.run_batch``."""
     if not texts:
         raise InputError(describe("nothing to run", expected='--text "..."'))
     with _runtime(bundle, device) as runtime:
-        batch = runtime.run_batch(texts, budget_ms=budget_ms, ratio=ratio, variant=variant, truncate=truncate)
+        batch = runtime.run_batch(
+            texts, budget_ms=budget_ms, ratio=ratio, variant=variant, rule=rule, truncate=truncate
+        )
         return batch.document()
+
+
+def exit_rule(thresholds: Sequence[float] | None, statistic: str | None, mode: str | None) -> ExitRule | None:
+    """The rule that thresholds, one or one for each exit but the last, make; None without any."""
+    from engines.exit_rule import ENTROPY, PER_ROW, ExitRule, thresholds_of
+
+    if thresholds is None:
+        for option, given in (("--statistic", statistic), ("--exit-mode", mode)):
+            if given is not None:
+                raise InputError(describe(f"{option} without a threshold", got=given, expected="--threshold too"))
+        return None
+    return ExitRule(thresholds_of(thresholds), statistic or ENTROPY, mode or PER_ROW)
 
 
 def paired(texts: Sequence[str], seconds: Sequence[str] | None) -> list[Text]:

@@ -15,7 +15,8 @@ from typing import Any
 from compexport import api, present, report, tables, training
 from compexport.errors import DependencyError, InputError, describe
 from compexport.present import Screen, Table
-from engines.runtime import BatchResult, Runtime
+from engines.results import BatchResult
+from engines.runtime import Runtime
 
 RATIOS = (2, 4, 8)
 MARK = ".compexport-demo"  # in the output folder, so that a second run knows that it may write over it

@@ -15,7 +15,10 @@ import numpy.typing as npt
 
 from compexport.errors import InputError, describe
 from compexport.present import Progress
+from engines.cascade import Cascade, whole_path
+from engines.exit_rule import TO_THE_END
 from engines.manifest import Manifest, TensorSpec
+from engines.points import is_segment, segment_name
 from engines.runtime import Runtime
 
 Row = dict[str, Any]
@@ -60,12 +63,18 @@ def measure(
 
 
 def _calls(runtime: Runtime, batch: int, length: int) -> dict[str, Callable[[], object]]:
+    """What is timed at (B, S): every variant to its end, and of one with exits every segment alone."""
     manifest = runtime.bundle.manifest
     calls: dict[str, Callable[[], object]] = {}
-    for name in runtime.variants:
-        graph = next(iter(manifest.variants[name].graphs.values()))
+    for name in runtime.members.engines:
+        graph = whole_path(manifest.variants[name])[0]
         feeds = random_feeds(manifest.graphs[graph].inputs, batch, length)
-        calls[name] = partial(runtime.session(name).run, feeds)
+        session = runtime.session(name)
+        if isinstance(session, Cascade):
+            calls[name] = partial(session.run_exits, feeds, TO_THE_END)
+            calls |= {segment_name(name, number): call for number, call in enumerate(session.segment_calls(feeds))}
+        else:
+            calls[name] = partial(session.run, feeds)
     return calls
 
 
@@ -78,7 +87,8 @@ def random_feeds(inputs: Sequence[TensorSpec], batch: int, length: int) -> dict[
 
 def realised(rows: Sequence[Row], manifest: Manifest) -> list[Row]:
     """For each compressed variant and size: the speed-up, what its FLOPs would allow, and the share of it reached."""
-    times = {(row["variant"], row["batch"], row["length"]): row["p50_ms"] for row in rows}
+    whole = [row for row in rows if not is_segment(row["variant"])]
+    times = {(row["variant"], row["batch"], row["length"]): row["p50_ms"] for row in whole}
     variants = manifest.variants
     backbones = {(v.method, v.precision): name for name, v in variants.items() if v.ratio == 1}
     found = []
@@ -103,8 +113,7 @@ def realised(rows: Sequence[Row], manifest: Manifest) -> list[Row]:
 
 
 def _macs(manifest: Manifest, variant: str, length: int) -> int:
-    graphs = manifest.variants[variant].graphs.values()
-    return sum(manifest.graphs[graph].cost.macs(length) for graph in graphs)
+    return sum(manifest.graphs[graph].cost.macs(length) for graph in whole_path(manifest.variants[variant]))
 
 
 def check_sizes(what: str, values: Sequence[float], largest: int | None = None) -> list[int]:

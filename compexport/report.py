@@ -12,6 +12,7 @@ from typing import Any
 from compexport.errors import InputError, describe
 from compexport.present import Table, cell
 from engines.manifest import Variant
+from engines.points import is_segment
 
 
 def require_quality(quality: Mapping[str, Any] | None) -> Mapping[str, Any]:
@@ -57,7 +58,8 @@ def _relative_points(
     values = quality["variants"]
     found: dict[tuple[int, int], list[tuple[float, float, float]]] = {}
     for batch, length in dict.fromkeys((row["batch"], row["length"]) for row in bench["rows"]):
-        times = {r["variant"]: r["p50_ms"] for r in bench["rows"] if (r["batch"], r["length"]) == (batch, length)}
+        rows = [r for r in bench["rows"] if (r["batch"], r["length"]) == (batch, length)]
+        times = {r["variant"]: r["p50_ms"] for r in rows if not is_segment(r["variant"])}
         backbone = next((ms for name, ms in times.items() if variants[name].ratio == 1), None)
         points = [(ms / backbone, values[n], variants[n].ratio) for n, ms in times.items() if backbone and n in values]
         if points:

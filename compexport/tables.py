@@ -10,6 +10,7 @@ from typing import Any
 
 from compexport.latency import faster_from
 from compexport.present import Table, cell
+from engines.points import is_point, is_segment
 
 
 def build_table(document: Mapping[str, Any]) -> Table:
@@ -40,7 +41,8 @@ def bench_table(document: Mapping[str, Any], variants: Mapping[str, Any], qualit
     values = (quality or {}).get("variants", {})
     metric = (quality or {}).get("metric", "quality")
     rows = []
-    for row in sorted(document["rows"], key=lambda r: (r["batch"], r["length"])):
+    whole = [row for row in document["rows"] if not is_segment(row["variant"])]
+    for row in sorted(whole, key=lambda r: (r["batch"], r["length"])):
         name = row["variant"]
         gain = realised.get((name, row["batch"], row["length"]), {})
         variant = variants[name]
@@ -63,6 +65,15 @@ def bench_table(document: Mapping[str, Any], variants: Mapping[str, Any], qualit
     return Table(f"latency on {document['device']}", ("variant", "ratio", *measured, metric), rows, notes)
 
 
+def segments_table(document: Mapping[str, Any]) -> Table:
+    """``bench``: the segments of variants with exits, what one row or batch costs from exit to exit."""
+    segments = [row for row in document["rows"] if is_segment(row["variant"])]
+    columns = ("segment", "batch", "length", "p50 ms", "p99 ms")
+    names = ("variant", "batch", "length", "p50_ms", "p99_ms")
+    rows = [tuple(r[n] for n in names) for r in sorted(segments, key=lambda r: (r["batch"], r["length"]))]
+    return Table("segments", columns, rows)
+
+
 def faster_from_note(name: str, size: tuple[int, int] | None) -> str:
     """The smallest size from which a variant is worth having, in words."""
     if size is None:
@@ -74,13 +85,32 @@ def evaluate_table(document: Mapping[str, Any], variants: Mapping[str, Any]) -> 
     """``evaluate``: the metric of each variant, what it loses against the backbone, and any further metrics."""
     further = [name for name in document["variants"][0] if name not in ("variant", "value", "drop")]
     rows = []
-    for row in document["variants"]:
+    for row in (row for row in document["variants"] if not is_point(row["variant"])):
         variant = variants[row["variant"]]
         name = shown_name({**row, "untrained": variant.untrained})
         values = [f"{row['value']:.4f}", f"{row['drop']:+.4f}", *(f"{row[name]:.4f}" for name in further)]
         rows.append((name, variant.ratio, variant.flops_ratio, *values))
     title = f"{document['metric']} on {document['n']} examples"
-    return Table(title, ("variant", "ratio", "FLOPs ceiling", document["metric"], "drop", *further), rows)
+    notes = [f"exit thresholds chosen on {document['calibration']['rows']}"] if "calibration" in document else []
+    return Table(title, ("variant", "ratio", "FLOPs ceiling", document["metric"], "drop", *further), rows, notes)
+
+
+def points_table(document: Mapping[str, Any]) -> Table:
+    """``evaluate``: the operating points of variants with exits; FLOPs count what rows are expected to need."""
+    rows = []
+    for name, point in document["points"].items():
+        layers = document["exits"][point["variant"]]["layers"]
+        left = ", ".join(f"{layer}: {share:.0%}" for layer, share in zip(layers, point["histogram"], strict=True))
+        shown = [f"{point['value']:.4f}", f"{point['drop']:+.4f}", _thresholds(point["rule"]), left]
+        rows.append((name, point["flops_ratio"], point["speedup"], *shown))
+    columns = ("operating point", "FLOPs ceiling", "of it by exits", document["metric"], "drop", "threshold")
+    return Table("operating points", (*columns, "rows that leave at layer"), rows)
+
+
+def _thresholds(rule: Mapping[str, Any]) -> str:
+    given = rule["thresholds"] if isinstance(rule["thresholds"], list) else [rule["thresholds"]]
+    sign = "<" if rule["statistic"] == "entropy" else ">"
+    return f"{rule['statistic']} {sign} " + ", ".join("never" if value < 0 else f"{value:.3g}" for value in given)
 
 
 def select_table(document: Mapping[str, Any]) -> Table:
@@ -112,8 +142,9 @@ def answer_text(output: Mapping[str, Any]) -> str:
         return f"{output['answer']!r} ({output['start']}-{output['end']})"
     if "labels" in output:
         return " ".join(map(str, output["labels"]))
+    left = f" (layer {output['exit']}, {output['why']})" if "exit" in output else ""
     score = max(output.get("scores", {}).values(), default=None) if isinstance(output.get("scores"), dict) else None
-    return f"{output.get('label')}" + (f" {score:.3f}" if score is not None else "")
+    return f"{output.get('label')}" + (f" {score:.3f}" if score is not None else "") + left
 
 
 def verify_table(document: Mapping[str, Any]) -> Table:
@@ -140,6 +171,20 @@ def train_table(document: Mapping[str, Any]) -> Table:
     return Table(title, ("ratio", "extra parameters", "share", f"{metric}, held out"), rows, notes)
 
 
+def costeff_table(document: Mapping[str, Any]) -> Table:
+    """``train costeff``: how large each ratio's model is, and how good its exits are."""
+    metric, rows = document["metric"], []
+    for ratio in map(str, document["ratios"]):
+        exits = document["exits"][ratio]
+        best = " ".join(f"{value:.3f}" for value in exits)
+        share = _percent(document["extra_params_share"][ratio])
+        rows.append((ratio, document["sizes"][ratio], share, f"{exits[-1]:.4f}", best))
+    columns = ("ratio", "size", "parameters", metric, "after each layer")
+    title = f"{document['output']}: trained in {document['steps']} steps, {document['seconds']:.0f} s"
+    notes = [f"{metric} of the backbone itself: {document['teacher']:.4f}, on {document['held_out']} rows"]
+    return Table(title, columns, rows, notes)
+
+
 def finetune_table(document: Mapping[str, Any]) -> Table:
     """``train finetune``: how good the model is, beside what needs no model."""
     title = f"{document['output']}: fine-tuned in {document['steps']} steps, {document['seconds']:.0f} s"
@@ -151,8 +196,13 @@ def finetune_table(document: Mapping[str, Any]) -> Table:
     return Table(title, ("", f"{document['metric']}, {document['held_out']} dev rows"), rows, [labels])
 
 
+TRAIN_TABLES = {"variator": train_table, "costeff": costeff_table, "finetune": finetune_table}
+
+
 def import_table(document: Mapping[str, Any]) -> Table:
     """``import``: what the file added to the model, and what its backbone is made of."""
+    if document["method"] == "costeff":
+        return _slender_table(document)
     ratio = document["ratio"]
     rows = [] if ratio is None else [(ratio, f"{document['extra_params']:,}", _percent(document["extra_params_share"]))]
     source = "this file" if document["backbone_from_file"] else document["backbone"]
@@ -161,6 +211,16 @@ def import_table(document: Mapping[str, Any]) -> Table:
         notes.append(f"LoRA updates merged into {document['lora']} matrices")
     title = f"{document['output']}: {document['tensors']} tensors imported"
     return Table(title, ("ratio", "extra parameters", "share") if rows else (), rows, notes)
+
+
+def _slender_table(document: Mapping[str, Any]) -> Table:
+    """``import costeff``: the size of the model beside its teacher's."""
+    rows = [(document["ratio"], f"{document['params']:,}", _percent(document["params_share"]))]
+    there = f"ratios there now: {', '.join(map(str, document['ratios']))}"
+    made = "the backbone is this model at full width: name its teacher with --backbone to compare with that"
+    notes = [f"{made}; {there}" if document["backbone_from_file"] else f"backbone from {document['backbone']}; {there}"]
+    title = f"{document['output']}: {document['tensors']} tensors imported"
+    return Table(title, ("ratio", "parameters", "of the backbone's"), rows, notes)
 
 
 def _percent(share: float) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import Any
 
 from engines.manifest import Manifest, Variant
@@ -88,7 +89,12 @@ def _engine_keys(manifest: Manifest, variant: str, backend: object) -> set[tuple
 def _rows_of(rows: object, kept: set[str]) -> list[Any]:
     if not isinstance(rows, list):
         return []
-    return [row for row in rows if isinstance(row, dict) and row.get("variant") in kept]
+    return [row for row in rows if isinstance(row, dict) and _variant_of(row.get("variant")) in kept]
+
+
+def _variant_of(name: object) -> str:
+    """The variant that a row or value belongs to: of one segment's or operating point's name, what stands before."""
+    return re.split("[/@]", name, maxsplit=1)[0] if isinstance(name, str) else ""
 
 
 def carried_quality(table: Table, old: Manifest, new: Manifest) -> Table | None:
@@ -100,11 +106,18 @@ def carried_quality(table: Table, old: Manifest, new: Manifest) -> Table | None:
     if not isinstance(values, dict) or _reading(old) != _reading(new):
         return None
     kept = unchanged_variants(old, new)
-    left = {name: value for name, value in values.items() if name in kept}
+    left = {name: value for name, value in values.items() if _variant_of(name) in kept}
     if not left or table.get("backbone_variant", next(iter(left))) not in kept:
         return None
     rows = {"rows": _rows_of(table["rows"], kept)} if "rows" in table else {}
-    return {**table, "variants": left, **rows}
+    exits: Table = {name: _values_of(table[name], kept) for name in ("points", "exits") if name in table}
+    return {**table, "variants": left, **rows, **exits}
+
+
+def _values_of(section: object, kept: set[str]) -> dict[str, Any]:
+    if not isinstance(section, dict):
+        return {}
+    return {name: value for name, value in section.items() if _variant_of(name) in kept}
 
 
 def _reading(manifest: Manifest) -> tuple[object, ...]:

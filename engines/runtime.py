@@ -6,10 +6,11 @@ Importing this module loads numpy and pydantic only; tokenizers and the backend'
 from __future__ import annotations
 
 import importlib
+import logging
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -17,13 +18,21 @@ from typing import Any, Protocol, overload
 
 import numpy.typing as npt
 
-from compexport.errors import BundleError, CompexportError, InputError, describe
+from compexport.errors import CompexportError, InputError, describe
 from engines.answers import Answer, answers, needed_outputs
+from engines.anytime import Aftercare, chunk_end_s
 from engines.bundle import Bundle
+from engines.cascade import LOGITS, Cascade, Deadline, ExitRun
+from engines.exit_rule import TO_THE_END, ExitRule
 from engines.manifest import TensorSpec
+from engines.members import Members
+from engines.points import engine_of
 from engines.profile import Prediction, Profile, check_count
-from engines.selector import Correction, Decision, Quality, decide, select, time_left_ms
+from engines.results import BatchResult, Result
+from engines.selector import Correction, Decision, Quality, decide, time_left_ms
 from engines.text import EncodedText, Text, TextEncoder
+
+_log = logging.getLogger(__name__)
 
 LARGEST_BATCH = 32  # what one engine run takes at most when no profile says what was measured
 WARM_UP_LENGTH = 8
@@ -52,67 +61,15 @@ class Backend(Protocol):
     def open_sessions(
         self, bundle: Bundle, variants: Sequence[str] | None, *, threads: int | None, provider: str
     ) -> Mapping[str, OpenSession]:
-        """Sessions by variant, sharing memory. BundleError when an engine fits another version or device."""
+        """Sessions by variant, sharing memory. BundleError when an engine fits another version or device.
 
+        That of a variant with exits is an ``engines.cascade.Cascade``.
+        """
 
-@dataclass(frozen=True, slots=True)
-class Result:
-    """The answer to one text. ``output`` is the task's answer as ``run --json`` prints it.
-
-    ``label`` and ``scores`` are None for tasks that do not classify whole texts. ``predicted_ms`` is the engine's
-    corrected p99 for the whole request, ``latency_ms`` what the whole request took (tokenising and waiting included),
-    ``met_budget`` whether that kept the budget. ``truncated``: the text was longer than the model reads.
-    """
-
-    label: str | None
-    scores: dict[str, float] | None
-    variant: str
-    predicted_ms: float | None
-    latency_ms: float
-    met_budget: bool
-    truncated: bool
-    output: Answer
-
-
-@dataclass(frozen=True, slots=True)
-class BatchResult:
-    """The answers to one request, in the order of its texts; times as in ``Result``."""
-
-    variant: str
-    predicted_ms: float | None
-    latency_ms: float
-    met_budget: bool
-    outputs: list[Answer]
-    truncated: list[bool]
-    decision: Decision
-
-    def document(self) -> dict[str, Any]:
-        """What ``run --json`` prints."""
-        return {
-            "variant": self.variant,
-            "predicted_ms": self.predicted_ms,
-            "latency_ms": self.latency_ms,
-            "met_budget": self.met_budget,
-            "outputs": self.outputs,
-            "truncated": self.truncated,
-            "reason": self.decision.reason,
-        }
-
-    def results(self) -> list[Result]:
-        """One ``Result`` per text; each carries the times of the whole request."""
-        return [
-            Result(
-                output.get("label"),
-                output.get("scores") if "label" in output else None,
-                self.variant,
-                self.predicted_ms,
-                self.latency_ms,
-                self.met_budget,
-                truncated,
-                output,
-            )
-            for output, truncated in zip(self.outputs, self.truncated, strict=True)
-        ]
+    def open_graphs(
+        self, bundle: Bundle, graphs: Sequence[str], *, threads: int | None, provider: str
+    ) -> Mapping[str, OpenSession]:
+        """Sessions of single graphs; errors as ``open_sessions``."""
 
 
 class Runtime:
@@ -131,36 +88,45 @@ class Runtime:
         variants: Sequence[str] | None = None,
         correction: Correction | None = None,
     ) -> None:
-        """``variants``: the members to use, all by default. ``threads``: per engine run; None lets the backend decide.
+        """``variants``: the members to use, points by name included; all by default.
 
-        Raises InputError for an unknown variant, BundleError for one without an engine of this backend.
+        ``threads``: per engine run; None lets the backend decide. Raises InputError for an unknown variant, BundleError
+        for one without an engine of this backend.
         """
         self.bundle = bundle
         self.backend = backend if isinstance(backend, str) else getattr(backend, "NAME", "")
         self._backend: Backend = _load_backend(backend) if isinstance(backend, str) else backend
         self.threads = threads
         self._provider = provider
-        self.variants = self._checked_variants(variants)
         self.device = self._backend.device_name({"threads": threads, "provider": provider})
+        self.members = Members(bundle, self.backend, self.device, variants)
         self.correction = correction if correction is not None else Correction()
+        self._aftercare = Aftercare()
         self._lock = threading.RLock()
         self._sessions: dict[str, OpenSession] = {}
         self._encoder: TextEncoder | None = None
         self._closed = False
 
-    @cached_property
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """The names one may ask for: variants, and operating points of those with exits.
+
+        Raises BundleError for a damaged quality table, which names the points.
+        """
+        return self.members.names
+
+    @property
     def profile(self) -> Profile | None:
         """This device's latencies, None when not measured. Read at first need, so that a bad table can be replaced.
 
         Raises BundleError that names the row of a damaged table.
         """
-        return _profile(self.bundle, self.device, self.backend)
+        return self.members.profile
 
-    @cached_property
+    @property
     def quality(self) -> Quality:
-        """The variants in use, best first. Raises BundleError that names a value that is no number."""
-        ratios = {name: self.bundle.manifest.variants[name].ratio for name in self.variants}
-        return Quality.from_table(self.bundle.quality(), ratios)
+        """The members in use, best first. Raises BundleError that names a value that is no number."""
+        return self.members.quality
 
     @classmethod
     def open(
@@ -183,6 +149,7 @@ class Runtime:
         budget_ms: float | None = None,
         ratio: float | None = None,
         variant: str | None = None,
+        rule: ExitRule | None = None,
         truncate: bool = True,
         waited_ms: float = 0.0,
     ) -> Result: ...
@@ -195,6 +162,7 @@ class Runtime:
         budget_ms: float | None = None,
         ratio: float | None = None,
         variant: str | None = None,
+        rule: ExitRule | None = None,
         truncate: bool = True,
         waited_ms: float = 0.0,
     ) -> list[Result]: ...
@@ -206,6 +174,7 @@ class Runtime:
         budget_ms: float | None = None,
         ratio: float | None = None,
         variant: str | None = None,
+        rule: ExitRule | None = None,
         truncate: bool = True,
         waited_ms: float = 0.0,
     ) -> Result | list[Result]:
@@ -215,7 +184,13 @@ class Runtime:
         """
         texts: Sequence[Text] = [text] if isinstance(text, str | tuple) else text
         batch = self.run_batch(
-            texts, budget_ms=budget_ms, ratio=ratio, variant=variant, truncate=truncate, waited_ms=waited_ms
+            texts,
+            budget_ms=budget_ms,
+            ratio=ratio,
+            variant=variant,
+            rule=rule,
+            truncate=truncate,
+            waited_ms=waited_ms,
         )
         results = batch.results()
         return results if isinstance(text, list) else results[0]
@@ -227,31 +202,44 @@ class Runtime:
         budget_ms: float | None = None,
         ratio: float | None = None,
         variant: str | None = None,
+        rule: ExitRule | None = None,
         truncate: bool = True,
         waited_ms: float = 0.0,
     ) -> BatchResult:
         """Answer all ``texts`` with one variant, in as many engine runs as the largest measured batch asks for.
 
         ``budget_ms`` is for all of them together, ``waited_ms`` what of it was spent before this call. ``ratio`` or
-        ``variant`` force a member. Raises InputError for an empty, malformed or (``truncate=False``) too long text, a
-        budget that is NaN or <= 0, an unknown member, or a budget without a measured profile to keep it by.
+        ``variant`` force a member, ``rule`` how its rows leave early. With a budget a variant with exits reads the
+        clock before every segment, and where the next one would be late its newest exit answers. Raises InputError for
+        an empty, malformed or (``truncate=False``) too long text, a budget that is NaN or <= 0, an unknown member, a
+        rule that does not fit, or a budget without a measured profile to keep it by.
         """
         time_left_ms(budget_ms, waited_ms)
-        forced = self._forced(ratio, variant)
+        forced = self._forced(ratio, variant, rule)
         self._refuse_unmeasured(budget_ms, forced)
         encoder = self._text_encoder()
+        self.members.load()
         self.warm_up(self._likely(budget_ms, forced))
         started = perf_counter()
         encoded = encoder.encode(texts, truncate=truncate)
         chunks = self._chunks(encoded)
-        predictions = self._predictions([[encoded[index] for index in chunk] for chunk in chunks])
+        shapes = [_shape([encoded[index] for index in chunk]) for chunk in chunks]
+        predictions, rungs = self.members.predict(shapes)
         spent_ms = waited_ms + _ms_since(started)
         decision = decide(
-            predictions, self.quality, self.correction, budget_ms=budget_ms, waited_ms=spent_ms, forced=forced
+            predictions,
+            self.quality,
+            self.correction,
+            budget_ms=budget_ms,
+            waited_ms=spent_ms,
+            forced=forced,
+            rungs=rungs,
         )
+        end_s = None if budget_ms is None or budget_ms == math.inf else started + (budget_ms - waited_ms) / 1000.0
+        how = _How(engine_of(decision.variant), rule or self.members.rule(decision.variant) or TO_THE_END, end_s)
         outputs: list[Answer] = [{}] * len(encoded)
-        for chunk in chunks:
-            answered = self._run(decision.variant, [encoded[index] for index in chunk])
+        for number, chunk in enumerate(chunks):
+            answered = self._run(how, [encoded[index] for index in chunk], shapes[number:])
             for index, output in zip(chunk, answered, strict=True):
                 outputs[index] = output
         latency_ms = waited_ms + _ms_since(started)
@@ -280,31 +268,44 @@ class Runtime:
         ``length=None``: the longest measured. A batch above the largest measured is the sum of its chunks. Raises
         InputError as ``run_batch``.
         """
-        forced = self._forced(ratio, variant)
+        forced = self._forced(ratio, variant, None)
         self._refuse_unmeasured(budget_ms, forced)
         if length is None:
             length = self._longest()
         check_count("batch", batch)
         check_count("length", length)
-        return select(
-            self.profile,
+        predictions, rungs = self.members.predict([(batch, length)])
+        return decide(
+            predictions,
             self.quality,
             self.correction,
-            batch=batch,
-            length=length,
             budget_ms=budget_ms,
             waited_ms=waited_ms,
             forced=forced,
+            rungs=rungs,
         )
 
     def session(self, variant: str) -> OpenSession:
         """The open engine of a variant, for example to time it; it belongs to the runtime. Opens it at first need."""
-        self._known(variant)
-        return self._opened([variant])[variant]
+        engine = engine_of(self.members.known(variant))
+        return self._opened([engine])[engine]
+
+    def open_role(self, variant: str, role: str) -> OpenSession:
+        """A new session of one graph of a variant, for example "all-exits"; the caller closes it."""
+        graph = self.bundle.manifest.variants[self.members.known(variant)].graphs[role]
+        return self._backend.open_graphs(self.bundle, [graph], threads=self.threads, provider=self._provider)[graph]
+
+    def run_raw(
+        self, session: OpenSession, texts: Sequence[Text], outputs: Sequence[str]
+    ) -> tuple[dict[str, npt.NDArray[Any]], list[int]]:
+        """What a session of this bundle returns for ``texts``, [B, ...] by name, and their lengths in tokens."""
+        encoder = self._text_encoder()
+        encoded = encoder.encode(texts)
+        return session.run(encoder.feeds(encoded), outputs), [len(one) for one in encoded]
 
     def warm_up(self, variants: Sequence[str] | None = None) -> None:
         """Open the engines (all by default) and run each once, so that the next request is as fast as later ones."""
-        self._opened(self.variants if variants is None else variants)
+        self._opened(self.members.engines if variants is None else [engine_of(name) for name in variants])
 
     def close(self) -> None:
         """Close all engines; the runtime then refuses every request."""
@@ -324,27 +325,17 @@ class Runtime:
 
     # choosing
 
-    def _forced(self, ratio: float | None, variant: str | None) -> str | None:
-        """The variant that ``ratio`` or ``variant`` name, None when neither is given."""
+    def _forced(self, ratio: float | None, variant: str | None, rule: ExitRule | None) -> str | None:
+        """The member that ``ratio`` or ``variant`` name, or the only one that ``rule`` fits; None when none is."""
         if ratio is not None and variant is not None:
             raise InputError(describe("both ratio and variant were given", expected="one of them"))
-        if ratio is None:
-            return None if variant is None else self._known(variant)
-        ratios = self.quality.ratios
-        named = [name for name in self.variants if ratios[name] == ratio]
-        if not named:
-            choices = ", ".join(f"{value:g}" for value in sorted(set(ratios.values())))
-            raise InputError(describe("no variant has this ratio", got=ratio, expected=f"one of {choices}"))
-        if len(named) > 1:
-            choices = ", ".join(named)
-            raise InputError(describe(f"several variants have ratio {ratio:g}", expected=f"one named: {choices}"))
-        return named[0]
-
-    def _known(self, variant: str) -> str:
-        if variant not in self.variants:
-            choices = ", ".join(self.variants)
-            raise InputError(describe("unknown variant", got=variant, expected=f"one of {choices}"))
-        return variant
+        forced = None if variant is None else self.members.known(variant)
+        if ratio is not None:
+            forced = self.members.of_ratio(ratio)
+        if rule is not None:
+            forced = self.members.with_exits(forced)
+            rule.checked(len(self.members.layers[forced]))
+        return forced
 
     def _refuse_unmeasured(self, budget_ms: float | None, forced: str | None) -> None:
         """A finite budget is only kept by measurement; with one variant there is nothing to choose."""
@@ -360,18 +351,13 @@ class Runtime:
         """The variants that a request may be answered by: under a budget any, else one is known before."""
         if forced is not None:
             return [forced]
-        return self.quality.variants[:1] if budget_ms is None else self.variants
+        return self.quality.variants[:1] if budget_ms is None else self.members.engines
 
     def _longest(self) -> int:
         if self.profile is not None:
             return self.profile.lengths[-1]
         tokenizer = self.bundle.manifest.tokenizer
         return tokenizer.max_length if tokenizer is not None else 1
-
-    def _predictions(self, chunks: Sequence[Sequence[EncodedText]]) -> Mapping[str, Prediction]:
-        if self.profile is None:
-            return {}
-        return self.profile.predict_chunks([_shape(chunk) for chunk in chunks])
 
     def _chunks(self, encoded: Sequence[EncodedText]) -> list[list[int]]:
         """Positions of the texts of every engine run: neighbours in length, so that little is padded."""
@@ -381,16 +367,58 @@ class Runtime:
 
     # running
 
-    def _run(self, variant: str, chunk: Sequence[EncodedText]) -> list[Answer]:
-        """One engine run [B, S], timed for the live correction, and its answers."""
-        session = self._opened([variant])[variant]
+    def _run(self, how: _How, chunk: Sequence[EncodedText], shapes: Sequence[tuple[int, int]]) -> list[Answer]:
+        """One engine run [B, S], timed for the live correction, and its answers. ``shapes``: this chunk's and later."""
+        session = self._opened([how.engine])[how.engine]
+        feeds = self._text_encoder().feeds(chunk)
+        if isinstance(session, Cascade):
+            return self._run_cascade(session, how, chunk, feeds, shapes)
         manifest = self.bundle.manifest
         names = needed_outputs(manifest.task, [output.name for output in session.outputs])
-        feeds = self._text_encoder().feeds(chunk)
         started = perf_counter()
         outputs = session.run(feeds, names)
-        self._observe(variant, _shape(chunk), _ms_since(started))
+        self._observe(how.engine, _shape(chunk), _ms_since(started))
         return answers(manifest.task, outputs, chunk, manifest.labels)
+
+    def _run_cascade(
+        self,
+        cascade: Cascade,
+        how: _How,
+        chunk: Sequence[EncodedText],
+        feeds: Mapping[str, npt.NDArray[Any]],
+        shapes: Sequence[tuple[int, int]],
+    ) -> list[Answer]:
+        run = cascade.run_exits(feeds, how.rule, self._deadline(how, shapes))
+        ended = perf_counter()
+        self._observe_segments(how.engine, shapes[0][1], run)
+        manifest = self.bundle.manifest
+        given = answers(manifest.task, {LOGITS: run.logits}, chunk, manifest.labels)
+        found = [
+            {**answer, "exit": layer, "why": why}
+            for answer, layer, why in zip(given, run.exit_layer.tolist(), run.why, strict=True)
+        ]
+        self._aftercare.observe(len(chunk), _ms_since(ended))
+        return found
+
+    def _deadline(self, how: _How, shapes: Sequence[tuple[int, int]]) -> Deadline | None:
+        """Until when the chunk of the first of ``shapes`` must be through, None when nothing can or must be kept."""
+        if how.end_s is None:
+            return None
+        forecast = self.members.forecast
+        if forecast is None or not forecast.knows(how.engine):
+            what = "%s: its segments were not measured on %s, so it cannot stop early to keep a budget; %s"
+            _log.warning(what, how.engine, self.device, f"run `compexport bench {self.bundle.path}`")
+            return None
+        factor = self.correction.factor(how.engine)
+        length = shapes[0][1]
+
+        def needs_ms(segment: int, rows: int) -> float:
+            return forecast.segment_ms(how.engine, segment, rows, length).p99_ms * factor
+
+        end_s = how.end_s - self._aftercare.reserve_ms(sum(batch for batch, _ in shapes)) / 1000.0
+        chunks = [forecast.first_and_whole_ms(how.engine, *shape) for shape in shapes]
+        corrected = [(first_ms * factor, whole_ms * factor) for first_ms, whole_ms in chunks]
+        return Deadline(chunk_end_s(perf_counter(), end_s, corrected), needs_ms)
 
     def _observe(self, variant: str, shape: tuple[int, int], engine_ms: float) -> None:
         """Outside the grid a prediction is a bound, so only running longer than it says something of the machine."""
@@ -399,6 +427,18 @@ class Runtime:
         expected = self.profile.predict(variant, *shape)
         if not expected.extrapolated or engine_ms > expected.p99_ms:
             self.correction.observe(variant, engine_ms, expected.p50_ms)
+
+    def _observe_segments(self, engine: str, length: int, run: ExitRun) -> None:
+        """As ``_observe``, of the segments that ran together."""
+        forecast = self.members.forecast
+        if forecast is None or not forecast.knows(engine):
+            return
+        expected = Prediction(0.0, 0.0)
+        for number, (rows, _) in enumerate(run.segments):
+            expected += forecast.segment_ms(engine, number, rows, length)
+        engine_ms = sum(ms for _, ms in run.segments)
+        if not expected.extrapolated or engine_ms > expected.p99_ms:
+            self.correction.observe(engine, engine_ms, expected.p50_ms)
 
     def _opened(self, variants: Sequence[str]) -> Mapping[str, OpenSession]:
         """The sessions, after opening those of ``variants`` that are not yet; each is opened once."""
@@ -438,33 +478,20 @@ class Runtime:
                 self._encoder = TextEncoder(path, manifest.tokenizer, manifest.task, manifest.label_words)
             return self._encoder
 
-    def _checked_variants(self, variants: Sequence[str] | None) -> tuple[str, ...]:
-        manifest = self.bundle.manifest
-        known = tuple(manifest.variants)
-        names = known if variants is None else tuple(dict.fromkeys(variants))
-        if not names or not set(names) <= set(known):
-            wrong = ", ".join(name for name in names if name not in known) or "none"
-            raise InputError(describe("unknown variant", got=wrong, expected=f"one of {', '.join(known)}"))
-        built = {engine.graph for engine in manifest.engines.values() if self.backend in ("", engine.backend)}
-        for name in names:
-            if not set(manifest.variants[name].graphs.values()) <= built:
-                what = f"variant {name} has no engine for backend {self.backend}"
-                raise BundleError(describe(what, hint=f"run `compexport build --backend {self.backend}` again"))
-        return names
+
+@dataclass(frozen=True, slots=True)
+class _How:
+    """How a request is answered: by which engine, by what rule rows leave it early, and until when (perf_counter)."""
+
+    engine: str
+    rule: ExitRule
+    end_s: float | None
 
 
 def _load_backend(name: str) -> Backend:
     backends: Any = importlib.import_module("engines.backends")
     backend: Backend = backends.load(name)
     return backend
-
-
-def _profile(bundle: Bundle, device: str, backend: str) -> Profile | None:
-    """This device's profile; one measured with another backend says nothing about this one."""
-    table = bundle.profile(device)
-    if table is None or table.get("backend", backend) != backend:
-        return None
-    return Profile.from_table(table)
 
 
 def _shape(chunk: Sequence[EncodedText]) -> tuple[int, int]:

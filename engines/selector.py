@@ -1,8 +1,8 @@
 """Which member of the family answers a request: latency profile + quality + live correction + budget -> decision.
 
 ``select`` is a pure function of its arguments (the live correction reads its own clock, which tests replace). A
-candidate is a name with a quality and a predicted time, so exit thresholds ("virtual" variants of one engine with an
-expected and a worst-case cost), cascades and encoder/decoder pairs enter as further names in profile and quality.
+candidate is a name with a quality and a predicted time, so the operating points of a variant with exits enter as
+further names. What stops at any exit can also be cut short: its ``Rung``s say by when which exit has answered.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from compexport.errors import BundleError, InputError, describe
+from engines.forecast import Rung
+from engines.points import engine_of
 from engines.profile import Prediction, Profile
 
 NOT_MEASURED = "no latency measured on this device; run `compexport bench`"
@@ -36,6 +38,8 @@ class Decision:
 
     ``predicted_ms`` is the engine's p99 for this request on this device, times the live correction (None without a
     measurement). ``met_budget`` says that it fits into ``budget_ms - waited_ms``; always true without a budget.
+    ``stops_at``: the layer whose exit answers at the latest, where only a cascade that stops early fits; then
+    ``predicted_ms`` is that exit's. None for a variant that runs as it is meant to.
     ``reason`` and ``candidates`` are put into words when they are read, as most requests never ask.
     """
 
@@ -46,6 +50,11 @@ class Decision:
     waited_ms: float
     extrapolated: bool
     comparison: Comparison = field(repr=False)
+
+    @property
+    def stops_at(self) -> int | None:
+        cut = self.comparison.cuts.get(self.variant)
+        return None if cut is None else cut.layer
 
     @property
     def reason(self) -> str:
@@ -67,6 +76,7 @@ class Decision:
             "met_budget": self.met_budget,
             "reason": self.reason,
             "extrapolated": self.extrapolated,
+            "stops_at": self.stops_at,
             "candidates": [
                 {"variant": c.variant, "predicted_ms": c.predicted_ms, "quality": c.quality, "verdict": c.verdict}
                 for c in self.candidates
@@ -87,11 +97,12 @@ class Quality:
         self.ratios = dict(ratios)
         self.measured = values is not None and all(name in values for name in ratios)
         self.values: dict[str, float] = {n: values[n] for n in ratios} if values is not None and self.measured else {}
-        sign = 1.0 if higher_is_better else -1.0
-        rank = {name: sign * self.values[name] if self.measured else -ratio for name, ratio in ratios.items()}
+        self.sign = 1.0 if higher_is_better else -1.0
+        rank = {name: self.sign * self.values[name] if self.measured else -ratio for name, ratio in ratios.items()}
         self.rank = rank
         self.ranked = tuple(sorted(rank.items(), key=lambda item: -item[1]))
         self.variants = tuple(name for name, _ in self.ranked)
+        self.engines = tuple(map(engine_of, self.variants))
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any] | None, ratios: Mapping[str, float]) -> Quality:
@@ -208,16 +219,27 @@ def decide(
     budget_ms: float | None = None,
     waited_ms: float = 0.0,
     forced: str | None = None,
+    rungs: Mapping[str, Sequence[Rung]] | None = None,
 ) -> Decision:
-    """``select`` from predictions already made, for example of several chunks."""
+    """``select`` from predictions already made, for example of several chunks.
+
+    ``rungs``: for each cascade, the exits before its last one, shallow first. A cascade that is too slow as a whole
+    competes with the deepest exit that fits, at the quality of rows that all stop there.
+    """
     left_ms = time_left_ms(budget_ms, waited_ms)
-    times = _corrected(predictions, quality.variants, correction)
-    chosen = forced if forced is not None else _choose(quality, times, left_ms)
+    factors = correction.factors(quality.engines) if correction is not None else [1.0] * len(quality.engines)
+    times = _corrected(predictions, quality.variants, factors)
+    ranked, cuts = quality.ranked, _NO_CUTS
+    if rungs and left_ms < math.inf:
+        cuts = _cut(quality, times, rungs, dict(zip(quality.variants, factors, strict=True)), left_ms)
+        times.update({name: cut.p99_ms for name, cut in cuts.items()})
+        ranked = _ranked(quality, cuts)
+    chosen = forced if forced is not None else _choose(ranked, times, left_ms)
     predicted_ms = times[chosen]
     fits = predicted_ms <= left_ms if predicted_ms is not None else left_ms == math.inf
     prediction = predictions.get(chosen)
     extrapolated = prediction is not None and prediction.extrapolated
-    comparison = Comparison(quality, times, left_ms, chosen, fits, forced is not None)
+    comparison = Comparison(quality, times, left_ms, chosen, fits, forced is not None, cuts)
     return Decision(chosen, predicted_ms, fits, budget_ms, waited_ms, extrapolated, comparison)
 
 
@@ -232,21 +254,54 @@ def time_left_ms(budget_ms: float | None, waited_ms: float) -> float:
     return budget_ms - waited_ms
 
 
+_NO_CUTS: Mapping[str, Rung] = {}
+
+
 def _corrected(
-    predictions: Mapping[str, Prediction], variants: tuple[str, ...], correction: Correction | None
+    predictions: Mapping[str, Prediction], variants: tuple[str, ...], factors: Sequence[float]
 ) -> dict[str, float | None]:
-    factors = correction.factors(variants) if correction is not None else [1.0] * len(variants)
     return {
         name: predictions[name].p99_ms * factor if name in predictions else None
         for name, factor in zip(variants, factors, strict=True)
     }
 
 
-def _choose(quality: Quality, times: Mapping[str, float | None], left_ms: float) -> str:
-    """The name of the winner. ``quality.ranked`` is best first, so the first group of equals with a fit decides."""
+def _cut(
+    quality: Quality,
+    times: Mapping[str, float | None],
+    rungs: Mapping[str, Sequence[Rung]],
+    factors: Mapping[str, float],
+    left_ms: float,
+) -> dict[str, Rung]:
+    """For each cascade that does not fit as a whole, the deepest rung that does, else its shallowest; corrected."""
+    found = {}
+    for name in quality.variants:
+        time_ms = times[name]
+        if not rungs.get(name) or (time_ms is not None and time_ms <= left_ms):
+            continue
+        steps = [replace(rung, p99_ms=rung.p99_ms * factors[name]) for rung in rungs[name]]
+        found[name] = next((step for step in reversed(steps) if step.p99_ms <= left_ms), steps[0])
+    return found
+
+
+def _ranked(quality: Quality, cuts: Mapping[str, Rung]) -> tuple[tuple[str, float], ...]:
+    """All variants, best first, those that are cut at what is left of their quality.
+
+    Where that was not measured, a cut variant comes after every whole one, the deeper the better.
+    """
+    worst = quality.ranked[-1][1]
+    ranks = dict(quality.ranked)
+    for name, cut in cuts.items():
+        measured = quality.measured and cut.value is not None
+        ranks[name] = quality.sign * cut.value if measured and cut.value is not None else worst - 2.0 + cut.share
+    return tuple(sorted(ranks.items(), key=lambda item: -item[1]))
+
+
+def _choose(ranked: Sequence[tuple[str, float]], times: Mapping[str, float | None], left_ms: float) -> str:
+    """The name of the winner. ``ranked`` is best first, so the first group of equals with a fit decides."""
     best, best_rank, best_ms = "", 0.0, math.inf
-    fastest, fastest_ms = quality.variants[0], math.inf
-    for name, rank in quality.ranked:
+    fastest, fastest_ms = ranked[0][0], math.inf
+    for name, rank in ranked:
         time_ms = times[name]
         if time_ms is None:
             if left_ms < math.inf:
@@ -263,7 +318,8 @@ def _choose(quality: Quality, times: Mapping[str, float | None], left_ms: float)
 class Comparison:
     """What a decision compared: ``times`` are corrected p99 by variant, None where nothing was measured.
 
-    All texts about decisions are composed here.
+    ``cuts``: the exit at which a cascade stops that does not fit as a whole; ``times`` then holds that exit's. All
+    texts about decisions are composed here.
     """
 
     quality: Quality
@@ -272,13 +328,17 @@ class Comparison:
     chosen: str
     fits: bool
     forced: bool
+    cuts: Mapping[str, Rung] = field(default_factory=dict)
 
     def candidates(self) -> tuple[Candidate, ...]:
         """All variants, best quality first."""
-        values = self.quality.values
         return tuple(
-            [Candidate(name, ms, values.get(name), self._verdict(name, ms)) for name, ms in self.times.items()]
+            [Candidate(name, ms, self._value(name), self._verdict(name, ms)) for name, ms in self.times.items()]
         )
+
+    def _value(self, name: str) -> float | None:
+        """The quality to expect of a variant in the time left."""
+        return self.cuts[name].value if name in self.cuts else self.quality.values.get(name)
 
     def _verdict(self, name: str, time_ms: float | None) -> str:
         if name == self.chosen:
@@ -287,16 +347,19 @@ class Comparison:
             return f"not asked for; {self.chosen} was"
         if time_ms is None and self.left_ms < math.inf:
             return NOT_MEASURED
+        cut = f" to layer {self.cuts[name].layer}" if name in self.cuts else ""
         if time_ms is not None and time_ms > self.left_ms:
-            return f"needs {time_ms:.2f} ms, {self.left_ms:.2f} ms left"
+            return f"needs {time_ms:.2f} ms{cut}, {self.left_ms:.2f} ms left"
+        mine, its = self._value(name), self._value(self.chosen)
+        if mine is not None and its is not None:
+            if mine == its:
+                return f"as good as {self.chosen}, but not faster"
+            return f"quality {mine:.4g}{cut} is worse than {its:.4g} of {self.chosen}"
+        if cut:
+            return f"would have to stop at layer {self.cuts[name].layer}"
         if self.quality.rank[name] == self.quality.rank[self.chosen]:
             return f"as good as {self.chosen}, but not faster"
-        if self.quality.measured:
-            return f"quality {self._quality_of(name)} is worse than {self._quality_of(self.chosen)} of {self.chosen}"
         return f"ratio {self.quality.ratios[name]:g} is above {self.quality.ratios[self.chosen]:g} of {self.chosen}"
-
-    def _quality_of(self, name: str) -> str:
-        return f"{self.quality.values[name]:.4g}"
 
     def reason(self, extrapolated: bool) -> str:
         """Why ``chosen`` was chosen, in one line."""
@@ -314,8 +377,10 @@ class Comparison:
         if self.left_ms == math.inf:
             return "asked for" if self.forced else "best quality; no budget"
         fit = "fits" if self.fits else "does not fit"
+        cut = self.cuts.get(self.chosen)
+        stop = f", and goes on past layer {cut.layer} only while there is time" if cut is not None else ""
         if self.forced:
-            return f"asked for; {time_ms:.2f} ms {fit} into {self.left_ms:.2f} ms"
+            return f"asked for; {time_ms:.2f} ms {fit} into {self.left_ms:.2f} ms{stop}"
         if self.fits:
-            return f"best quality that fits: {time_ms:.2f} ms of {self.left_ms:.2f} ms left"
-        return f"none fits into {self.left_ms:.2f} ms; this is the fastest, {time_ms:.2f} ms"
+            return f"best quality that fits: {time_ms:.2f} ms of {self.left_ms:.2f} ms left{stop}"
+        return f"none fits into {self.left_ms:.2f} ms; this is the fastest, {time_ms:.2f} ms{stop}"

@@ -16,6 +16,7 @@ from engines.manifest import LabelWords, Task
 from exporter.hosts import Host, host_of
 from exporter.identity import LABEL_WORDS, VOCABULARIES, backbone_sha256
 from exporter.label_words import read_label_words
+from exporter.official import require_plain_model
 
 # Suffix of the class named in config.json -> task.
 TASKS: dict[str, Task] = {
@@ -139,6 +140,7 @@ def load_config(folder: Path) -> Any:
                 f"{folder}: not a model", got=found, expected="a Hugging Face folder (config.json, model.safetensors)"
             )
         )
+    require_plain_model(folder)
     from transformers import AutoConfig
 
     raw = _read_json(folder / "config.json")

@@ -21,6 +21,7 @@ from pydantic import BaseModel
 
 from compexport.errors import InputError, describe
 from exporter.identity import backbone_sha256, file_sha256
+from exporter.official import require_plain_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,11 +100,12 @@ def find_checkpoint(folder: str | Path, method: str | None = None) -> MethodChec
     """The method checkpoint in ``folder``, None if there is only a backbone.
 
     InputError if ``compexport.json`` is unreadable, of a newer format, or belongs to other weights, or to another
-    method than the one named.
+    method than the one named, and for an official checkpoint that is no plain model.
     """
     folder = Path(folder)
     path = folder / DESCRIPTION
     if not path.is_file():
+        require_plain_model(folder)
         return None
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))

@@ -19,8 +19,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from compexport.errors import BundleError, CompexportError, DependencyError, InputError, describe
 from engines.bundle import Bundle
+from engines.cascade import Cascade, whole_path
 from engines.manifest import Engine, Graph, TensorSpec
 from engines.measure import processor, usable_cores
 from engines.session import Array, Session
@@ -243,15 +246,34 @@ def _mapped(path: Path) -> Iterator[memoryview]:
 
 
 class OrtSession(Session):
-    """An ONNX Runtime session."""
+    """An ONNX Runtime session; ``memory`` is where it computes, "cpu" or "cuda"."""
 
-    def __init__(self, name: str, graph: Graph, inner: Any) -> None:
+    def __init__(self, name: str, graph: Graph, inner: Any, memory: str = "cpu") -> None:
         super().__init__(name, graph.inputs, graph.outputs)
         self._inner = inner
+        self._memory = memory
 
     def _run(self, feeds: Mapping[str, Array], names: Sequence[str]) -> Sequence[Array]:
         outputs: Sequence[Array] = self._inner.run(names, feeds)
         return outputs
+
+    def run_held(
+        self, feeds: Mapping[str, Array], held: Mapping[str, Any], outputs: Sequence[str], hold: Sequence[str]
+    ) -> tuple[dict[str, Array], dict[str, Any]]:
+        """As ``engines.cascade.Segment``; what is held are OrtValues."""
+        binding = self._inner.io_binding()
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for name, value in held.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in outputs:
+            binding.bind_output(name)
+        for name in hold:
+            binding.bind_output(name, self._memory)
+        self._inner.run_with_iobinding(binding)
+        values = binding.get_outputs()
+        here = {name: value.numpy() for name, value in zip(outputs, values, strict=False)}
+        return here, dict(zip(hold, values[len(outputs) :], strict=True))
 
     def close(self) -> None:
         self._inner = None
@@ -260,13 +282,40 @@ class OrtSession(Session):
 def open_sessions(
     bundle: Bundle, variants: Sequence[str] | None = None, *, threads: int | None = None, provider: str = "cpu"
 ) -> dict[str, Session]:
-    """Sessions of the named variants (all by default).
+    """Sessions of the named variants (all by default); of one with exits, a ``Cascade`` of its segments.
+
+    Arguments and errors as ``open_graphs``.
+    """
+    manifest = bundle.manifest
+    unknown = set(variants or ()) - manifest.variants.keys()
+    if unknown:
+        expected = f"one of {', '.join(manifest.variants)}"
+        raise InputError(describe("unknown variant", got=", ".join(sorted(unknown)), expected=expected))
+    require_provider(provider)
+    sessions: dict[str, Session] = {}
+    for name in variants if variants is not None else list(manifest.variants):
+        variant = manifest.variants[name]
+        opened = [_open_graph(bundle, graph, name, threads, provider) for graph in whole_path(variant)]
+        sessions[name] = opened[0] if variant.exits is None else Cascade(name, variant.exits, opened)
+    return sessions
+
+
+def open_graphs(
+    bundle: Bundle, graphs: Sequence[str], *, threads: int | None = None, provider: str = "cpu"
+) -> dict[str, OrtSession]:
+    """Sessions of the named graphs.
 
     They share one mapping of the weights. Each has ``threads`` threads (by default as many as the cores this process
     may use), which rest between runs.
     ``provider`` "cuda" runs the portable graphs on the CUDA provider and refuses to fall back to the processor.
     Raises BundleError for an engine of another ONNX Runtime version or processor, or one that cannot be opened.
     """
+    require_provider(provider)
+    return {name: _open_graph(bundle, name, name, threads, provider) for name in graphs}
+
+
+def require_provider(provider: str) -> None:
+    """InputError for an unknown provider, DependencyError when ONNX Runtime lacks it or cannot be used."""
     require()
     import onnxruntime
 
@@ -275,18 +324,13 @@ def open_sessions(
     if PROVIDERS[provider] not in onnxruntime.get_available_providers():
         hint = "install compexport[gpu] instead of compexport[cpu]"
         raise DependencyError(describe(f"this ONNX Runtime has no {PROVIDERS[provider]}", hint=hint))
-    manifest = bundle.manifest
-    unknown = set(variants or ()) - manifest.variants.keys()
-    if unknown:
-        expected = f"one of {', '.join(manifest.variants)}"
-        raise InputError(describe("unknown variant", got=", ".join(sorted(unknown)), expected=expected))
-    opened: dict[str, Session] = {}
-    for name in variants if variants is not None else list(manifest.variants):
-        graph_name = manifest.variants[name].graphs["encoder"]
-        graph = manifest.graphs[graph_name]
-        path = _graph_file(bundle, graph) if provider == "cuda" else _engine_file(bundle, graph_name)
-        opened[name] = OrtSession(name, graph, open_file(path, threads=threads, provider=provider))
-    return opened
+
+
+def _open_graph(bundle: Bundle, graph: str, name: str, threads: int | None, provider: str) -> OrtSession:
+    """The session of a graph, which calls itself ``name`` in messages."""
+    facts = bundle.manifest.graphs[graph]
+    path = _graph_file(bundle, facts) if provider == "cuda" else _engine_file(bundle, graph)
+    return OrtSession(name, facts, open_file(path, threads=threads, provider=provider), provider)
 
 
 def open_file(path: Path, *, threads: int | None = None, provider: str = "cpu", optimised: bool = True) -> Any:

@@ -1,4 +1,4 @@
-"""Named tensors from a pickle that somebody else wrote: read without running anything, checked one by one."""
+"""Named tensors from a file that somebody else wrote: read without running anything, checked one by one."""
 
 from __future__ import annotations
 
@@ -34,6 +34,20 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     for name, value in found.items():
         _require_plain(path, name, value)
     return {name: value.detach() for name, value in found.items()}
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; InputError if it is damaged or holds anything but finite numbers."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        found: dict[str, Tensor] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(describe(f"{path}: unreadable", got=error, expected="a safetensors file")) from error
+    for name, value in found.items():
+        _require_plain(path, name, value)
+    return found
 
 
 def _load(path: Path, stream: BinaryIO) -> object:

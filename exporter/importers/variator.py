@@ -11,8 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -25,6 +23,7 @@ from compexport.errors import InputError, describe
 from exporter.backbone import load_backbone, load_config
 from exporter.checkpoint import find_checkpoint, save_checkpoint
 from exporter.identity import backbone_sha256, file_sha256
+from exporter.importers.folder import folder_near, require_no_root, write_config, write_weights
 from exporter.importers.modelcenter import (
     EPSILON_HERE,
     EPSILON_THERE,
@@ -75,8 +74,7 @@ def import_variator(file: str | Path, backbone: str | Path, output: str | Path) 
     replaced. InputError for anything that does not fit, in which case nothing was written.
     """
     file, backbone, output = Path(file), Path(backbone), Path(output)
-    if output.resolve() == output.resolve().parent:
-        raise InputError(describe(f"{output}: is the root of the file system", expected="a folder in it"))
+    require_no_root(output)
     config = load_config(backbone)
     require_original_t5(config, backbone)
     tensors = read_tensors(file)
@@ -186,11 +184,7 @@ def _sorted(tensors: Mapping[str, Tensor], file: Path) -> tuple[dict[str, Tensor
 @contextmanager
 def _model_folder(backbone: Path, output: Path, weights: Mapping[str, Tensor] | None) -> Iterator[Path]:
     """A temporary model folder near ``output``: ``backbone`` with the new epsilon and, if given, other weights."""
-    from safetensors.torch import save_file
-
-    near = next(parent for parent in output.absolute().parents if parent.is_dir())
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".tmp", dir=near))
-    try:
+    with folder_near(output) as folder:
         for path in backbone.iterdir():
             if not _left_out(path, output, weights is not None):
                 (folder / path.name).symlink_to(path.resolve())
@@ -199,12 +193,9 @@ def _model_folder(backbone: Path, output: Path, weights: Mapping[str, Tensor] | 
         if weights is not None:
             document |= {"architectures": ["T5ForConditionalGeneration"], "dtype": "float32"}
             document.pop("torch_dtype", None)
-            tensors = {name: tensor.float().contiguous() for name, tensor in weights.items()}
-            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+            write_weights(folder, weights)
+        write_config(folder, document)
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _left_out(path: Path, output: Path, other_weights: bool) -> bool:

@@ -85,7 +85,7 @@ def listing(folder: Path) -> list[str]:
         (["variator", "none.pkl"], "none.pkl: no such file"),
         (["variator", "odd.pkl"], "odd.pkl: unknown tensor: got x, expected mux_layer"),
         (["variator", "wrong.pkl"], "wrong.pkl: made for another backbone: got 2 layers of hidden size 16"),
-        (["costeff", "text.pkl"], "unknown method: got costeff, expected variator"),
+        (["modular", "text.pkl"], "unknown method: got modular, expected variator or costeff"),
         (["variator"], "Missing argument 'FILE'"),
     ],
 )
@@ -110,7 +110,7 @@ class Evil:
 
 def test_without_a_backbone(cli: Cli) -> None:
     done = cli("import", "variator", "x.pkl")
-    assert done.code == 2 and "Missing option '--backbone'" in done.error
+    assert done.code == 2 and "variator plugins need a backbone: expected --backbone MODEL" in done.error
 
 
 @pytest.mark.slow

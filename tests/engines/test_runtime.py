@@ -18,7 +18,8 @@ import pytest
 from compexport.errors import BundleError, CompexportError, InputError
 from engines.bundle import Bundle
 from engines.manifest import Manifest, TensorSpec
-from engines.runtime import BatchResult, OpenSession, Result, Runtime
+from engines.results import BatchResult, Result
+from engines.runtime import OpenSession, Runtime
 from engines.selector import Correction
 from engines.text import Text
 from tests.engines.test_text import ALL_INPUTS, save_tokenizer

@@ -1,0 +1,116 @@
+"""Running a family's engines over a user's examples, with one count of what is done over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from calib.data import Examples
+from calib.exits_search import Exits
+from calib.progress import Progress
+from compexport.errors import CompexportError, describe
+from engines.cascade import LOGITS, whole_path
+from engines.manifest import ALL_EXITS
+from engines.runtime import Runtime
+
+BATCH = 32  # texts per request
+
+
+@dataclass(frozen=True)
+class Read:
+    """What the exits say of some examples; ``labels`` are the last exit's answers, ``tokens`` the examples' lengths."""
+
+    exits: Exits
+    labels: list[str]
+    tokens: list[int]
+
+
+class Work:
+    """``total`` examples are to be answered; progress says how many are."""
+
+    def __init__(self, runtime: Runtime, progress: Progress, total: int) -> None:
+        self.runtime = runtime
+        self._progress, self._done, self._total = progress, 0, total
+
+    def answers(self, variant: str, examples: Examples) -> list[Mapping[str, Any]]:
+        """One answer per example, in order."""
+        given = _answers(self.runtime, examples, variant, self._report)
+        self._done += len(examples)
+        return given
+
+    def read(self, variant: str, examples: Examples, statistic: str) -> Read:
+        """What every exit of a variant says of each example."""
+        found = _read_exits(self.runtime, variant, examples, statistic, self._report)
+        self._done += len(examples)
+        return found
+
+    def _report(self, done: int) -> None:
+        self._progress("evaluate", self._done + done, self._total)
+
+
+def _answers(
+    runtime: Runtime, examples: Examples, variant: str, report: Callable[[int], None]
+) -> list[Mapping[str, Any]]:
+    """One answer per example, in order."""
+    inputs = examples.inputs
+    answers: list[Mapping[str, Any]] = [{}] * len(inputs)
+    done = 0
+    for chosen in _batches(inputs):
+        outputs = runtime.run_batch([inputs[index] for index in chosen], variant=variant).outputs
+        for index, output in zip(chosen, outputs, strict=True):
+            answers[index] = output
+        done += len(chosen)
+        report(done)
+    return answers
+
+
+def _batches(inputs: Sequence[str | tuple[str, str]]) -> list[list[int]]:
+    """Which inputs go together: those of similar length."""
+    order = sorted(range(len(inputs)), key=lambda index: len("".join(inputs[index])))
+    return [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
+
+
+def _read_exits(
+    runtime: Runtime, variant: str, examples: Examples, statistic: str, report: Callable[[int], None]
+) -> Read:
+    """Run the all-exits engine of ``variant`` over ``examples``; the truth is the last exit's own answer, for now.
+
+    Only the exits that the variant has are kept. ``report`` is told how many examples are done. Raises CompexportError
+    for logits that are not finite.
+    """
+    manifest = runtime.bundle.manifest
+    entry = manifest.variants[variant]
+    assert entry.exits is not None
+    columns = [layer - 1 for layer in entry.exits]
+    inputs, batches = examples.inputs, _batches(examples.inputs)
+    parts: dict[str, list[Any]] = {LOGITS: [], statistic: []}
+    tokens: list[int] = []
+    session = runtime.open_role(variant, ALL_EXITS)
+    try:
+        for chosen in batches:
+            outputs, lengths = runtime.run_raw(session, [inputs[index] for index in chosen], list(parts))
+            for name, values in outputs.items():
+                _require_finite(variant, name, values)
+                parts[name].append(values[:, columns])
+            tokens += lengths
+            report(len(tokens))
+    finally:
+        session.close()
+    back = np.argsort([index for chosen in batches for index in chosen])
+    logits, statistics = (np.concatenate(parts[name])[back] for name in (LOGITS, statistic))
+    costs = [manifest.graphs[graph].cost for graph in whole_path(entry)]
+    in_order = np.array(tokens)[back].tolist()
+    macs = np.cumsum([[cost.macs(length) for cost in costs] for length in in_order], axis=1, dtype=np.float64)
+    labels = manifest.labels or [f"LABEL_{index}" for index in range(logits.shape[-1])]
+    answers = logits[:, -1].argmax(axis=1)
+    return Read(Exits(logits, statistics, answers, macs), [labels[index] for index in answers], in_order)
+
+
+def _require_finite(variant: str, name: str, values: npt.NDArray[Any]) -> None:
+    if not np.isfinite(values).all():
+        hint = "build with --precision fp32 or check the model"
+        raise CompexportError(describe(f"{variant}: {name} of its exits hold NaN or infinity", hint=hint))
