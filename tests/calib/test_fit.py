@@ -56,7 +56,7 @@ def test_gradients_reach_plugins_only(backbone: Backbone) -> None:
     plugins = VariatorPlugins(backbone.hidden_size, backbone.num_layers, 2, 4)
     batch = batch_of(backbone)
     teacher, students = Students(backbone, {2: plugins})(**batch)
-    batch_loss(backbone, plugins[2], teacher, students[2], batch["attention_mask"], None, "hidden").backward()
+    batch_loss(backbone, plugins, teacher, students[2], batch["attention_mask"], None, "hidden").backward()
     assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in plugins.parameters() if p.numel() > 2)
     assert all(p.grad is None for p in backbone.model.parameters())
 
