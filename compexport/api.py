@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from engines.exit_rule import ExitRule
     from engines.runtime import Runtime
     from engines.text import Text
+    from exporter.checkpoint import MethodCheckpoint
 
 METHODS = ("variator",)
 IMPORTED_METHODS = ("variator", "costeff")
@@ -64,6 +65,22 @@ class Fit:
 
 
 @dataclass(frozen=True)
+class Slender:
+    """How slender multi-exit models are trained (method costeff); None keeps the method's own default.
+
+    ``preset``: sizes of the paper by name (a6, a4, a2, a2-half, or a2_l12_f256_e128; several with commas), beside or
+    in place of ratios. ``joint``: at ratio 1 train the whole model with its exits, and not the exits alone.
+    ``heads_per_event``: heads that leave each layer at a time. ``importance_rows``: rows by whose gradients heads and
+    neurons are judged.
+    """
+
+    preset: str | None = None
+    joint: bool = False
+    heads_per_event: int | None = None
+    importance_rows: int | None = None
+
+
+@dataclass(frozen=True)
 class Rows:
     """Which rows of the training data to use: at most ``limit``, drawn by the seed, or the ``first`` ones."""
 
@@ -102,7 +119,9 @@ class Exits:
     temperature: bool = False
 
 
-COLUMNS, FIT, DEVICE, ROWS, SAVING, EXITS = Columns(), Fit(), Device(), Rows(), Saving(), Exits()  # the defaults
+# The defaults.
+COLUMNS, FIT, SLENDER, ROWS, SAVING = Columns(), Fit(), Slender(), Rows(), Saving()
+DEVICE, EXITS = Device(), Exits()
 
 
 def quiet(message: str, done: float | None = None, total: float | None = None) -> None:
@@ -220,6 +239,8 @@ def build_document(
     backend: str = "ort",
     precision: str = "fp32",
     method: str | None = None,
+    exits: Sequence[float] | str | None = None,
+    prefix: bool = False,
     data: str | Path | None = None,
     columns: Columns = COLUMNS,
     fit: Fit = FIT,
@@ -229,8 +250,10 @@ def build_document(
 ) -> dict[str, Any]:
     """Trace, check and build; with ``data``, plugins that ``model`` lacks are fitted first and kept in its folder.
 
-    ``ratios`` defaults to those ``model`` has plugins for, or 2, 4, 8. Raises InputError for bad input, in which case
-    nothing was written, and ParityError when a graph differs from PyTorch, in which case no bundle was.
+    ``ratios`` defaults to those ``model`` was trained for, or 2, 4, 8. ``exits`` (method "costeff"): layers counted
+    from 1 at which segments end, or "auto", which ``data`` alone means too; ``prefix`` adds a graph from the ids to
+    each of them. Raises InputError for bad input, in which case nothing was written, and ParityError when a graph
+    differs from PyTorch, in which case no bundle was.
     """
     from compexport import training
     from engines import backends
@@ -250,8 +273,14 @@ def build_document(
         wanted = [*whole_ratios(ratios)] if planned.whole_ratios else checked_ratios(ratios)
     _require_free(output)
     backends.load(backend)
-    missing = [ratio for ratio in wanted if ratio not in there]
-    if missing and data is not None and not untrained and planned.method == METHODS[0]:
+    options: dict[str, Any] = {}
+    if planned.method == "costeff":
+        source = None if data is None or untrained else (data, columns)
+        options = {"exits": _exits(model, checkpoint, wanted, exits, source, progress), "prefixes": prefix}
+    elif exits is not None or prefix:
+        got = f"the method {planned.method}"
+        raise InputError(describe("--exits" if exits is not None else "--prefix", got=got, expected="costeff"))
+    elif data is not None and not untrained and (missing := [ratio for ratio in wanted if ratio not in there]):
         texts = read_examples(data, "train", columns, progress)
         training.fit_texts(model, texts, ratios=whole_ratios(missing), output=model, fit=fit, progress=progress)
     report = family.build(
@@ -265,8 +294,35 @@ def build_document(
         seed=fit.seed,
         command=command,
         progress=progress,
+        **options,
     )
     return report.document()
+
+
+def _exits(
+    model: str | Path,
+    checkpoint: MethodCheckpoint | None,
+    ratios: Sequence[float],
+    wanted: Sequence[float] | str | None,
+    data: tuple[str | Path, Columns] | None,
+    progress: Progress,
+) -> dict[float, tuple[int, ...]]:
+    """Exits by ratio; none where the default is meant."""
+    from calib import data as reading
+    from compexport.exits import AUTO, chosen_exits, given_exits
+
+    if isinstance(wanted, str):
+        if wanted != AUTO:
+            raise InputError(describe("--exits", got=repr(wanted), expected="layers like 2,4,6, or auto"))
+    elif wanted is not None:
+        return given_exits(model, wanted, ratios)
+    if data is None:
+        if wanted is None:
+            return {}
+        raise InputError(describe("--exits auto chooses on texts", expected="--data FILE, and a trained model"))
+    path, columns = data
+    split = "dev" if reading.has_split(path, "dev") else "train"
+    return chosen_exits(model, checkpoint, ratios, read_examples(path, split, columns, progress), progress)
 
 
 def read_examples(
