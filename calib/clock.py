@@ -15,13 +15,15 @@ WARM_UP_SHARE = 0.05
 class Clock:
     """How much of a fit is done, by steps or by seconds, whichever is further.
 
-    Times are of ``time.monotonic``, s. ``started``: of the run, its reading and starting included.
+    Times are of ``time.monotonic``, s. ``started``: of the run, its reading and starting included. ``warm_up``: the
+    share of it in which the learning rate rises.
     """
 
     started: float
     steps: int
     max_seconds: float | None = None
     stepping: float | None = field(default=None)  # when the first step began
+    warm_up: float = WARM_UP_SHARE
 
     def begin_steps(self) -> None:
         """The first step begins; a resumed run has begun before."""
@@ -43,7 +45,7 @@ class Clock:
         """The factor of the peak learning rate: a short rise, then a straight line down to 0."""
         share = self.share(step)
         # Never 0 at the first step, which would be wasted.
-        return min(1.0, (share + 1 / self.steps) / WARM_UP_SHARE) * (1.0 - share)
+        return min(1.0, (share + 1 / self.steps) / self.warm_up) * (1.0 - share)
 
     def record(self) -> dict[str, Any]:
         """What a later process needs to go on: seconds since the start, and at the first step."""

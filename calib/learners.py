@@ -87,7 +87,7 @@ def open_learner(folder: str | Path, examples: Examples, seed: int = 0) -> Learn
     if "sequence-classification" not in backbone.host.classes:
         expected = f"{LABEL_WORDS} in it, and a decoder: one word for each label"
         raise InputError(describe(f"{folder}: cannot be fine-tuned", got=backbone.config.model_type, expected=expected))
-    if backbone.task == "sequence-classification" and _head_fits(backbone, examples, names):
+    if head_fits(backbone, examples):
         return SequenceClassifier(backbone, backbone.model, backbone.labels)
     if backbone.task != "feature-extraction":
         backbone = load_backbone(folder, "feature-extraction", attention=attention)
@@ -96,8 +96,14 @@ def open_learner(folder: str | Path, examples: Examples, seed: int = 0) -> Learn
         return SequenceClassifier(backbone, _with_new_head(backbone, names, attention), names)
 
 
-def _head_fits(backbone: Backbone, examples: Examples, names: Sequence[str]) -> bool:
-    """Whether the labels of the data are those of the model's head: by name, or as many numbers as it has labels."""
+def head_fits(backbone: Backbone, examples: Examples) -> bool:
+    """Whether the model classifies into the labels of the data: by name, or as many numbers as it has labels.
+
+    Raises InputError for labels that are no classes.
+    """
+    names = class_names(examples)
+    if backbone.task != "sequence-classification":
+        return False
     assert examples.labels is not None
     if len(backbone.labels) < 2:  # a regression head
         return False

@@ -23,7 +23,7 @@ from calib.arithmetic import Precision, uses_bf16
 from calib.batches import Batch, Collate, LengthBuckets
 from calib.clock import Clock
 from calib.progress import Progress, silent
-from calib.unfinished import CLOCK, TENSORS, Unfinished, read_json, step_of
+from calib.unfinished import CLOCK, TENSORS, Unfinished, read_json, read_tensors, step_of
 from compexport.errors import CompexportError, InputError, describe
 from exporter.quiet import quiet_transformers
 
@@ -163,15 +163,8 @@ class StepTrainer(Trainer):
 @torch.no_grad()
 def load_trained(checkpoint: Path, trained: Mapping[str, nn.Parameter]) -> None:
     """Overwrite the trained tensors with those of a checkpoint; InputError when they are not these."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     path = checkpoint / TENSORS
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        hint = "delete its folder to start anew"
-        raise InputError(describe(f"{path}: unreadable", got=error, hint=hint)) from error
+    tensors = read_tensors(path)
     if tensors.keys() != trained.keys():
         raise InputError(describe(f"{path}: other tensors than are trained", hint="delete its folder to start anew"))
     for name, tensor in tensors.items():

@@ -5,8 +5,13 @@
         trainable.safetensors       the tensors that are trained, and no others
         clock.json                  seconds used so far; written last, so a checkpoint without it is not whole
 
-Runs of several fits (ratios one after the other) keep each fit's checkpoints in a folder of its own. A lock beside the
-folder, which the kernel drops with its process, keeps a second run away.
+Runs of several fits (ratios or stages one after the other) keep each fit's checkpoints in a folder of its own; a fit on
+whose result others build leaves that there instead:
+
+    hidden/result.safetensors   what it made
+    hidden/result.json          its record; written last
+
+A lock beside the folder, which the kernel drops with its process, keeps a second run away.
 """
 
 from __future__ import annotations
@@ -17,14 +22,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from calib import processes
 from compexport.errors import InputError, describe
 from engines.atomic import WriterLock, write_file
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 SUFFIX = ".unfinished"
 RUN, CLOCK, TRAINER_STATE, TENSORS = "run.json", "clock.json", "trainer_state.json", "trainable.safetensors"
+RESULT, RESULT_TENSORS = "result.json", "result.safetensors"
 FORMAT = 1
 
 
@@ -55,6 +64,31 @@ class Unfinished:
             if other != checkpoint:
                 shutil.rmtree(other, ignore_errors=True)
 
+    def finish(self, record: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
+        """Keep what a fit made, and its record (JSON), in place of its checkpoints; by the first process only."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if tensors is not None:
+            write_tensors(self.folder / RESULT_TENSORS, tensors)
+        write_json(self.folder / RESULT, record)
+        for checkpoint in self.folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+    def finished(self) -> dict[str, Any] | None:
+        """The record of a fit that is finished; the same in all processes."""
+
+        def find() -> dict[str, Any] | None:
+            return read_json(self.folder / RESULT) if (self.folder / RESULT).is_file() else None
+
+        return processes.by_first(find)
+
+    def result(self) -> dict[str, Tensor]:
+        """The tensors that a finished fit made; InputError when they are damaged."""
+        return read_tensors(self.folder / RESULT_TENSORS)
+
+    def drop_result(self) -> None:
+        """Others have built on the tensors: keep only the record. By the first process only."""
+        (self.folder / RESULT_TENSORS).unlink(missing_ok=True)
+
 
 def place(output: Path) -> Path:
     """Where the unfinished run of ``output`` is kept."""
@@ -79,13 +113,18 @@ def _lock(folder: Path, locks: ExitStack) -> None:
 
 
 def _require_nothing_kept(folder: Path) -> None:
-    kept = sorted(folder.rglob(CLOCK), key=lambda path: step_of(path.parent))
-    if kept:
-        step = step_of(kept[-1].parent)
+    if _something_kept(folder):
+        steps = [step_of(path.parent) for path in folder.rglob(CLOCK)]
+        got = f"step {max(steps)}" if steps else "a finished stage"
         hint = "add --resume to continue it, or delete that folder to start anew"
-        raise InputError(describe(f"{folder}: holds an unfinished run", got=f"step {step}", hint=hint))
+        raise InputError(describe(f"{folder}: holds an unfinished run", got=got, hint=hint))
     if any(folder.iterdir()) and not (folder / RUN).is_file():
         raise InputError(describe(f"{folder}: already there", expected="nothing, or an unfinished run of ours"))
+
+
+def _something_kept(folder: Path) -> bool:
+    """Whether there is anything to go on from."""
+    return any(folder.rglob(CLOCK)) or any(folder.rglob(RESULT))
 
 
 @contextmanager
@@ -107,7 +146,7 @@ def keeping(
             yield Unfinished(folder, save_every)
         except BaseException:
             # Not asked of all: the others may have failed elsewhere.
-            if processes.rank() == 0 and not any(folder.rglob(CLOCK)):
+            if processes.rank() == 0 and not _something_kept(folder):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         processes.by_first(lambda: shutil.rmtree(folder, ignore_errors=True))
@@ -116,7 +155,7 @@ def keeping(
 def _prepare(folder: Path, wanted: Mapping[str, Any], resume: bool, locks: ExitStack) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     _lock(folder, locks)
-    if resume and any(folder.rglob(CLOCK)):
+    if resume and _something_kept(folder):
         _require_same(folder, wanted)
         return
     if folder.exists():
@@ -167,3 +206,22 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """A file that is there whole or not at all."""
     write_file(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of an unfinished run; InputError when the file is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        hint = "delete its folder to start anew"
+        raise InputError(describe(f"{path}: unreadable", got=error, hint=hint)) from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Replaced whole or not at all."""
+    from safetensors.torch import save
+
+    write_file(path, save({name: one.detach().cpu().contiguous() for name, one in tensors.items()}))

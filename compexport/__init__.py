@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         Fit,
         Rows,
         Saving,
+        Slender,
         bench,
         build,
         evaluate,
@@ -70,6 +71,7 @@ __all__ = [
     "Fit",
     "Rows",
     "Saving",
+    "Slender",
     # what can go wrong
     "BundleError",
     "CompexportError",
@@ -82,7 +84,7 @@ __all__ = [
 _HOMES = {
     **dict.fromkeys(("bench", "build", "evaluate", "import_checkpoint"), "compexport.api"),
     **dict.fromkeys(("inspect", "load", "verify"), "compexport.api"),
-    **dict.fromkeys(("Columns", "Device", "Exits", "Fit", "Rows", "Saving"), "compexport.api"),
+    **dict.fromkeys(("Columns", "Device", "Exits", "Fit", "Rows", "Saving", "Slender"), "compexport.api"),
     "train": "compexport.training",
     "Bundle": "engines.bundle",
     "Decision": "engines.selector",

@@ -65,6 +65,22 @@ class Fit:
 
 
 @dataclass(frozen=True)
+class Slender:
+    """How slender multi-exit models are trained (method costeff); None keeps the method's own default.
+
+    ``preset``: sizes of the paper by name (a6, a4, a2, a2-half, or a2_l12_f256_e128; several with commas), beside or
+    in place of ratios. ``joint``: at ratio 1 train the whole model with its exits, and not the exits alone.
+    ``heads_per_event``: heads that leave each layer at a time. ``importance_rows``: rows by whose gradients heads and
+    neurons are judged.
+    """
+
+    preset: str | None = None
+    joint: bool = False
+    heads_per_event: int | None = None
+    importance_rows: int | None = None
+
+
+@dataclass(frozen=True)
 class Rows:
     """Which rows of the training data to use: at most ``limit``, drawn by the seed, or the ``first`` ones."""
 
@@ -103,7 +119,9 @@ class Exits:
     temperature: bool = False
 
 
-COLUMNS, FIT, DEVICE, ROWS, SAVING, EXITS = Columns(), Fit(), Device(), Rows(), Saving(), Exits()  # the defaults
+# The defaults.
+COLUMNS, FIT, SLENDER, ROWS, SAVING = Columns(), Fit(), Slender(), Rows(), Saving()
+DEVICE, EXITS = Device(), Exits()
 
 
 def quiet(message: str, done: float | None = None, total: float | None = None) -> None:

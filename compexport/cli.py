@@ -10,8 +10,9 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -19,6 +20,8 @@ from compexport.errors import CompexportError, InputError, TargetMissed, describ
 
 if TYPE_CHECKING:
     from compexport.present import Screen
+
+Value = TypeVar("Value")
 
 app = typer.Typer(
     name="compexport",
@@ -64,6 +67,9 @@ TextColumn = Annotated[str | None, typer.Option(metavar="COLUMN", help="Column o
 PairColumn = Annotated[str | None, typer.Option(metavar="COLUMN", help="Column with the second text of a pair.")]
 LabelColumn = Annotated[str | None, typer.Option(metavar="COLUMN", help="Column with the label.")]
 Ratio = Annotated[str | None, typer.Option(metavar="LIST", help="Compression ratios: 2,4,8.")]
+TrainRatio = Annotated[
+    str | None, typer.Option(metavar="LIST", help="Compression ratios: 2,4,8; costeff: 1 and fractions too.")
+]
 Backend = Annotated[str, typer.Option(metavar="NAME", help="Engine backend: ort.")]
 Provider = Annotated[str, typer.Option(metavar="NAME", help="ONNX Runtime provider: cpu or cuda.")]
 Threads = Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads of an engine [default: all cores].")]
@@ -103,13 +109,28 @@ def _root(
 @app.command()
 def train(
     context: typer.Context,
-    method: Annotated[
-        str, typer.Argument(metavar="METHOD", help="variator: fit plugins. finetune: teach MODEL itself labels.")
-    ],
+    method: Annotated[str, typer.Argument(metavar="METHOD", help="variator, costeff, or finetune: see above.")],
     model: Model = Path(),
     *,
     data: Data = None,
-    ratio: Ratio = None,
+    ratio: TrainRatio = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="costeff: sizes of the paper (a6, a4, a2, a2-half), or exact ones."),
+    ] = None,
+    joint: Annotated[
+        bool, typer.Option("--joint", help="costeff: at ratio 1 train the whole model, not the exits alone.")
+    ] = False,
+    heads_per_event: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="costeff: heads that leave a layer at a time; officially 1 [default: 2]."
+        ),
+    ] = None,
+    importance_rows: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="costeff: rows that tell which leave; officially all [default: 2048]."),
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder of the result.")] = Path(
         "trained"
     ),
@@ -119,17 +140,29 @@ def train(
     limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Use N rows only, drawn by --seed.")] = None,
     first: Annotated[bool, typer.Option("--first", help="With --limit: the first N rows instead.")] = False,
     loss: Annotated[
-        str, typer.Option(metavar="NAME", help="What to learn from: hidden (no labels), task, or task-hidden.")
+        str, typer.Option(metavar="NAME", help="variator: learn from hidden (no labels), task, or task-hidden.")
     ] = "hidden",
     separately: Annotated[
-        bool, typer.Option("--separately", help="Fit one ratio after the other, not all together.")
+        bool, typer.Option("--separately", help="variator: fit one ratio after the other, not together.")
     ] = False,
     start: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Start from the plugins of this folder [default: MODEL's].")
+        Path | None,
+        typer.Option(metavar="DIR", help="variator: start from the plugins of this folder [default: MODEL's]."),
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew where MODEL has plugins already.")] = False,
-    steps: Steps = None,
-    epochs: Annotated[float | None, typer.Option(metavar="N", help="Passes over the data, instead of --steps.")] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="variator: start anew where MODEL has plugins already.")
+    ] = False,
+    steps: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Training steps, of all stages together; large ratios skip some."),
+    ] = None,
+    epochs: Annotated[
+        float | None,
+        typer.Option(
+            metavar="N",
+            help="Passes over the data, instead of --steps; costeff: of teaching MODEL, other stages in proportion.",
+        ),
+    ] = None,
     max_seconds: MaxSeconds = None,
     batch_size: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Texts per step, of all processes together.")
@@ -148,12 +181,18 @@ def train(
     config: Config = None,
     debug: Debug = False,
 ) -> None:
-    """Fit a method's plugins to MODEL, or fine-tune it.
+    """Fit a method's plugins to MODEL, make it slender, or fine-tune it.
 
     variator: plugins learn by distillation to reproduce what MODEL itself computes; no labels are needed. OUT is MODEL
-    with one small file per ratio beside it; `compexport build OUT` makes the engines. finetune: all of MODEL learns the
-    labels of the data; OUT is a classifier. Either runs in several processes too: `torchrun --nproc-per-node 2 -m
-    compexport train ...`.
+    with one small file per ratio beside it; `compexport build OUT` makes the engines.
+
+    costeff: MODEL is fine-tuned on the labels where it is not yet, and taught to classify after every layer; from that,
+    models of fewer heads and neurons are made and taught, one per ratio. At ratio 1, MODEL stays as it is and only gets
+    exits. OUT is the fine-tuned MODEL with one file per ratio beside it.
+
+    finetune: all of MODEL learns the labels of the data; OUT is a classifier.
+
+    Any of them runs in several processes too: `torchrun --nproc-per-node 2 -m compexport train ...`.
     """
     if "RANK" in os.environ:
         # Before torch is loaded: its C++ side would warn of steps in which some ratio has a rest, which are meant.
@@ -162,26 +201,28 @@ def train(
 
     if data is None:
         raise InputError(describe("train needs texts", expected="--data FILE", hint="variator needs no labels"))
-    if method == "finetune":  # what the file says for plugins is not meant for it
-        ratio = None if _from_file(context, "ratio") else ratio
-        loss = "hidden" if _from_file(context, "loss") else loss
-        start = None if _from_file(context, "start") else start
-        fresh, separately = (given and not _from_file(context, name) for name, given in
-                             (("fresh", fresh), ("separately", separately)))  # fmt: skip
+    own = partial(_own, context, training.foreign_options(method))
     fit = api.Fit(
         steps=steps,
         max_seconds=max_seconds,
         seed=seed,
-        loss=loss,
+        loss=own("loss", loss, api.FIT.loss),
         epochs=epochs,
         batch_size=batch_size,
         learning_rate=learning_rate,
         max_length=max_length,
         precision=precision,
-        separately=separately,
-        fresh=fresh,
-        start=start,
+        separately=own("separately", separately, False),
+        fresh=own("fresh", fresh, False),
+        start=own("start", start, None),
     )
+    slender = api.Slender(
+        preset=own("preset", preset, None),
+        joint=own("joint", joint, False),
+        heads_per_event=own("heads_per_event", heads_per_event, None),
+        importance_rows=own("importance_rows", importance_rows, None),
+    )
+    ratio = own("ratio", ratio, None)
     with _screen(as_json) as screen, present.progress() as progress:
         document = training.train(
             model,
@@ -192,12 +233,11 @@ def train(
             columns=api.Columns(text=text, text_pair=text_pair, label=label),
             rows=api.Rows(limit, first),
             fit=fit,
+            slender=slender,
             saving=api.Saving(resume, save_every),
             progress=progress,
         )
-    screen.document(
-        document, [tables.finetune_table(document) if method == "finetune" else tables.train_table(document)]
-    )
+    screen.document(document, [tables.TRAIN_TABLES[method](document)])
 
 
 @app.command("import")
@@ -541,6 +581,11 @@ def _from_file(context: typer.Context, name: str) -> bool:
     """Whether a value stands in the configuration file, and was not typed."""
     source = context.get_parameter_source(name)
     return source is not None and source.name == "DEFAULT_MAP"
+
+
+def _own(context: typer.Context, foreign: set[str], name: str, value: Value, default: Value) -> Value:
+    """An option's value; what the file, one for all methods, says for another method is not meant for this one."""
+    return default if name in foreign and _from_file(context, name) else value
 
 
 def _layers(exits: str | None) -> list[float] | str | None:

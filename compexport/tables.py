@@ -171,6 +171,20 @@ def train_table(document: Mapping[str, Any]) -> Table:
     return Table(title, ("ratio", "extra parameters", "share", f"{metric}, held out"), rows, notes)
 
 
+def costeff_table(document: Mapping[str, Any]) -> Table:
+    """``train costeff``: how large each ratio's model is, and how good its exits are."""
+    metric, rows = document["metric"], []
+    for ratio in map(str, document["ratios"]):
+        exits = document["exits"][ratio]
+        best = " ".join(f"{value:.3f}" for value in exits)
+        share = _percent(document["extra_params_share"][ratio])
+        rows.append((ratio, document["sizes"][ratio], share, f"{exits[-1]:.4f}", best))
+    columns = ("ratio", "size", "parameters", metric, "after each layer")
+    title = f"{document['output']}: trained in {document['steps']} steps, {document['seconds']:.0f} s"
+    notes = [f"{metric} of the backbone itself: {document['teacher']:.4f}, on {document['held_out']} rows"]
+    return Table(title, columns, rows, notes)
+
+
 def finetune_table(document: Mapping[str, Any]) -> Table:
     """``train finetune``: how good the model is, beside what needs no model."""
     title = f"{document['output']}: fine-tuned in {document['steps']} steps, {document['seconds']:.0f} s"
@@ -180,6 +194,9 @@ def finetune_table(document: Mapping[str, Any]) -> Table:
         return Table(title, (), (), notes)
     rows = [("fine-tuned", document["value"]), ("most common label", document["majority"])]
     return Table(title, ("", f"{document['metric']}, {document['held_out']} dev rows"), rows, [labels])
+
+
+TRAIN_TABLES = {"variator": train_table, "costeff": costeff_table, "finetune": finetune_table}
 
 
 def import_table(document: Mapping[str, Any]) -> Table:

@@ -14,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from engines.points import Point, engine_of, segment_name
-from engines.profile import Prediction, Profile
+from engines.profile import MAX_REMEMBERED_SHAPES, Prediction, Profile
 
 DRAWS = 512
 SEED = 0
-MAX_REMEMBERED_SHAPES = 4096
+_AT_P99 = -(-99 * (DRAWS - 1) // 100)  # where the 99th percentile of sorted draws stands, rounded up
 
 Floats = npt.NDArray[np.float64]
 
@@ -62,8 +62,12 @@ class Forecast:
             for name, point in points.items()
             if {segment_name(point.variant, number) for number in range(len(point.histogram))} <= measured
         }
-        self._entering: dict[int, dict[str, npt.NDArray[np.int64]]] = {}
+        self._names: dict[str, list[str]] = {}
+        for name, point in self._points.items():
+            self._names.setdefault(point.variant, []).append(name)
+        self._entering: dict[tuple[str, int], npt.NDArray[np.int64]] = {}
         self._remembered: dict[tuple[int, int], dict[str, _Times]] = {}
+        entering([1.0], 1)  # loads numpy's generators, which would otherwise cost the first request milliseconds
 
     def knows(self, variant: str) -> bool:
         """Whether the segments of a variant were measured."""
@@ -110,7 +114,8 @@ class Forecast:
         if known is None:
             full, rest = divmod(batch, self._profile.largest_batch)
             sizes = [self._profile.largest_batch] * full + ([rest] if rest else [])
-            parts = [self._times_of_run(size, length) for size in sizes]
+            beyond = not self._profile.batches[0] <= batch <= self._profile.largest_batch
+            parts = [self._times_of_run(size, length, beyond) for size in sizes]
             known = parts[0]
             for part in parts[1:]:
                 known = {name: known[name] + times for name, times in part.items()}
@@ -119,17 +124,15 @@ class Forecast:
             self._remembered[batch, length] = known
         return known
 
-    def _times_of_run(self, batch: int, length: int) -> dict[str, _Times]:
-        by_rows = {variant: self._by_rows(variant, batch, length) for variant in self._variants()}
-        extrapolated = self._extrapolated(batch, length)
-        found = {}
-        for name, entering in self._rows_entering(batch).items():
-            p50, p99 = by_rows[self._points[name].variant]
-            segments = np.arange(len(p50))
-            medians, tails = (np.cumsum(table[segments, entering], axis=1) for table in (p50, p99))
-            found[name] = _Times(
-                np.median(medians, axis=0), np.percentile(tails, 99, axis=0, method="higher"), extrapolated
-            )
+    def _times_of_run(self, batch: int, length: int, beyond: bool) -> dict[str, _Times]:
+        found: dict[str, _Times] = {}
+        for variant, names in self._names.items():
+            entering = self._rows_entering(variant, batch)
+            segments = np.arange(entering.shape[-1])
+            medians, tails = (np.cumsum(ms[segments, entering], axis=2) for ms in self._by_rows(variant, batch, length))
+            p50, p99 = np.median(medians, axis=1), np.partition(tails, _AT_P99, axis=1)[:, _AT_P99]
+            extrapolated = beyond or self.segment_ms(variant, 0, batch, length).extrapolated
+            found |= {name: _Times(p50[i], p99[i], extrapolated) for i, name in enumerate(names)}
         return found
 
     def _by_rows(self, variant: str, batch: int, length: int) -> tuple[Floats, Floats]:
@@ -144,29 +147,19 @@ class Forecast:
             tables[1, number, 1:] = np.interp(rows, batches, [one.p99_ms for one in measured])
         return tables[0], tables[1]
 
-    def _rows_entering(self, batch: int) -> Mapping[str, npt.NDArray[np.int64]]:
-        """[D, E] rows that each segment gets, drawn once per batch size."""
-        known = self._entering.get(batch)
+    def _rows_entering(self, variant: str, batch: int) -> npt.NDArray[np.int64]:
+        """[points, D, E] rows that each segment gets, drawn once per batch size."""
+        known = self._entering.get((variant, batch))
         if known is None:
-            known = {name: entering(point.histogram, batch) for name, point in self._points.items()}
-            self._entering[batch] = known
+            histograms = [self._points[name].histogram for name in self._names[variant]]
+            known = np.stack([entering(histogram, batch) for histogram in histograms])
+            self._entering[variant, batch] = known
         return known
-
-    def _variants(self) -> set[str]:
-        return {point.variant for point in self._points.values()}
-
-    def _extrapolated(self, batch: int, length: int) -> bool:
-        return any(self.segment_ms(variant, 0, batch, length).extrapolated for variant in self._variants())
 
 
 def entering(histogram: Sequence[float], batch: int) -> npt.NDArray[np.int64]:
-    """[D, E] draws of how many of ``batch`` rows each segment gets, when rows leave as ``histogram`` [E] says.
-
-    A histogram without chance needs, and gets, a single draw.
-    """
+    """[D, E] draws of how many of ``batch`` rows each segment gets, when rows leave as ``histogram`` [E] says."""
     shares: Any = np.asarray(histogram, dtype=np.float64)
-    shares = shares / shares.sum()
-    draws = 1 if shares.max() == 1.0 else DRAWS
-    leaving = np.random.default_rng(SEED).multinomial(batch, shares, size=draws)
+    leaving = np.random.default_rng(SEED).multinomial(batch, shares / shares.sum(), size=DRAWS)
     left_before = np.cumsum(leaving, axis=1) - leaving
     return np.asarray(batch - left_before, dtype=np.int64)

@@ -15,7 +15,7 @@ from engines.bundle import Bundle
 from engines.exit_rule import ExitRule
 from engines.forecast import Forecast, Rung
 from engines.points import Point, engine_of, is_point, points_of, to_the_end
-from engines.profile import Prediction, Profile
+from engines.profile import MAX_REMEMBERED_SHAPES, Prediction, Profile
 from engines.selector import Quality
 
 Predictions = tuple[Mapping[str, Prediction], Mapping[str, Sequence[Rung]]]
@@ -35,6 +35,7 @@ class Members:
         given = tuple(bundle.manifest.variants) if names is None else tuple(dict.fromkeys(names))
         self.engines = tuple(dict.fromkeys(map(engine_of, given)))
         self._given = None if names is None else given
+        self._remembered: dict[tuple[int, int], Predictions] = {}
         self._check_engines(given)
         for name in filter(is_point, given):
             self.known(name)
@@ -71,6 +72,10 @@ class Members:
         """The exits of every variant that has some."""
         variants = self._bundle.manifest.variants
         return {name: exits for name in self.engines if (exits := variants[name].exits) is not None}
+
+    def load(self) -> None:
+        """Read all tables now, so that no request waits for them."""
+        _ = self.quality, self.forecast
 
     def rule(self, name: str) -> ExitRule | None:
         """By what rule the rows of a point leave; None for a variant."""
@@ -115,11 +120,17 @@ class Members:
         """Running several (batch, length) chunks after each other: times by member, and what cascades can be cut to."""
         if self.profile is None:
             return {}, {}
-        measured = self.profile.predict_chunks(shapes)
         if self.forecast is None:
-            return measured, {}
-        points, rungs = self.forecast.predict_chunks(shapes)
-        return {**measured, **points}, rungs
+            return self.profile.predict_chunks(shapes), {}
+        known = self._remembered.get(shapes[0]) if len(shapes) == 1 else None
+        if known is None:
+            points, rungs = self.forecast.predict_chunks(shapes)
+            known = {**self.profile.predict_chunks(shapes), **points}, rungs
+            if len(self._remembered) >= MAX_REMEMBERED_SHAPES:
+                self._remembered.clear()
+            if len(shapes) == 1:
+                self._remembered[shapes[0]] = known
+        return known
 
     @cached_property
     def _table(self) -> dict[str, Any] | None:

@@ -218,6 +218,7 @@ class Runtime:
         forced = self._forced(ratio, variant, rule)
         self._refuse_unmeasured(budget_ms, forced)
         encoder = self._text_encoder()
+        self.members.load()
         self.warm_up(self._likely(budget_ms, forced))
         started = perf_counter()
         encoded = encoder.encode(texts, truncate=truncate)

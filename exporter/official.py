@@ -15,7 +15,7 @@ def require_plain_model(folder: Path) -> None:
     """InputError where ``folder`` is such a checkpoint; whatever else may be wrong with it is for its loader to say."""
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return
     if isinstance(raw, dict) and COSTEFF_FIELD in raw:
         raise InputError(

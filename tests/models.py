@@ -137,8 +137,6 @@ _T5_SIZES = {
 }
 MODELS = {
     "tiny-bert": Tiny("Bert", _SIZES, _wordpiece),
-    # Deep enough for exits: where two layers have one exit between them, four have three.
-    "tiny-bert-deep": Tiny("Bert", {**_SIZES, "num_hidden_layers": 4}, _wordpiece),
     # RoBERTa numbers positions from pad_token_id + 1, so its table is two rows longer than its limit.
     "tiny-roberta": Tiny(
         "Roberta",
@@ -170,6 +168,8 @@ MODELS = {
     # Pre-norm, with a norm at the end.
     "tiny-mbart": Tiny("MBart", {**_BART_SIZES, "decoder_start_token_id": 0}, _byte_level, BART_CLASSES),
 }
+# The same architectures, deep enough for exits: between two layers there is one, between four there are three.
+DEEPER = {"tiny-bert-deep": Tiny("Bert", {**_SIZES, "num_hidden_layers": 4}, _wordpiece)}
 
 
 def make(
@@ -182,7 +182,7 @@ def make(
     import torch
     import transformers
 
-    tiny = MODELS[name]
+    tiny = {**MODELS, **DEEPER}[name]
     tokenizer = tiny.tokenizer()
     config = getattr(transformers, f"{tiny.prefix}Config")(**{"vocab_size": tokenizer.get_vocab_size(), **tiny.config})
     if (labels := LABELS.get(task)) and task != "label-words":

@@ -16,6 +16,8 @@ from compexport.errors import InputError, describe
 from exporter.methods.slender import HostFacts
 from exporter.official import COSTEFF_FIELD
 
+# What a model folder of ours does not say: how a run was set up, and which library wrote the file.
+_OF_A_RUN = ("torch_dtype", "_name_or_path", "output_hidden_states", "output_attentions", "transformers_version")
 # Fields that BERT's configuration has not, and what the official code takes them for where they are missing.
 _OWN_FIELDS = {
     COSTEFF_FIELD: None,
@@ -69,12 +71,12 @@ def read_official_config(folder: Path) -> OfficialConfig:
     _require_published_pooling(path, own)
     full_heads = _full_heads(path, sizes)
     full_width = {
-        **{name: value for name, value in raw.items() if name not in (*_OWN_FIELDS, "torch_dtype", "_name_or_path")},
+        **{name: value for name, value in raw.items() if name not in (*_OWN_FIELDS, *_OF_A_RUN)},
         "architectures": ["BertForSequenceClassification"],
         "num_attention_heads": full_heads,
         "dtype": "float32",
     }
-    config = _bert_config(path, full_width)
+    config, labels = _bert_config(path, full_width)
     rank = own["emb_hidden_dim"]
     return OfficialConfig(
         facts=HostFacts.of(config),
@@ -83,7 +85,7 @@ def read_official_config(folder: Path) -> OfficialConfig:
         neurons=sizes["prun_intermediate_size"],
         rank=None if rank == -1 else _size(path, raw, "emb_hidden_dim"),
         pooler_dense=bool(own["pooler_dense"]),
-        labels=[str(config.id2label[i]) for i in range(config.num_labels)],
+        labels=labels,
         kept_heads=_kept_heads(own["head_to_distill"], sizes, full_heads),
     )
 
@@ -96,7 +98,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise InputError(describe(f"{folder}: no COST-EFF checkpoint", got=found, expected=expected))
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(describe(f"{path}: unreadable", got=error, expected="JSON")) from error
     if not isinstance(raw, dict):
         raise InputError(describe(f"{path}: no model's", got=raw, expected="an object"))
@@ -134,13 +136,15 @@ def _full_heads(path: Path, sizes: Mapping[str, int]) -> int:
     return hidden // width
 
 
-def _bert_config(path: Path, document: Mapping[str, Any]) -> Any:
+def _bert_config(path: Path, document: Mapping[str, Any]) -> tuple[Any, list[str]]:
+    """As transformers reads it, and the names of the labels."""
     from transformers import BertConfig
 
     if document.get("model_type") != "bert":
         raise InputError(describe(f"{path}: model_type", got=document.get("model_type"), expected="bert"))
     try:
-        return BertConfig.from_dict(dict(document))
+        config = BertConfig.from_dict(dict(document))
+        return config, [str(config.id2label[i]) for i in range(config.num_labels)]
     except Exception as error:  # a class of its own for every field
         got = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(describe(f"{path}: unreadable", got=got)) from error

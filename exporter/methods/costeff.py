@@ -296,6 +296,7 @@ class CosteffModel(nn.Module):
         shape = _shape_of(tensors, facts, origin)
         num_labels = _size(tensors, "classifier.weight", 0, origin)
         _require_labels(num_labels, origin)
+        _require_tables(tensors, facts, shape, num_labels, origin)
         with torch.device("meta"):
             model = cls(
                 facts,
@@ -420,6 +421,28 @@ def _shape_of(tensors: Mapping[str, Tensor], facts: HostFacts, origin: str) -> S
     shape = SlenderShape(tuple(heads), tuple(neurons), rank)
     shape.require_fit(facts, origin)
     return shape
+
+
+def _require_tables(
+    tensors: Mapping[str, Tensor], facts: HostFacts, shape: SlenderShape, num_labels: int, origin: str
+) -> None:
+    """InputError where the sizes that only the host's configuration names are not those of the tensors.
+
+    Before anything is made of such sizes, which can be any number.
+    """
+    base, width = "bert.embeddings.", facts.word_width
+    words = ("word_embeddings", width) if shape.embedding is None else ("word_embeddings1", shape.embedding)
+    expected = {
+        f"{base}{words[0]}.weight": [facts.vocabulary, words[1]],
+        f"{base}position_embeddings.weight": [facts.positions, width],
+        "classifier.weight": [num_labels, facts.hidden],
+    }
+    if facts.types:
+        expected[f"{base}token_type_embeddings.weight"] = [facts.types, width]
+    for name, wanted in expected.items():
+        got = list(tensors[name].shape) if name in tensors else "nothing"
+        if got != wanted:
+            raise InputError(describe(f"{origin}: {name}", got=got, expected=wanted))
 
 
 def _size(tensors: Mapping[str, Tensor], name: str, axis: int, origin: str) -> int:

@@ -298,3 +298,9 @@ def test_a_late_start_still_leaves_time_for_steps(monkeypatch: pytest.MonkeyPatc
     assert clock.share(3) == pytest.approx(0.5)
     now[0] = 130.0
     assert clock.share(6) == 1.0 and clock.learning_rate(6) == 0.0
+
+
+def test_the_learning_rate_rises_as_long_as_is_asked() -> None:
+    rates = [Clock(0.0, 100, warm_up=0.1).learning_rate(step) for step in (0, 4, 9, 50, 100)]
+    assert rates == pytest.approx([0.1 * 1.0, 0.5 * 0.96, 1.0 * 0.91, 0.5, 0.0])
+    assert Clock(0.0, 100).learning_rate(4) == pytest.approx(0.96)  # a twentieth of it, by default

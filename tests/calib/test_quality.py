@@ -28,7 +28,11 @@ def family(task: str, answer: Answer, labels: Sequence[str] = (), ratios: Sequen
     manifest = SimpleNamespace(task=task, labels=list(labels), variants=variants)
     return cast(
         Runtime,
-        SimpleNamespace(variants=list(variants), bundle=SimpleNamespace(manifest=manifest), run_batch=run_batch),
+        SimpleNamespace(
+            members=SimpleNamespace(engines=tuple(variants), layers={}),
+            bundle=SimpleNamespace(manifest=manifest),
+            run_batch=run_batch,
+        ),
     )
 
 

@@ -248,3 +248,24 @@ def test_another_number_of_processes_is_another_run(tmp_path: Path, monkeypatch:
     with pytest.raises(InputError, match="had other settings: got processes 2, expected processes 1"):
         with keeping(tmp_path / "out", RUN_A, resume=True):
             pass
+
+
+def test_a_finished_stage_leaves_its_result_in_place_of_its_checkpoints(tmp_path: Path) -> None:
+    with pytest.raises(Stop), keeping(tmp_path / "out", RUN_A, resume=False) as state:
+        part = state.part("first")
+        assert part.finished() is None
+        (part.folder / "checkpoint-3").mkdir(parents=True)
+        part.finish({"steps": 3}, {"x": torch.arange(3.0)})
+        assert sorted(path.name for path in part.folder.iterdir()) == ["result.json", "result.safetensors"]
+        raise Stop
+    with pytest.raises(InputError, match="holds an unfinished run: got a finished stage; add --resume"):
+        unfinished.require_none(tmp_path / "out")
+    with keeping(tmp_path / "out", RUN_A, resume=True) as state:
+        part = state.part("first")
+        assert part.finished() == {"steps": 3} and part.result()["x"].tolist() == [0, 1, 2]
+        part.drop_result()
+        part.drop_result()
+        assert part.finished() == {"steps": 3}
+        with pytest.raises(InputError, match="result.safetensors: unreadable"):
+            part.result()
+    assert list(tmp_path.iterdir()) == []

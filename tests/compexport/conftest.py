@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from compexport.cli import main
+from tests import models
 
 TEXTS = [
     "a fine film with a quiet heart",
@@ -18,6 +19,9 @@ TEXTS = [
     "Return the value of the named option, or the default.",
     "the camera moves slowly over the old town",
 ]
+
+
+LABELS = ("good", "bad", "neither")
 
 
 @dataclass(frozen=True)
@@ -103,3 +107,14 @@ def plain_texts(folder: Path) -> Path:
     path = folder / "texts.txt"
     path.write_text("\n".join(TEXTS * 4) + "\n", encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A folder with train.tsv (48 rows, three labels that the words tell) and dev.tsv (12)."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = [f"{LABELS[n % 3]} {models.TEXTS[n % 8]} {n}\t{LABELS[n % 3]}" for n in range(60)]
+    (folder / "train.tsv").write_text("\n".join(["sentence\tlabel", *rows[:48]]) + "\n")
+    (folder / "dev.tsv").write_text("\n".join(["sentence\tlabel", *rows[48:]]) + "\n")
+    return folder

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,60 +12,13 @@ import pytest
 import torch
 
 from exporter.checkpoint import find_checkpoint
-from tests.models import TEXTS
+from tests.compexport.conftest import LABELS
+from tests.compexport.runs import in_a_process, killed_once_saved, same, tensors
 
 Cli = Callable[..., Any]
-ROOT = Path(__file__).resolve().parents[2]
-LABELS = ("good", "bad", "neither")
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """A folder with train.tsv (48 rows, three labels that the words tell) and dev.tsv (12)."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    rows = [f"{LABELS[n % 3]} {TEXTS[n % 8]} {n}\t{LABELS[n % 3]}" for n in range(60)]
-    (folder / "train.tsv").write_text("\n".join(["sentence\tlabel", *rows[:48]]) + "\n")
-    (folder / "dev.tsv").write_text("\n".join(["sentence\tlabel", *rows[48:]]) + "\n")
-    return folder
-
-
-def tensors(file: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(file)
-
-
-def same(first: Path, second: Path) -> bool:
-    ours, theirs = tensors(first), tensors(second)
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def in_a_process(folder: Path, *command: object, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def killed_once_saved(folder: Path, output: str, *command: object) -> None:
-    """Start a run in ``folder`` and kill it as soon as something of it is saved."""
-    process = in_a_process(folder, "-m", "compexport", *command, "-o", output)
-    deadline = time.monotonic() + 120
-    while not list((folder / f"{output}.unfinished").rglob("clock.json")):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert not (folder / output).exists()
 
 
 RUNS = {
@@ -248,9 +196,11 @@ def test_one_table_of_the_file_serves_both_methods(
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("finetune", ["--ratio", "2"], "--ratio: got finetune, expected the method variator"),
-        ("finetune", ["--loss", "task"], "fine-tuning has no plugins"),
-        ("finetune", ["--separately"], "fine-tuning has no plugins"),
+        ("finetune", ["--ratio", "2"], "--ratio: got finetune, expected the method variator or costeff"),
+        ("finetune", ["--loss", "task"], "--loss: got finetune, expected the method variator"),
+        ("finetune", ["--separately"], "--separately: got finetune, expected the method variator"),
+        ("finetune", ["--joint"], "--joint: got finetune, expected the method costeff"),
+        ("variator", ["--heads-per-event", "2"], "--heads-per-event: got variator, expected the method costeff"),
         ("finetune", ["--epochs", "2", "--steps", "3"], "both --steps and --epochs were given"),
         ("finetune", ["--epochs", "0"], "--epochs: got 0.0, expected more than 0"),
         ("finetune", ["--label", "sentence"], "48 distinct ones (good a fine film"),

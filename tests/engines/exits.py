@@ -33,7 +33,7 @@ from engines.manifest import (
 )
 from tests.engines.test_text import ALL_INPUTS, save_tokenizer
 
-H, C, V, LAYERS = 8, 3, 20, 6
+H, C, V, LAYERS = 8, 3, 128, 6
 EXITS = (2, 4, 6)
 LABELS = ["bad", "fair", "good"]
 NAMES = {1.0: "costeff-r1-fp32", 4.0: "costeff-r4-fp32"}
@@ -48,7 +48,8 @@ class Weights:
     def __init__(self, ratio: float, broken: int | None = None) -> None:
         random = np.random.default_rng(int(ratio))
         self.table = random.normal(size=(V, H)).astype(np.float32)
-        self.mix = random.normal(size=(LAYERS, H, H)).astype(np.float32)
+        # Small enough that rounding does not grow from layer to layer.
+        self.mix = (random.normal(size=(LAYERS, H, H)) / H**0.5).astype(np.float32)
         # Heads of deeper layers are surer, as a trained model's are.
         sure = np.linspace(0.5, 4.0, LAYERS)[:, None, None]
         self.head = (random.normal(size=(1, H, C)) * sure + random.normal(size=(LAYERS, H, C)) * 0.3).astype(np.float32)

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compexport.errors import BundleError, InputError
-from engines.profile import Profile
-from engines.selector import Correction, Decision, Quality, select
+from engines.forecast import Rung
+from engines.profile import Prediction, Profile
+from engines.selector import Correction, Decision, Quality, decide, select
 
 RATIOS = {"r1": 1.0, "r2": 2.0, "r4": 4.0, "r8": 8.0}
 QUALITY = {"r1": 0.95, "r2": 0.94, "r4": 0.90, "r8": 0.80}
@@ -296,3 +297,101 @@ def test_correction_with_many_threads() -> None:
         thread.join()
     assert not failures
     assert correction.factor("r1") == pytest.approx(2.0, rel=0.02)
+
+
+# --- cascades that can be cut short -------------------------------------------------------------------------------
+
+WHOLE_MS = {"deep": 20.0, "deep@2x": 12.0, "small": 4.0}
+WHOLE_QUALITY = {"deep": 0.95, "deep@2x": 0.94, "small": 0.80}
+RUNGS = {
+    "deep": (Rung(3, 0.25, 3.0, 0.6), Rung(6, 0.5, 8.0, 0.9)),
+    "deep@2x": (Rung(3, 0.25, 3.0, 0.6), Rung(6, 0.5, 7.0, 0.89)),
+}
+
+
+def cut(budget_ms: float | None, **changes: Any) -> Decision:
+    quality = changes.pop("quality", WHOLE_QUALITY)
+    return decide(
+        {name: Prediction(ms / 2, ms) for name, ms in WHOLE_MS.items()},
+        Quality({"deep": 1.0, "deep@2x": 1.0, "small": 4.0}, quality),
+        budget_ms=budget_ms,
+        rungs=changes.pop("rungs", RUNGS),
+        **changes,
+    )
+
+
+@pytest.mark.parametrize(
+    ("budget_ms", "variant", "stops_at", "predicted_ms"),
+    [
+        (None, "deep", None, 20.0),
+        (25.0, "deep", None, 20.0),
+        (15.0, "deep@2x", None, 12.0),
+        (10.0, "deep", 6, 8.0),  # at 0.9 still better than the small one, and than the point's 0.89
+        (7.5, "deep@2x", 6, 7.0),
+        (5.0, "small", None, 4.0),  # better than either after layer 3
+        (3.5, "deep", 3, 3.0),
+    ],
+)
+def test_what_does_not_fit_competes_with_its_deepest_exit_that_does(
+    budget_ms: float | None, variant: str, stops_at: int | None, predicted_ms: float
+) -> None:
+    decision = cut(budget_ms)
+    assert (decision.variant, decision.stops_at, decision.met_budget) == (variant, stops_at, True)
+    assert decision.predicted_ms == predicted_ms
+    assert ("goes on past layer" in decision.reason) == (stops_at is not None)
+
+
+def test_none_fits_takes_what_answers_first() -> None:
+    decision = cut(1.0)
+    assert (decision.variant, decision.stops_at, decision.met_budget) == ("deep", 3, False)
+    assert decision.predicted_ms == 3.0
+
+
+def test_unmeasured_quality_prefers_whole_variants_then_depth() -> None:
+    assert cut(10.0, quality=None).variant == "small"
+    rungs = {
+        **RUNGS,
+        "deep": (Rung(3, 0.25, 3.0, None),),
+        "deep@2x": (Rung(3, 0.25, 2.0, None), Rung(6, 0.5, 3.0, None)),
+    }
+    decision = cut(3.5, quality=None, rungs=rungs)
+    assert (decision.variant, decision.stops_at) == ("deep@2x", 6)
+
+
+def test_a_forced_cascade_is_cut_too() -> None:
+    decision = cut(9.0, forced="deep")
+    assert (decision.stops_at, decision.predicted_ms, decision.met_budget) == (6, 8.0, True)
+    assert not cut(2.0, forced="deep").met_budget
+    assert cut(99.0, forced="deep").stops_at is None
+
+
+def test_a_cut_loses_in_words() -> None:
+    found = verdicts(cut(5.0))
+    assert found["deep"] == "quality 0.6 to layer 3 is worse than 0.8 of small"
+    assert verdicts(cut(2.0))["deep@2x"] == "needs 3.00 ms to layer 3, 2.00 ms left"
+
+
+def test_cuts_are_corrected_by_how_fast_their_engine_runs_now() -> None:
+    correction = Correction(clock=lambda: 0.0)
+    for _ in range(50):
+        correction.observe("deep", 2.0, 1.0)
+    factor = correction.factor("deep")
+    assert factor > 1.8
+    decision = cut(10.0, correction=correction)
+    assert decision.variant == "small" or decision.predicted_ms == pytest.approx(3.0 * factor)
+    quick = Correction(clock=lambda: 0.0)
+    for _ in range(50):
+        quick.observe("deep", 0.5, 1.0)
+    assert cut(15.0, correction=quick).predicted_ms == pytest.approx(20.0 * quick.factor("deep"))
+    assert quick.factors(["deep"]) == [quick.factor("deep")]
+
+
+@given(st.floats(0.5, 30.0), st.floats(0.0, 20.0))
+def test_a_larger_budget_never_expects_less_of_cascades(budget_ms: float, more_ms: float) -> None:
+    def expected(decision: Decision) -> float | None:
+        return next(c.quality for c in decision.candidates if c.variant == decision.variant)
+
+    tight, loose = cut(budget_ms), cut(budget_ms + more_ms)
+    if tight.met_budget:
+        assert loose.met_budget
+        assert expected(loose) >= expected(tight)  # type: ignore[operator]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -266,6 +268,10 @@ LAYER = "bert.encoder.layer.1."
             "bert.embeddings.word_embeddings.weight: got [9, 32], expected no such tensor",
         ),
         (
+            lambda t: t.pop("bert.embeddings.position_embeddings.weight"),
+            "bert.embeddings.position_embeddings.weight: got nothing, expected [160, 32]",
+        ),
+        (
             lambda t: t.update({"bert.embeddings.word_embeddings2.weight": torch.zeros(32, 9)}),
             "bert.embeddings.word_embeddings2.weight: got [32, 9], expected [32, 10]",
         ),
@@ -282,6 +288,16 @@ def test_tensors_that_do_not_fit(backbone: Backbones, change: Callable[[Any], An
     with pytest.raises(InputError) as caught:
         CosteffModel.from_tensors(tensors, loaded, "here")
     assert str(caught.value) == f"here: {message}"
+
+
+def test_one_layer_has_one_exit(backbone: Backbones) -> None:
+    loaded = backbone("tiny-bert")
+    facts = dataclasses.replace(HostFacts.of(loaded), layers=1)
+    model = random_model(facts, SlenderShape.uniform(1, 2, 5, 3))
+    again = CosteffModel.from_tensors(model.state_dict(), facts, "test")
+    with torch.no_grad():
+        (ours,), (theirs,) = again(**feeds(loaded)).logits, model(**feeds(loaded)).logits
+    assert torch.equal(ours, theirs)
 
 
 def test_models_without_classes(backbone: Backbones) -> None:
@@ -406,6 +422,29 @@ def test_statistics_of_many_exits() -> None:
     for exit_ in range(3):
         alone = exit_statistics(logits[:, exit_])
         assert all(torch.equal(a[:, exit_], b) for a, b in zip(stacked, alone, strict=True))
+
+
+def leaving(entropies: Tensor, tau: float) -> list[int]:
+    """Entropies [B,L] -> the layer, counted from 1, at which each row leaves."""
+    sure = entropies < tau
+    sure[:, -1] = True
+    return (sure.int().argmax(dim=1) + 1).tolist()
+
+
+def test_thresholds(backbone: Backbones) -> None:
+    loaded = backbone("tiny-bert-deep", "sequence-classification")
+    model = random_model(loaded, NARROW)
+    with torch.no_grad():
+        logits = torch.stack(model(**feeds(loaded, tuple(range(1, 31)))).logits, dim=1)
+    logits[3] = 0.5  # as unsure as can be, at every exit
+    entropies = exit_statistics(logits).entropy
+    assert leaving(entropies, -1) == [4] * 30  # never, and the last exit is the whole model's answer
+    assert leaving(entropies, math.log(2) + 1e-6) == [1] * 30
+    assert leaving(entropies, math.log(2))[3] == 4  # the comparison is strict
+    sweep = [leaving(entropies, tau) for tau in torch.linspace(-1, 0.75, 36).tolist()]
+    for patient, hasty in pairwise(sweep):
+        assert all(late >= early for late, early in zip(patient, hasty, strict=True))
+    assert len({tuple(depths) for depths in sweep}) > 5
 
 
 # --- learning

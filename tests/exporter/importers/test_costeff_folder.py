@@ -96,6 +96,7 @@ def test_a_checkpoint_alone(tmp_path: Path) -> None:
     assert "film" in json.loads(loaded.tokenizer_json)["model"]["vocab"]
     assert (loaded.config.num_attention_heads, loaded.config.intermediate_size) == (3, 50)
     assert not hasattr(loaded.config, "prun_hidden_size") and not hasattr(loaded.config, "head_to_distill")
+    assert not loaded.config.output_hidden_states
     params = sum(tensor.numel() for tensor in official.random_tensors(SIZES).values())
     assert (done.ratio, done.ratios, done.tensors) == (1.88, [1.88], len(official.random_tensors(SIZES)))
     assert (done.params, done.params_share) == (params, params / loaded.params)
@@ -236,7 +237,12 @@ def test_tensors(tmp_path: Path, refusal: Callable[..., str], change: Callable[[
         ({"id2label": {"0": "a", "1": "b", "2": "c"}}, "config.json describes: num_labels: got 2, expected 3"),
         ({"num_hidden_layers": 3}, "bert.encoder.highway.2.classifier.bias: got [2], expected no such tensor"),
         ({"num_hidden_layers": 5}, "bert.encoder.layer.4.attention.self.query.weight: got nothing, expected a matrix"),
-        ({"hidden_size": 32}, "bert.embeddings.LayerNorm.bias: got [24], expected [32]"),
+        ({"hidden_size": 32}, "bert.embeddings.position_embeddings.weight: got [48, 24], expected [48, 32]"),
+        ({"hidden_size": 8 * 10**18}, "bert.embeddings.position_embeddings.weight: got [48, 24], expected [48, 80"),
+        ({"vocab_size": 10**18}, "bert.embeddings.word_embeddings1.weight: got ["),
+        ({"num_hidden_layers": 10**18}, "bert.encoder.layer.4.attention.self.query.weight: got nothing"),
+        ({"type_vocab_size": 1}, "bert.embeddings.token_type_embeddings.weight: got [2, 24], expected [1, 24]"),
+        ({"id2label": {"0": "a", "5": "b"}}, "config.json: unreadable: got"),
         ({"vocab_size": 99}, "bert.embeddings.word_embeddings1.weight: got ["),
         (
             {"max_position_embeddings": 512},
@@ -271,7 +277,12 @@ def test_folders(tmp_path: Path, refusal: Callable[..., str]) -> None:
     assert "empty: no COST-EFF checkpoint: got no config.json in it" in refusal(tmp_path / "empty")
     bert = write_teacher(tmp_path / "bert")
     assert "no COST-EFF checkpoint: got a configuration of 'bert' without prun_hidden_size" in refusal(bert)
-    for text, message in [("[]", "no model's: got []"), ("{", "unreadable: got Expecting"), ("\xff", "unreadable")]:
+    for text, message in [
+        ("[]", "no model's: got []"),
+        ("{", "unreadable: got Expecting"),
+        ("\xff", "unreadable"),
+        ("[" * 9999, "unreadable"),
+    ]:
         (tmp_path / "empty" / "config.json").write_text(text, encoding="latin-1")
         assert message in refusal(tmp_path / "empty")
     source = write(tmp_path / "official")

@@ -1,7 +1,4 @@
-"""``compexport train``: fitting plugins to a model, or fine-tuning the model itself.
-
-Each function is a short composition of ``calib``; what they return is the command's JSON document as a dict.
-"""
+"""``compexport train variator``: fitting plugins to a model, for the command and for a build that lacks them."""
 
 from __future__ import annotations
 
@@ -12,24 +9,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from compexport.api import (
-    COLUMNS,
-    DEFAULT_RATIOS,
-    FIT,
-    METHODS,
-    ROWS,
-    SAVING,
-    Columns,
-    Fit,
-    Rows,
-    Saving,
-    choice,
-    quiet,
-    read_examples,
-    whole_ratios,
-)
+from compexport.api import DEFAULT_RATIOS, FIT, Fit, Saving, choice, quiet, whole_ratios
 from compexport.errors import InputError, describe
 from compexport.present import Progress
+from compexport.training.job import Job, given, length
 
 if TYPE_CHECKING:
     from calib.data import Examples
@@ -38,83 +21,24 @@ if TYPE_CHECKING:
     from exporter.backbone import Backbone
     from exporter.methods.variator import VariatorPlugins
 
-TRAININGS = (*METHODS, "finetune")
 LOSSES: tuple[Literal["hidden", "task", "task-hidden"], ...] = ("hidden", "task", "task-hidden")
 UNTIL_TIME_IS_UP = 1_000_000  # steps, for a fit that only a number of seconds ends
 
 
-def train(
-    model: str | Path,
-    data: str | Path,
-    *,
-    ratios: Sequence[float] | None = None,
-    output: str | Path = "trained",
-    method: str = "variator",
-    columns: Columns = COLUMNS,
-    rows: Rows = ROWS,
-    fit: Fit = FIT,
-    saving: Saving = SAVING,
-    progress: Progress = quiet,
-) -> dict[str, Any]:
-    """Fit plugins to ``model`` (method "variator") or fine-tune it ("finetune"), and write ``output``.
-
-    Under torchrun or accelerate, all processes call it alike. An interrupted run leaves ``OUT.unfinished`` beside
-    ``output``, from which ``saving.resume`` goes on. Raises InputError for bad input, and then nothing was written.
-    """
-    if choice("method", method, TRAININGS) == "finetune":
-        if ratios is not None:
-            raise InputError(describe("--ratio", got="finetune", expected="the method variator"))
-        return finetune(
-            model, data, output=output, columns=columns, rows=rows, fit=fit, saving=saving, progress=progress
-        )
-    wanted = whole_ratios(ratios if ratios is not None else DEFAULT_RATIOS)
+def train(job: Job) -> dict[str, Any]:
+    """Fit plugins to the model, and write it with them."""
+    wanted = whole_ratios(job.ratios if job.ratios is not None else DEFAULT_RATIOS)
     if not wanted:
         raise InputError(describe("nothing to fit: ratio 1 is the backbone", expected="ratios above 1, like 2,4,8"))
-    _require_checkpoint_place(Path(output), Path(model))
+    job.require_checkpoint_place()
     from calib import processes
 
     with processes.joined():
-        _require_resumable(output, saving, progress)
-        texts = _training_rows(data, columns, rows, fit, progress)
-        return fit_texts(model, texts, ratios=wanted, output=output, fit=fit, saving=saving, progress=progress)
-
-
-def finetune(
-    model: str | Path,
-    data: str | Path,
-    *,
-    output: str | Path,
-    columns: Columns = COLUMNS,
-    rows: Rows = ROWS,
-    fit: Fit = FIT,
-    saving: Saving = SAVING,
-    progress: Progress = quiet,
-) -> dict[str, Any]:
-    """Fine-tune ``model`` on the labels of ``data`` and write a Hugging Face folder; errors as ``train``.
-
-    Where ``data`` is a folder with dev.*, the accuracy there is measured.
-    """
-    from calib import data as reading
-    from calib import finetune as tuning
-    from calib import learners, processes, unfinished
-
-    if fit.separately or fit.fresh or fit.start is not None or fit.loss != "hidden":
-        wrong = "--loss, --separately, --fresh, --start"
-        raise InputError(describe("fine-tuning has no plugins", got=f"one of {wrong}", expected="the method variator"))
-    tuning.require_place(Path(output), Path(model))
-    chosen: dict[str, Any] = {"epochs": fit.epochs} if fit.epochs is not None else {}
-    settings = tuning.FinetuneSettings(steps=_steps(fit), **chosen, **_given(fit)).checked()
-    with processes.joined():
-        _require_resumable(output, saving, progress)
-        training = _training_rows(data, columns, rows, fit, progress)
-        dev = read_examples(data, "dev", columns, progress) if reading.has_split(data, "dev") else None
-        progress("loading the model")
-        learner = learners.open_learner(model, training, fit.seed)
-        run = tuning.run_description(settings, learner, training, dev)
-        with unfinished.keeping(Path(output), run, resume=saving.resume, save_every=saving.save_every) as state:
-            result = tuning.finetune(learner, training, dev, settings=settings, unfinished=state, progress=progress)
-            processes.by_first(lambda: result.save(output))
-    return {"output": str(output), **result.record}
+        job.require_resumable()
+        texts = job.training_rows()
+        return fit_texts(
+            job.model, texts, ratios=wanted, output=job.output, fit=job.fit, saving=job.saving, progress=job.progress
+        )
 
 
 def fit_texts(
@@ -188,29 +112,14 @@ def _fit_settings(fit: Fit, rows: int, pad: Literal["masked", "official"]) -> Fi
     from calib.fit import held_out_rows
     from calib.settings import FitSettings
 
-    settings = FitSettings(loss=choice("loss", fit.loss, LOSSES), pad=pad, **_given(fit)).checked()
-    steps = _steps(fit)
+    settings = FitSettings(loss=choice("loss", fit.loss, LOSSES), pad=pad, **given(fit)).checked()
+    steps = length(fit).get("steps")
     if fit.epochs is not None:
         trained = rows - len(held_out_rows(rows))
         steps = math.ceil(fit.epochs * math.ceil(trained / settings.batch_size))
     elif steps is None and fit.max_seconds is not None:
         steps = UNTIL_TIME_IS_UP
     return settings if steps is None else replace(settings, steps=steps)
-
-
-def _given(fit: Fit) -> dict[str, Any]:
-    """Settings that have another value than the method's default, by the names that all methods have for them."""
-    names = ("max_seconds", "batch_size", "learning_rate", "max_length")
-    values = {name: getattr(fit, name) for name in names if getattr(fit, name) is not None}
-    return {**values, "seed": fit.seed, "precision": fit.precision}
-
-
-def _steps(fit: Fit) -> int | None:
-    if fit.steps is not None and fit.epochs is not None:
-        raise InputError(describe("both --steps and --epochs were given", expected="one of them"))
-    if fit.epochs is not None and not (fit.epochs > 0 and math.isfinite(fit.epochs)):
-        raise InputError(describe("--epochs", got=fit.epochs, expected="more than 0"))
-    return fit.steps
 
 
 def _starting_plugins(
@@ -249,40 +158,6 @@ def _tensors_sha256(plugins: VariatorPlugins) -> str:
     from safetensors.torch import save
 
     return hashlib.sha256(save(dict(plugins.state_dict()))).hexdigest()
-
-
-# --- checks of what was asked ---
-
-
-def _training_rows(data: str | Path, columns: Columns, rows: Rows, fit: Fit, progress: Progress) -> Examples:
-    """The training rows that are wanted."""
-    examples = read_examples(data, "train", columns, progress, rows.limit if rows.first else None)
-    if rows.limit is not None and rows.limit < len(examples):
-        progress(f"{rows.limit} of them, drawn by seed {fit.seed}")
-    return examples.sample(rows.limit, fit.seed)
-
-
-def _require_resumable(output: str | Path, saving: Saving, progress: Progress) -> None:
-    """Refuse to lose an unfinished run before a large file is read."""
-    from calib import processes, unfinished
-
-    if not saving.resume:
-        processes.by_first(lambda: unfinished.require_none(Path(output)))
-    elif not unfinished.place(Path(output)).exists():
-        progress("no unfinished run: starting from the beginning")
-
-
-def _require_checkpoint_place(output: Path, model: Path) -> None:
-    """Refuse an output that is something else before minutes are spent on it."""
-    from exporter.checkpoint import find_checkpoint
-    from exporter.identity import backbone_sha256
-
-    if not output.exists() or output.resolve() == model.resolve():
-        return
-    found = find_checkpoint(output) if output.is_dir() and any(output.iterdir()) else None
-    empty = output.is_dir() and not any(output.iterdir())
-    if not empty and (found is None or found.backbone_sha256 != backbone_sha256(model)):
-        raise InputError(describe(f"{output}: already there", expected="a new folder, or a checkpoint of this model"))
 
 
 def _require_one_pad(output: str | Path, ratios: Sequence[int], pad: str) -> None:

@@ -1,0 +1,1 @@
+"""Training slender multi-exit models: teacher, slenderisation, distillation exit to exit."""

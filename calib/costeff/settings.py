@@ -1,0 +1,50 @@
+"""How slender models are trained, as the caller says it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from calib.arithmetic import PRECISIONS, Precision
+from calib.settings import require_learning_rate
+from compexport.errors import InputError, describe
+
+
+@dataclass(frozen=True)
+class CosteffSettings:
+    """How a family of slender models is trained. ``max_length`` in tokens.
+
+    ``epochs`` are passes over the data in fine-tuning and in teaching the assistant; the other stages take as many more
+    or fewer as in the official recipe, which has 5 on SST-2. ``steps``, of all stages together, take their place.
+    ``max_seconds`` ends every stage early, in proportion. ``learning_rate`` is the peak of those two stages and of the
+    last; the others have theirs in proportion. ``batch_size`` counts the texts of one step, of all processes together.
+
+    ``heads_per_event``: heads that leave every layer at a time; officially 1. ``importance_rows``: rows whose gradients
+    tell which leave; officially all. ``joint``: at ratio 1 train the whole model with its exits, and not the exits
+    alone.
+    """
+
+    epochs: float = 2.0
+    steps: int | None = None
+    batch_size: int = 32
+    max_length: int = 128
+    learning_rate: float = 5e-5
+    seed: int = 0
+    max_seconds: float | None = None
+    precision: Precision = "auto"
+    joint: bool = False
+    heads_per_event: int = 2
+    importance_rows: int = 2048
+
+    def checked(self) -> CosteffSettings:
+        """Itself, or InputError for a value that cannot be meant."""
+        require_learning_rate(self.learning_rate)
+        for name in ("steps", "epochs", "batch_size", "max_seconds", "heads_per_event", "importance_rows"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise InputError(describe(name, got=value, expected="more than 0"))
+        if self.max_length < 4:
+            raise InputError(describe("max_length", got=self.max_length, expected="at least 4 tokens"))
+        if self.precision not in PRECISIONS:
+            raise InputError(describe("unknown precision", got=self.precision, expected=" or ".join(PRECISIONS)))
+        return self

@@ -1,0 +1,49 @@
+"""``compexport train``: one file for each kind of training, each a short composition of ``calib``.
+
+What they return is the command's JSON document as a dict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from compexport.api import COLUMNS, FIT, ROWS, SAVING, SLENDER, Columns, Fit, Rows, Saving, Slender, choice, quiet
+from compexport.present import Progress
+from compexport.training import costeff, finetune, variator
+from compexport.training.job import Job, foreign_options
+from compexport.training.variator import fit_texts
+
+__all__ = ["TRAININGS", "fit_texts", "foreign_options", "train"]
+
+TRAININGS: dict[str, Callable[[Job], dict[str, Any]]] = {
+    "variator": variator.train,
+    "costeff": costeff.train,
+    "finetune": finetune.train,
+}
+
+
+def train(
+    model: str | Path,
+    data: str | Path,
+    *,
+    ratios: Sequence[float] | None = None,
+    output: str | Path = "trained",
+    method: str = "variator",
+    columns: Columns = COLUMNS,
+    rows: Rows = ROWS,
+    fit: Fit = FIT,
+    slender: Slender = SLENDER,
+    saving: Saving = SAVING,
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Fit plugins to ``model`` (method "variator"), make it slender ("costeff") or fine-tune it ("finetune").
+
+    Under torchrun or accelerate, all processes call it alike. An interrupted run leaves ``OUT.unfinished`` beside
+    ``output``, from which ``saving.resume`` goes on. Raises InputError for bad input, and then nothing was written.
+    """
+    chosen = TRAININGS[choice("method", method, tuple(TRAININGS))]
+    job = Job(method, Path(model), Path(data), Path(output), ratios, columns, rows, fit, slender, saving, progress)
+    job.require_own_options()
+    return chosen(job)

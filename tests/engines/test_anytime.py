@@ -1,0 +1,48 @@
+"""What a request keeps for later: chunks still to come, and what follows the engine."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engines.anytime import Aftercare, chunk_end_s
+
+
+def test_one_chunk_has_all_the_time() -> None:
+    assert chunk_end_s(10.0, 12.0, [(100.0, 400.0)]) == 12.0
+
+
+def test_time_is_shared_by_what_whole_runs_take() -> None:
+    assert chunk_end_s(10.0, 12.0, [(100.0, 300.0), (100.0, 900.0)]) == pytest.approx(10.5)
+
+
+def test_later_chunks_keep_their_first_segments() -> None:
+    """By its share the first would have until 11.8; the second needs half a second for an answer at all."""
+    assert chunk_end_s(10.0, 12.0, [(100.0, 900.0), (500.0, 100.0)]) == pytest.approx(11.5)
+
+
+@given(st.lists(st.tuples(st.floats(0.1, 50), st.floats(0, 200)), min_size=1, max_size=6), st.floats(0.0, 5.0))
+def test_no_chunk_ends_after_the_request(pairs: list[tuple[float, float]], left_s: float) -> None:
+    chunks = [(first, first + more) for first, more in pairs]
+    later_s = sum(first for first, _ in chunks[1:]) / 1000.0
+    assert chunk_end_s(3.0, 3.0 + left_s, chunks) <= 3.0 + left_s - later_s + 1e-9 or len(chunks) == 1
+
+
+def test_the_reserve_follows_what_was_seen_lately() -> None:
+    aftercare = Aftercare()
+    unseen = aftercare.reserve_ms(10)
+    assert unseen == pytest.approx(Aftercare.FIXED_MS + 10 * Aftercare.UNSEEN_MS)
+    aftercare.observe(10, Aftercare.FIXED_MS + 30.0)
+    aftercare.observe(10, Aftercare.FIXED_MS + 10.0)
+    assert aftercare.reserve_ms(2) == pytest.approx(Aftercare.FIXED_MS + 6.0)
+    for _ in range(Aftercare.REMEMBERED):
+        aftercare.observe(10, 0.0)
+    assert aftercare.reserve_ms(2) == pytest.approx(Aftercare.FIXED_MS)
+
+
+def test_one_interruption_is_not_kept_for_every_request() -> None:
+    aftercare = Aftercare()
+    for number in range(Aftercare.REMEMBERED):
+        aftercare.observe(1, Aftercare.FIXED_MS + (500.0 if number == 64 else 2.0))
+    assert aftercare.reserve_ms(1) == pytest.approx(Aftercare.FIXED_MS + 2.0)
