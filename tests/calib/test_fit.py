@@ -26,6 +26,7 @@ from calib.settings import FitSettings
 from calib.students import Students
 from compexport.errors import InputError
 from exporter.backbone import Backbone, load_backbone
+from exporter.methods.span import SpanPlugins, default_rank
 from exporter.methods.variator import VariatorPlugins
 from tests.models import TEXTS
 
@@ -180,6 +181,26 @@ def test_labels_may_be_learnt_too(tiny: Callable[..., Path], loss: str) -> None:
     labels = ["Positive", 0, "1", 1.0] * (len(MANY) // 4)
     settings = FitSettings(**{**vars(QUICK), "loss": loss})
     assert fit_variator(backbone, Examples(MANY, labels=labels), [2], settings=settings).record["metric"] == "accuracy"
+
+
+@pytest.mark.parametrize("loss", ["hidden", "task-hidden"])
+def test_spans_learn(tiny: Callable[..., Path], loss: str) -> None:
+    backbone = load_backbone(tiny("tiny-bert", "sequence-classification"))
+    examples = Examples(MANY, labels=["positive", "negative"] * (len(MANY) // 2))
+    settings = replace(QUICK, span=2, loss=loss, steps=60, learning_rate=1e-2)
+    first = SpanPlugins(backbone, 4, 1, default_rank(backbone, 4, 1))
+    before = checksum(backbone)
+    result = fit_variator(backbone, examples, [4], settings=settings)
+    assert checksum(backbone) == before
+    fitted = result.plugins[4]
+    assert isinstance(fitted, SpanPlugins) and (fitted.first, fitted.rank) == (1, first.rank)
+    batch = Collate(0)(tokenise(backbone, examples, 24, [1, 0] * (len(MANY) // 2)))
+    mask, labels = batch["attention_mask"], batch.pop("labels")
+    errors = []
+    for one in (first, fitted):
+        teacher, students = Students(backbone, {4: one})(**batch)
+        errors.append(batch_loss(backbone, one, teacher, students[4], mask, labels, settings.loss).item())
+    assert errors[1] < errors[0]
 
 
 def test_what_cannot_be_fitted_is_said(tiny: Callable[..., Path], backbone: Backbone) -> None:

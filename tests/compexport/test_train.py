@@ -147,6 +147,25 @@ def test_the_whole_path_from_a_pre_trained_model(
     assert found is not None and found.ratios == [2, 4]
 
 
+def test_spans_from_the_command_line(cli: Cli, tiny: Callable[..., Path], data: Path) -> None:
+    cli("train", "finetune", tiny(), "--data", data, "--steps", 1, "-o", "tuned")
+    command = ["train", "variator", "tuned", "--data", data, "--steps", 1, "--ratio", "2,4", "-o", "spans"]
+    assert cli(*command, "--span", 2, "--loss", "task-hidden", "--json").document["ratios"] == [2, 4]
+    again = cli("train", "variator", "spans", *command[3:], "--span", 2, "--json").document
+    assert again["continued"] == [2, 4]
+    for options, got, expected in (
+        ([], "--span 2", "plugins around every feed-forward network"),
+        (["--span", 1], "--span 2", "--span 1"),
+    ):
+        refused = cli("train", "variator", "spans", *command[3:], *options)
+        assert refused.code == 2 and f"other plugins: got {got}, expected {expected}" in refused.error
+    assert cli("train", "variator", "spans", *command[3:], "--span", 1, "--fresh", "--json").code == 0
+    assert cli("build", "spans", "--ratio", "2,4", "--json").code == 0
+    assert cli("inspect", "--json").document["variants"]["variator-r4-fp32"]["settings"]["span"] == 1
+    evaluated = cli("evaluate", "bundle", "--data", data, "--json").document
+    assert [row["variant"] for row in evaluated["variants"]] == [f"variator-r{ratio}-fp32" for ratio in (1, 2, 4)]
+
+
 def test_fine_tuning_leaves_test_data_alone(cli: Cli, tiny: Callable[..., Path], data: Path) -> None:
     (data / "dev.tsv").unlink()
     (data / "test.tsv").write_text("index\tsentence\n0\ta fine film\n")
