@@ -13,6 +13,7 @@ fast, 2.2 times with spans).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -95,7 +96,7 @@ def measure(task: str, data: Path, work: Path, start: Path | None = None, span: 
     model, fitted, bundle = work / "model", work / f"fitted-{form}", work / f"bundle-{form}"
     tuned = _once(
         work / "finetune.json",
-        asdict(recipe.finetune),
+        {"data": _sha256(data), **asdict(recipe.finetune)},
         lambda: training.train(
             get_model_path(),
             data,
@@ -107,7 +108,7 @@ def measure(task: str, data: Path, work: Path, start: Path | None = None, span: 
     )
     trained = _once(
         work / f"train-{form}.json",
-        {"words": recipe.words, "fit": {**asdict(fit), "start": str(start)}, "finetuned": tuned},
+        {"words": recipe.words, "fit": {**asdict(fit), "start": _record(start)}, "finetuned": tuned},
         lambda: training.train(
             model,
             _with_words(data, work / "data", recipe.words) if recipe.words else data,
@@ -144,6 +145,10 @@ def _with_words(data: Path, place: Path, words: int) -> Path:
     (place / "train.tsv").write_text("".join([header, *kept]), encoding="utf-8")
     (place / "dev.tsv").write_bytes((data / "dev.tsv").read_bytes())
     return place
+
+
+def _sha256(data: Path) -> str:
+    return hashlib.sha256((data / "train.tsv").read_bytes()).hexdigest()
 
 
 def _record(start: Path | None) -> dict[str, Any] | None:
