@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -28,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "--check" in (sys.argv[1:] if arguments is None else arguments):
         return 0 if PAGE.read_text(encoding="utf-8") == page else 1
     PAGE.write_text(page, encoding="utf-8")
+    for task, result in _cascades().items():
+        (PAGE.parent / picture_name(task)).write_bytes(cascade_picture(result))
     return 0
 
 
@@ -258,6 +261,103 @@ def training_table() -> list[str]:
     return [*table(header, [trainer, *rows]), "", about, "", *environment_line("training")]
 
 
+# --- exits ------------------------------------------------------------------------------------------------------------
+
+
+def _cascades() -> dict[str, Result]:
+    """The results of the tasks on which exits were measured."""
+    return {task: load(f"cascade_{task}") for task in TASKS if (RESULTS / f"cascade_{task}.json").exists()}
+
+
+def cascade_table() -> list[str]:
+    """Named points: quality, MACs and time saved, and the share of the one that became the other."""
+    rows = [
+        (
+            f"{task}, {result['batch']} texts",
+            f"{row['ratio']:g}",
+            row["point"],
+            f"{row['value']:.3f}",
+            f"{row['value'] / result['backbone_value']:.1%}",
+            f"{row['allowed']:.1%}",
+            f"{row['saved']:.1%}",
+            f"{row['realised']:.2f}",
+            f"{row['p99_over_full']:.2f}",
+        )
+        for task, result in _cascades().items()
+        for row in result["saving"]
+        if row["point"] is not None
+    ]
+    if not rows:
+        return ["Not measured yet: no figure."]
+    header = ["task, batch", "ratio", "point", "accuracy", "of the backbone's", "MACs saved", "time saved"]
+    return table([*header, "realised", "p99 / full model's"], rows)
+
+
+def anytime_table() -> list[str]:
+    rows = [
+        (
+            f"{task}, {result['anytime']['variant']}",
+            f"{row['share_of_full']:.0%}",
+            row["requests"],
+            f"{row['in_time']:.1%}",
+            f"{row['promised_in_time']:.1%} of {row['promised']}" if row["promised"] else "-",
+            f"{row['accuracy']:.3f}",
+            f"{row['mean_layer']:.1f}",
+        )
+        for task, result in _cascades().items()
+        for row in result["anytime"]["budgets"]
+    ]
+    if not rows:
+        return ["Not measured yet: no figure."]
+    header = ["task, variant", "budget / full p50", "requests", "in time", "in time where promised", "accuracy"]
+    return table([*header, "mean exit layer"], rows)
+
+
+def cascade_notes() -> list[str]:
+    """Whether batches answer as rows alone do, the pictures, and where it was measured."""
+    lines = []
+    for task, result in _cascades().items():
+        same = [f"{row['variant']}: {row['different']} of {row['rows']}" for row in result["identity"]]
+        lines += [
+            f"{task}: rows that answer otherwise in a batch than alone: {'; '.join(same)}.",
+            "",
+            f"![quality against measured latency on {task}]({picture_name(task)})",
+            "",
+            *environment_line(f"cascade_{task}"),
+            "",
+        ]
+    return lines[:-1]
+
+
+def picture_name(task: str) -> str:
+    """The file beside the page with a task's plot."""
+    return f"cascade_{task}.png"
+
+
+def cascade_picture(result: Result) -> bytes:
+    """Measured time per batch (x) against quality (y): a line per ratio, a point per threshold."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    swept = [row for row in result["saving"] if row["point"] is None]
+    slowest = max(row["full_ms_per_batch"] for row in swept)
+    for ratio in sorted({row["ratio"] for row in swept}):
+        points = sorted((r["ms_per_batch"] / slowest, r["value"]) for r in swept if r["ratio"] == ratio)
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=f"ratio {ratio:g}")
+    axes.axhline(result["backbone_value"], color="grey", linewidth=0.8, linestyle=":")
+    axes.set_xlabel(f"median time of a batch of {result['batch']} ÷ time of the largest model to its end")
+    axes.set_ylabel(result["metric"])
+    axes.set_title(f"{result['task']}: exits by threshold", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=150, metadata={"Software": None})
+    return drawn.getvalue()
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "latency": latency_table,
     "stock": stock_table,
@@ -272,6 +372,9 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "quality notes": quality_notes,
     "tasks": tasks_table,
     "tasks notes": tasks_notes,
+    "cascade": cascade_table,
+    "anytime": anytime_table,
+    "cascade notes": cascade_notes,
 }
 
 

@@ -29,7 +29,7 @@ def test_no_chunk_ends_after_the_request(pairs: list[tuple[float, float]], left_
     assert chunk_end_s(3.0, 3.0 + left_s, chunks) <= 3.0 + left_s - later_s + 1e-9 or len(chunks) == 1
 
 
-def test_the_reserve_follows_the_longest_seen_lately() -> None:
+def test_the_reserve_follows_what_was_seen_lately() -> None:
     aftercare = Aftercare()
     unseen = aftercare.reserve_ms(10)
     assert unseen == pytest.approx(Aftercare.FIXED_MS + 10 * Aftercare.UNSEEN_MS)
@@ -39,3 +39,10 @@ def test_the_reserve_follows_the_longest_seen_lately() -> None:
     for _ in range(Aftercare.REMEMBERED):
         aftercare.observe(10, 0.0)
     assert aftercare.reserve_ms(2) == pytest.approx(Aftercare.FIXED_MS)
+
+
+def test_one_interruption_is_not_kept_for_every_request() -> None:
+    aftercare = Aftercare()
+    for number in range(Aftercare.REMEMBERED):
+        aftercare.observe(1, Aftercare.FIXED_MS + (500.0 if number == 64 else 2.0))
+    assert aftercare.reserve_ms(1) == pytest.approx(Aftercare.FIXED_MS + 2.0)
