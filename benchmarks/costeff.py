@@ -4,9 +4,10 @@
 
 MiniLM (all-MiniLM-L6-v2) becomes a family of ratios 1, 2, 4, 8 with exits after its layers. Rows that are not trained
 on choose the exits and their thresholds; all of the dev split is what is reported. Then engines and segments are timed
-in turn at batch 1, 8 and 32 and the task's length. What an earlier run left in ``--work`` is kept: an interrupted
-training goes on; remove it to start anew. ``--quick`` takes a few steps of everything, to see that it runs. Exit code 3
-when the target is missed: at ratio 4, with exits that save at least 2.5 times, 96 % of the fine-tuned model's quality.
+in turn at batch 1, 8 and 32 and the task's length; ``benchmarks.cascade`` goes on from the bundle in WORK. What an
+earlier run left in ``--work`` is kept: an interrupted training goes on; remove it to start anew. ``--quick`` takes a
+few steps of everything, to see that it runs. Exit code 3 when the target is missed: at ratio 4, with exits that save at
+least 2.5 times, 96 % of the fine-tuned model's quality.
 """
 
 from __future__ import annotations
