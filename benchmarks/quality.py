@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import command_line, save
+from benchmarks.record import command_line, once, save, say, without_paths
 from compexport import api, training
 from engines.measure import environment
 
@@ -76,9 +75,9 @@ def measure(task: str, data: Path, work: Path) -> dict[str, Any]:
 
     recipe = RECIPES[task]
     model, fitted, bundle = work / "model", work / "fitted", work / "bundle"
-    tuned = _once(
+    tuned = once(
         work / "finetune.json",
-        recipe,
+        asdict(recipe),
         lambda: training.train(
             get_model_path(),
             data,
@@ -86,12 +85,12 @@ def measure(task: str, data: Path, work: Path) -> dict[str, Any]:
             method="finetune",
             rows=api.Rows(limit=recipe.rows),
             fit=recipe.finetune,
-            progress=_say,
+            progress=say,
         ),
     )
-    trained = _once(
+    trained = once(
         work / "train.json",
-        recipe,
+        asdict(recipe),
         lambda: training.train(
             model,
             data,
@@ -99,19 +98,19 @@ def measure(task: str, data: Path, work: Path) -> dict[str, Any]:
             output=fitted,
             rows=api.Rows(limit=recipe.rows),
             fit=recipe.fit,
-            progress=_say,
+            progress=say,
         ),
     )
-    built = api.build_document(fitted, ratios=RATIOS, output=bundle, progress=_say)
-    evaluated = api.evaluate(bundle, data, progress=_say)
-    benched = api.bench(bundle, batches=(BATCH,), lengths=(recipe.length,), progress=_say)
+    built = api.build_document(fitted, ratios=RATIOS, output=bundle, progress=say)
+    evaluated = api.evaluate(bundle, data, progress=say)
+    benched = api.bench(bundle, batches=(BATCH,), lengths=(recipe.length,), progress=say)
     return {
         "question": f"quality and speed of each ratio on {task}",
         "environment": environment(),
         "task": task,
         "recipe": asdict(recipe),
-        "finetune": _without_paths(tuned),
-        "train": _without_paths(trained),
+        "finetune": without_paths(tuned),
+        "train": without_paths(trained),
         "metric": evaluated["metric"],
         "n": evaluated["n"],
         "rows": _rows(built, evaluated, benched, trained),
@@ -145,28 +144,6 @@ def _rows(
         }
         for row in built["variants"]
     ]
-
-
-def _once(record: Path, recipe: Recipe, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What ``work`` returns, or what it returned in an earlier run of the same recipe."""
-    wanted = json.loads(json.dumps(asdict(recipe)))
-    if record.exists():
-        kept: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
-        if kept["recipe"] != wanted:
-            raise SystemExit(f"{record}: made by another recipe; remove {record.parent} and run again")
-        return dict(kept["document"])
-    document = work()
-    save(record, {"recipe": wanted, "document": document})
-    return document
-
-
-def _without_paths(document: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in document.items() if key != "output"}
-
-
-def _say(message: str, done: float | None = None, total: float | None = None) -> None:
-    if not done or done == total:
-        print(message, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -183,6 +183,35 @@ def _names(values: Iterable[onnx.ValueInfoProto]) -> list[str]:
     return [value.name for value in values]
 
 
+def with_inferred_widths(template: onnx.ModelProto) -> onnx.ModelProto:
+    """Let reshapes infer their last size, so that the graph serves any width.
+
+        Reshape(x, Concat(batch, sequence, 768))   ->   Reshape(x, Concat(batch, sequence, -1))
+
+    In place; only where the two sizes before are computed, so that the last is the only one left to infer.
+    """
+    stored = {tensor.name for tensor in template.graph.initializer}
+    shapes = {node.input[1] for node in template.graph.node if node.op_type == "Reshape"}
+    inferred = numpy_helper.from_array(np.array([-1]), "inferred_width")
+    found = False
+    for node in template.graph.node:
+        if node.op_type == "Concat" and node.output[0] in shapes and len(node.input) == 3:
+            *sizes, last = node.input
+            if last in stored and not stored.intersection(sizes):
+                node.input[2] = inferred.name
+                found = True
+    if found:
+        template.graph.initializer.append(inferred)
+    return template
+
+
+def with_tensors(template: onnx.ModelProto, tensors: Mapping[str, np.ndarray]) -> onnx.ModelProto:
+    """A copy with other values for the named initialisers, of whatever shapes."""
+    model = _structure(template)
+    _take_initializers(model, template, tensors)
+    return model
+
+
 def _attribute(node: onnx.NodeProto, name: str) -> int:
     """An integer attribute; 0, the default of all that are asked for, where it is not given."""
     return next((int(attribute.i) for attribute in node.attribute if attribute.name == name), 0)

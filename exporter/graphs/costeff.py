@@ -1,4 +1,4 @@
-"""COST-EFF's graphs: one trace a ratio, with every state and exit as an output, cut into segments, prefixes and exits.
+"""COST-EFF's graphs: one with every state and exit as an output, cut into segments, prefixes and all exits.
 
 Letters: B batch, S sequence length, H hidden size, L layers, C classes, K kept rows.
 """
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from engines.manifest import ALL_EXITS, EXIT_OUTPUTS, HIDDEN, PREVIOUS, ROWS, Cost, Variant
-from exporter import parity, passes, trace
+from exporter import parity, passes
 from exporter.backbone import Backbone, load_backbone
+from exporter.graphs.costeff_trace import Template, structure, template_of, with_statistics
 from exporter.graphs.family import REPORTED_LENGTH, Family, Run
-from exporter.methods.costeff import CosteffModel, cost, exit_statistics
+from exporter.methods.costeff import CosteffModel, cost
 from exporter.methods.costeff_checkpoint import load_model, stored_tensors, untrained_model
 from exporter.plans import Plan, PlannedGraph
 from exporter.plans.costeff import CosteffPlan, PlannedPart
@@ -28,35 +29,6 @@ PROBED_LENGTH = 2  # feeds have lengths around it, and 128
 _TAKEN: tuple[tuple[int, ...], ...] = ((1,), (0, 1, 2), (2, 0))
 
 
-class TracedExits(nn.Module):
-    """What is traced: per layer its state [B,S,H], logits [B,C] and statistics [B], then all exits, [B,L,C] and [B,L].
-
-    ``output_names`` in that order: ``hidden.1``, ``logits.1``, …, ``hidden.2``, …, ``logits``, ``entropy``, ….
-    """
-
-    def __init__(self, model: CosteffModel) -> None:
-        super().__init__()
-        self.model = model
-
-    @property
-    def output_names(self) -> list[str]:
-        layers = range(1, self.model.facts.layers + 1)
-        return [*(f"{name}.{layer}" for layer in layers for name in (HIDDEN, *EXIT_OUTPUTS)), *EXIT_OUTPUTS]
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
-    ) -> tuple[Tensor, ...]:
-        found = self.model(input_ids, attention_mask, token_type_ids)
-        outputs: list[Tensor] = []
-        for state, logits in zip(found.hidden_states[1:], found.logits, strict=True):
-            outputs += [state, *_with_statistics(logits)]
-        return *outputs, *_with_statistics(torch.stack(found.logits, dim=1))
-
-
-def _with_statistics(logits: Tensor) -> tuple[Tensor, ...]:
-    return logits, *exit_statistics(logits)
-
-
 class CosteffFamily(Family):
     """A backbone and the slender models of every ratio of a plan; that of ratio 1 is the backbone, with its exits."""
 
@@ -65,7 +37,8 @@ class CosteffFamily(Family):
         self.exits = {ratio: plan.exits_of(ratio) for ratio in plan.ratios}
         self.models = models
         self._own = {ratio: stored_tensors(model, backbone) for ratio, model in models.items()}
-        self._template: tuple[float, onnx.ModelProto] | None = None
+        self._templates: dict[tuple[bool, ...], Template] = {}
+        self._traced: tuple[float, onnx.ModelProto] | None = None
         self._states: tuple[float, list[tuple[parity.Arrays, list[Tensor]]]] | None = None
 
     @classmethod
@@ -78,7 +51,7 @@ class CosteffFamily(Family):
 
     def model(self, graph: PlannedGraph, weights: WeightsFile) -> onnx.ModelProto:
         part = _part(graph)
-        template = self._traced(part.ratio)
+        template = self._whole(part.ratio)
         weights.move_out(template)  # once for all parts of a ratio
         if part.kind == "encoder":
             return passes.part(template, {"logits": f"logits.{part.last}"})
@@ -93,13 +66,15 @@ class CosteffFamily(Family):
         ends = part.kind != "segment" or part.last == self.backbone.num_layers
         return EXIT_OUTPUTS if ends else (HIDDEN, *EXIT_OUTPUTS)
 
-    def _traced(self, ratio: float) -> onnx.ModelProto:
-        """The trace of one ratio; the graphs of a ratio are made one after the other, so one is kept."""
-        if self._template is None or self._template[0] != ratio:
-            traced = TracedExits(self.models[ratio]).eval()
-            template = trace.onnx_from_module(traced, self.backbone.input_names, traced.output_names)
-            self._template = ratio, passes.with_constant_lookups(template)
-        return self._template[1]
+    def _whole(self, ratio: float) -> onnx.ModelProto:
+        """The graph that a ratio's parts are cut from. They are made one after the other, so only the last is kept."""
+        if self._traced is None or self._traced[0] != ratio:
+            model = self.models[ratio]
+            kind = structure(model)
+            if kind not in self._templates:
+                self._templates[kind] = template_of(model, self.backbone.input_names)
+            self._traced = ratio, self._templates[kind].graph_of(model)
+        return self._traced[1]
 
     # --- parity
 
@@ -216,6 +191,6 @@ def _outputs(
     if part.kind == "encoder":
         return logits[-1:]
     if part.kind == ALL_EXITS:
-        return _with_statistics(torch.stack(logits, dim=1))
+        return with_statistics(torch.stack(logits, dim=1))
     states = (h,) if part.kind == "segment" and part.last < model.facts.layers else ()
-    return *states, *_with_statistics(logits[-1])
+    return *states, *with_statistics(logits[-1])

@@ -27,7 +27,7 @@ from exporter.importers.tensors import promoted, read_safetensors, read_tensors
 from exporter.methods.costeff import CosteffModel
 from exporter.methods.costeff_checkpoint import stored_tensors
 from exporter.methods.slender import HostFacts, SlenderShape
-from exporter.methods.slender_weights import WORDS, WORDS_LEFT, WORDS_RIGHT
+from exporter.methods.slender_weights import LAYER, WORDS, WORDS_LEFT, WORDS_RIGHT
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", *VOCABULARIES)
@@ -200,7 +200,7 @@ def at_full_width(tensors: Mapping[str, Tensor], facts: HostFacts, shape: Slende
     if shape.embedding is not None:
         made[WORDS] = (tensors[WORDS_LEFT].double() @ tensors[WORDS_RIGHT].double().T).float()
     for layer in range(facts.layers):
-        prefix = f"bert.encoder.layer.{layer}."
+        prefix = f"{LAYER}{layer}."
         for name in ("query", "key", "value"):
             for part in ("weight", "bias"):
                 _pad(made, f"{prefix}attention.self.{name}.{part}", 0, facts.hidden)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,18 +17,18 @@ from torch import Tensor, nn
 from compexport.errors import InputError, describe
 from engines.manifest import Cost
 from exporter.backbone import Backbone
-from exporter.methods.slender import (
-    PRESETS,
-    HostFacts,
-    SlenderShape,
-    shape_for_ratio,
-    shape_named,
+from exporter.methods.costeff_layers import Attention, Embeddings, Highway, Layer, Pooler, ScaledGradient
+from exporter.methods.slender import PRESETS, HostFacts, SlenderShape, shape_for_ratio, shape_named
+from exporter.methods.slender_weights import (
+    HIGHWAY,
+    factorised,
+    official_names,
+    require_tables,
+    shape_of,
+    size_of,
+    slenderised,
 )
-from exporter.methods.slender_weights import factorised, official_names, slenderised
 from exporter.methods.variator import additive
-
-# "eager" traces to plain MatMul and Softmax, "sdpa" is faster to train with.
-Attention = Literal["eager", "sdpa"]
 
 
 class ExitStatistics(NamedTuple):
@@ -56,138 +56,6 @@ class CosteffOutput:
 
     logits: list[Tensor]
     hidden_states: list[Tensor]
-
-
-class _ScaledGradient(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by a number."""
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return h.view_as(h)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        return gradients[0] * ctx.factor, None
-
-
-def _activation(name: str) -> Any:
-    from transformers.activations import ACT2FN
-
-    return ACT2FN[name]
-
-
-class _SelfAttention(nn.Module):
-    """W_Q, W_K, W_V of the kept heads; scores are scaled by the width of one head, however many there are."""
-
-    def __init__(self, facts: HostFacts, heads: int, kind: Attention) -> None:
-        super().__init__()
-        self.head_width, self.kind = facts.head_width, kind
-        self.query, self.key, self.value = (nn.Linear(facts.hidden, heads * facts.head_width) for _ in range(3))
-        self.dropout = nn.Dropout(facts.attention_dropout)
-
-    def forward(self, h: Tensor, bias: Tensor) -> Tensor:
-        split = (*h.shape[:-1], -1, self.head_width)
-        query, key, value = (part(h).view(split).transpose(1, 2) for part in (self.query, self.key, self.value))
-        if self.kind == "sdpa":
-            dropout = self.dropout.p if self.training else 0.0
-            mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
-        else:
-            scores = torch.matmul(query, key.transpose(2, 3)) * self.head_width**-0.5 + bias
-            mixed = torch.matmul(self.dropout(torch.softmax(scores, dim=-1)), value)
-        return mixed.transpose(1, 2).reshape(*h.shape[:-1], -1)
-
-
-class _Output(nn.Module):
-    """Back to the residual stream: ``norm(dense(x) + h)``."""
-
-    def __init__(self, facts: HostFacts, width: int) -> None:
-        super().__init__()
-        self.dense = nn.Linear(width, facts.hidden)
-        self.LayerNorm = nn.LayerNorm(facts.hidden, eps=facts.norm_epsilon)
-        self.dropout = nn.Dropout(facts.dropout)
-
-    def forward(self, x: Tensor, h: Tensor) -> Tensor:
-        out: Tensor = self.LayerNorm(self.dropout(self.dense(x)) + h)
-        return out
-
-
-class _Layer(nn.Module):
-    def __init__(self, facts: HostFacts, heads: int, neurons: int, attention: Attention) -> None:
-        super().__init__()
-        self.attention = nn.ModuleDict(
-            {
-                "self": _SelfAttention(facts, heads, attention),
-                "output": _Output(facts, heads * facts.head_width),
-            }
-        )
-        self.intermediate = nn.ModuleDict({"dense": nn.Linear(facts.hidden, neurons)})
-        self.activation = _activation(facts.activation)
-        self.output = _Output(facts, neurons)
-
-    def forward(self, h: Tensor, bias: Tensor) -> Tensor:
-        h = self.attention["output"](self.attention["self"](h, bias), h)
-        out: Tensor = self.output(self.activation(self.intermediate["dense"](h)), h)
-        return out
-
-
-class _Embeddings(nn.Module):
-    """Words, types and positions, summed in the hosts' own order, then normed."""
-
-    def __init__(self, facts: HostFacts, rank: int | None) -> None:
-        super().__init__()
-        self.position_start = facts.position_start
-        if rank is None:
-            self.word_embeddings = nn.Embedding(facts.vocabulary, facts.word_width)
-        else:
-            self.word_embeddings1 = nn.Embedding(facts.vocabulary, rank)
-            self.word_embeddings2 = nn.Linear(rank, facts.word_width, bias=False)
-        self.position_embeddings = nn.Embedding(facts.positions, facts.word_width)
-        if facts.types:
-            self.token_type_embeddings = nn.Embedding(facts.types, facts.word_width)
-        self.LayerNorm = nn.LayerNorm(facts.word_width, eps=facts.norm_epsilon)
-        self.dropout = nn.Dropout(facts.dropout)
-
-    def words(self, ids: Tensor) -> Tensor:
-        whole = hasattr(self, "word_embeddings")
-        out: Tensor = self.word_embeddings(ids) if whole else self.word_embeddings2(self.word_embeddings1(ids))
-        return out
-
-    def positions(self, ids: Tensor) -> Tensor:
-        """[1,S,…], or [B,S,…] where pad tokens have no position of their own."""
-        if self.position_start is None:
-            return self.position_embeddings.weight[: ids.shape[1]].unsqueeze(0)
-        real = ids.ne(self.position_start).long()
-        out: Tensor = self.position_embeddings(torch.cumsum(real, dim=1) * real + self.position_start)
-        return out
-
-    def forward(self, ids: Tensor, types: Tensor | None) -> Tensor:
-        h = self.words(ids)
-        if hasattr(self, "token_type_embeddings"):
-            h = h + (self.token_type_embeddings.weight[0] if types is None else self.token_type_embeddings(types))
-        out: Tensor = self.dropout(self.LayerNorm(h + self.positions(ids)))
-        return out
-
-
-class _Pooler(nn.Module):
-    def __init__(self, facts: HostFacts) -> None:
-        super().__init__()
-        self.dense = nn.Linear(facts.hidden, facts.hidden)
-        self.activation = _activation(facts.pooler_activation)
-
-    def forward(self, first: Tensor) -> Tensor:
-        out: Tensor = self.activation(self.dense(first))
-        return out
-
-
-class _Highway(nn.Module):
-    """The exit head after one layer."""
-
-    def __init__(self, facts: HostFacts, num_labels: int, dense: bool) -> None:
-        super().__init__()
-        if dense:
-            self.pooler = _Pooler(facts)
-        self.classifier = nn.Linear(facts.hidden, num_labels)
 
 
 class CosteffModel(nn.Module):
@@ -218,12 +86,12 @@ class CosteffModel(nn.Module):
         widths = zip(shape.heads, shape.neurons, strict=True)
         self.bert = nn.ModuleDict(
             {
-                "embeddings": _Embeddings(facts, shape.embedding),
+                "embeddings": Embeddings(facts, shape.embedding),
                 "encoder": nn.ModuleDict(
                     {
-                        "layer": nn.ModuleList(_Layer(facts, heads, neurons, attention) for heads, neurons in widths),
+                        "layer": nn.ModuleList(Layer(facts, heads, neurons, attention) for heads, neurons in widths),
                         "highway": nn.ModuleList(
-                            _Highway(facts, num_labels, highway_dense) for _ in range(facts.layers - 1)
+                            Highway(facts, num_labels, highway_dense) for _ in range(facts.layers - 1)
                         ),
                     }
                 ),
@@ -232,7 +100,7 @@ class CosteffModel(nn.Module):
         if facts.word_width != facts.hidden:
             self.bert["embeddings_project"] = nn.Linear(facts.word_width, facts.hidden)
         if pooler_dense:
-            self.bert["pooler"] = _Pooler(facts)
+            self.bert["pooler"] = Pooler(facts)
         self.dropout = nn.Dropout(facts.classifier_dropout)
         self.classifier = nn.Linear(facts.hidden, num_labels)
         self.apply(self._initialise)
@@ -293,17 +161,17 @@ class CosteffModel(nn.Module):
         InputError names the first tensor that is missing, left over, or of a shape that does not fit the others.
         """
         facts = HostFacts.of(host)
-        shape = _shape_of(tensors, facts, origin)
-        num_labels = _size(tensors, "classifier.weight", 0, origin)
+        shape = shape_of(tensors, facts, origin)
+        num_labels = size_of(tensors, "classifier.weight", 0, origin)
         _require_labels(num_labels, origin)
-        _require_tables(tensors, facts, shape, num_labels, origin)
+        require_tables(tensors, facts, shape, num_labels, origin)
         with torch.device("meta"):
             model = cls(
                 facts,
                 shape,
                 num_labels,
                 pooler_dense="bert.pooler.dense.weight" in tensors,
-                highway_dense=any(name.startswith(f"{_HIGHWAY}0.pooler.") for name in tensors),
+                highway_dense=any(name.startswith(f"{HIGHWAY}0.pooler.") for name in tensors),
                 attention=attention,
             )
         expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -354,10 +222,10 @@ class CosteffModel(nn.Module):
         for index in range(layers):
             state = self._layers[index](h, bias)
             if balanced:
-                state = _ScaledGradient.apply(state, 1 / (layers - index))
+                state = ScaledGradient.apply(state, 1 / (layers - index))
             states.append(state)
             logits.append(self.exit_logits(state, index + 1))
-            h = _ScaledGradient.apply(state, max(1, layers - index - 1)) if balanced else state
+            h = ScaledGradient.apply(state, max(1, layers - index - 1)) if balanced else state
         return CosteffOutput(logits, states)
 
     def _bias(self, attention_mask: Tensor, h: Tensor) -> Tensor:
@@ -397,60 +265,6 @@ def cost(model: CosteffModel, first: int = 0, last: int | None = None, exits: It
         dense = model.pooler_dense if layer == facts.layers else model.highway_dense
         fixed += facts.hidden * (model.num_labels + (facts.hidden if dense else 0))
     return Cost(fixed=fixed, per_token=per_token, per_pair=2 * facts.head_width * heads)
-
-
-# --- shapes of stored tensors ----------------------------------------------------------------------------------------
-
-_LAYER = "bert.encoder.layer."
-_HIGHWAY = "bert.encoder.highway."
-
-
-def _shape_of(tensors: Mapping[str, Tensor], facts: HostFacts, origin: str) -> SlenderShape:
-    """Widths per layer; a query that is no whole number of heads is refused."""
-    heads, neurons = [], []
-    for layer in range(facts.layers):
-        name = f"{_LAYER}{layer}.attention.self.query.weight"
-        width = _size(tensors, name, 0, origin)
-        if width % facts.head_width or not width:
-            expected = f"a multiple of the head width {facts.head_width}"
-            raise InputError(describe(f"{origin}: {name}", got=f"{width} rows", expected=expected))
-        heads.append(width // facts.head_width)
-        neurons.append(_size(tensors, f"{_LAYER}{layer}.intermediate.dense.weight", 0, origin))
-    factorised_name = "bert.embeddings.word_embeddings1.weight"
-    rank = _size(tensors, factorised_name, 1, origin) if factorised_name in tensors else None
-    shape = SlenderShape(tuple(heads), tuple(neurons), rank)
-    shape.require_fit(facts, origin)
-    return shape
-
-
-def _require_tables(
-    tensors: Mapping[str, Tensor], facts: HostFacts, shape: SlenderShape, num_labels: int, origin: str
-) -> None:
-    """InputError where the sizes that only the host's configuration names are not those of the tensors.
-
-    Before anything is made of such sizes, which can be any number.
-    """
-    base, width = "bert.embeddings.", facts.word_width
-    words = ("word_embeddings", width) if shape.embedding is None else ("word_embeddings1", shape.embedding)
-    expected = {
-        f"{base}{words[0]}.weight": [facts.vocabulary, words[1]],
-        f"{base}position_embeddings.weight": [facts.positions, width],
-        "classifier.weight": [num_labels, facts.hidden],
-    }
-    if facts.types:
-        expected[f"{base}token_type_embeddings.weight"] = [facts.types, width]
-    for name, wanted in expected.items():
-        got = list(tensors[name].shape) if name in tensors else "nothing"
-        if got != wanted:
-            raise InputError(describe(f"{origin}: {name}", got=got, expected=wanted))
-
-
-def _size(tensors: Mapping[str, Tensor], name: str, axis: int, origin: str) -> int:
-    tensor = tensors.get(name)
-    if tensor is None or tensor.dim() != 2:
-        got = "nothing" if tensor is None else list(tensor.shape)
-        raise InputError(describe(f"{origin}: {name}", got=got, expected="a matrix"))
-    return int(tensor.shape[axis])
 
 
 def _require_labels(num_labels: int, origin: str) -> None:

@@ -1,4 +1,4 @@
-"""Weights of slender models as named tensors: from a backbone's names to the official ones, and narrower.
+"""Weights of slender models as named tensors: from a backbone's names to the official ones, narrower, and measured.
 
 Pure functions on dicts of tensors. Letters as in :mod:`exporter.methods.slender`; V words.
 """
@@ -11,11 +11,15 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from compexport.errors import InputError, describe
 from exporter.backbone import Backbone
+from exporter.methods.slender import HostFacts, SlenderShape
 
 WORDS = "bert.embeddings.word_embeddings.weight"
 WORDS_LEFT = "bert.embeddings.word_embeddings1.weight"
 WORDS_RIGHT = "bert.embeddings.word_embeddings2.weight"
+LAYER = "bert.encoder.layer."
+HIGHWAY = "bert.encoder.highway."
 
 _DISTILBERT = (
     (r"^distilbert\.transformer\.layer\.(\d+)\.", r"bert.encoder.layer.\1."),
@@ -72,7 +76,7 @@ def slenderised(
     """
     kept = dict(tensors)
     for layer, (kept_heads, kept_neurons) in enumerate(zip(heads, neurons, strict=True)):
-        prefix = f"bert.encoder.layer.{layer}."
+        prefix = f"{LAYER}{layer}."
         channels = torch.tensor([head * head_width + i for head in kept_heads for i in range(head_width)])
         units = torch.tensor(list(kept_neurons))
         for part in ("query", "key", "value"):
@@ -102,3 +106,54 @@ def factorised(table: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     _, vectors = torch.linalg.eigh(exact.T @ exact)  # in ascending order
     right = vectors.flip(1)[:, :rank]
     return (exact @ right).to(table.dtype), right.to(table.dtype).contiguous()
+
+
+# --- shapes of stored tensors ----------------------------------------------------------------------------------------
+
+
+def shape_of(tensors: Mapping[str, Tensor], facts: HostFacts, origin: str) -> SlenderShape:
+    """Widths per layer; a query that is no whole number of heads is refused."""
+    heads, neurons = [], []
+    for layer in range(facts.layers):
+        name = f"{LAYER}{layer}.attention.self.query.weight"
+        width = size_of(tensors, name, 0, origin)
+        if width % facts.head_width or not width:
+            expected = f"a multiple of the head width {facts.head_width}"
+            raise InputError(describe(f"{origin}: {name}", got=f"{width} rows", expected=expected))
+        heads.append(width // facts.head_width)
+        neurons.append(size_of(tensors, f"{LAYER}{layer}.intermediate.dense.weight", 0, origin))
+    rank = size_of(tensors, WORDS_LEFT, 1, origin) if WORDS_LEFT in tensors else None
+    shape = SlenderShape(tuple(heads), tuple(neurons), rank)
+    shape.require_fit(facts, origin)
+    return shape
+
+
+def require_tables(
+    tensors: Mapping[str, Tensor], facts: HostFacts, shape: SlenderShape, num_labels: int, origin: str
+) -> None:
+    """InputError where the sizes that only the host's configuration names are not those of the tensors.
+
+    Before anything is made of such sizes, which can be any number.
+    """
+    base, width = "bert.embeddings.", facts.word_width
+    words, rank = (WORDS, width) if shape.embedding is None else (WORDS_LEFT, shape.embedding)
+    expected = {
+        words: [facts.vocabulary, rank],
+        f"{base}position_embeddings.weight": [facts.positions, width],
+        "classifier.weight": [num_labels, facts.hidden],
+    }
+    if facts.types:
+        expected[f"{base}token_type_embeddings.weight"] = [facts.types, width]
+    for name, wanted in expected.items():
+        got = list(tensors[name].shape) if name in tensors else "nothing"
+        if got != wanted:
+            raise InputError(describe(f"{origin}: {name}", got=got, expected=wanted))
+
+
+def size_of(tensors: Mapping[str, Tensor], name: str, axis: int, origin: str) -> int:
+    """Rows (axis 0) or columns (1) of a stored matrix; InputError if there is none of this name."""
+    tensor = tensors.get(name)
+    if tensor is None or tensor.dim() != 2:
+        got = "nothing" if tensor is None else list(tensor.shape)
+        raise InputError(describe(f"{origin}: {name}", got=got, expected="a matrix"))
+    return int(tensor.shape[axis])

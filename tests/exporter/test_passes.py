@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx.checker
 import onnx.parser
+import onnxruntime
 import pytest
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from exporter import ops, passes
 from exporter.backbone import Backbone
@@ -148,3 +150,63 @@ def test_the_passes_leave_bert_alone(template: onnx.ModelProto) -> None:
     copy = onnx.ModelProto.FromString(before)
     after = passes.with_divisions(passes.with_constant_lookups(copy))
     assert after.SerializeToString(deterministic=True) == before
+
+
+# --- parts of a trace with exits ------------------------------------------------------------------------------------
+
+
+def exits_template() -> onnx.ModelProto:
+    """state.1 = table[ids], state.2 = state.1 * w reshaped by the ids' sizes + mask; an end after each."""
+    nodes = [
+        helper.make_node("Shape", ["ids"], ["sizes"]),
+        helper.make_node("Gather", ["table", "ids"], ["state.1"]),
+        helper.make_node("ReduceMax", ["state.1"], ["end.1"], keepdims=0),
+        helper.make_node("Concat", ["sizes", "one"], ["target"], axis=0),
+        helper.make_node("Cast", ["attention_mask"], ["mask"], to=1),
+        helper.make_node("Reshape", ["mask", "target"], ["bias"]),
+        helper.make_node("Mul", ["state.1", "w"], ["scaled"]),
+        helper.make_node("Add", ["scaled", "bias"], ["state.2"]),
+        helper.make_node("ReduceMax", ["state.2"], ["end.2"], keepdims=0),
+    ]
+    axes = ["batch", "sequence"]
+    inputs = [helper.make_tensor_value_info(name, TensorProto.INT64, axes) for name in ("ids", "attention_mask")]
+    outputs = [
+        helper.make_tensor_value_info(f"state.{i}", TensorProto.FLOAT, ["batch", "sequence", 3]) for i in (1, 2)
+    ] + [helper.make_tensor_value_info(f"end.{i}", TensorProto.FLOAT, []) for i in (1, 2)]
+    weights = [
+        numpy_helper.from_array(np.arange(15, dtype=np.float32).reshape(5, 3), "table"),
+        numpy_helper.from_array(np.float32([2, 3, 4]), "w"),
+        numpy_helper.from_array(np.array([1]), "one"),
+    ]
+    graph = helper.make_graph(nodes, "exits", inputs, outputs, weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def names(values: Any) -> list[str]:
+    return [value.name for value in values]
+
+
+def test_a_part_holds_what_its_outputs_need() -> None:
+    template = exits_template()
+    before = template.SerializeToString()
+    made = passes.part(template, {"end": "end.1", "state": "state.1"})
+    onnx.checker.check_model(made)
+    assert [node.op_type for node in made.graph.node] == ["Gather", "ReduceMax"]
+    assert names(made.graph.input) == ["ids", "attention_mask"] and names(made.graph.output) == ["end", "state"]
+    assert names(made.graph.initializer) == ["table"]
+    assert template.SerializeToString() == before
+
+
+def test_a_later_part_takes_rows_of_its_state_and_mask() -> None:
+    made = passes.part_from(exits_template(), "state.1", {"state": "state.2"})
+    onnx.checker.check_model(made)
+    assert names(made.graph.input) == ["previous", "attention_mask", "rows"]
+    assert names(made.graph.initializer) == ["w", "one"]
+    assert [axis.dim_param for axis in made.graph.input[2].type.tensor_type.shape.dim] == ["kept"]
+    assert made.graph.output[0].type.tensor_type.shape.dim[0].dim_param == "kept"
+    session = onnxruntime.InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"])
+    state = np.random.default_rng(0).random((3, 4, 3), dtype=np.float32)
+    mask = np.array([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]])
+    rows = np.array([2, 0])
+    (got,) = session.run(None, {"previous": state, "attention_mask": mask, "rows": rows})
+    np.testing.assert_array_equal(got, state[rows] * np.float32([2, 3, 4]) + mask[rows][:, :, None].astype(np.float32))

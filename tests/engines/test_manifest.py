@@ -1,0 +1,70 @@
+"""What a manifest may say of exits, and that it says nothing of them where there are none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from engines.manifest import Manifest, Variant
+
+GRAPHS = {"segment-0": "a", "segment-1": "b", "all-exits": "c"}
+
+
+def variant(**changes: Any) -> Variant:
+    facts: dict[str, Any] = {
+        "method": "costeff",
+        "ratio": 2.5,
+        "precision": "fp32",
+        "graphs": GRAPHS,
+        "params": 10,
+        "extra_params": 10,
+        "flops_ratio": 2.4,
+        "exits": [2, 4],
+    }
+    return Variant(**{**facts, **changes})
+
+
+def manifest(**changes: Any) -> Manifest:
+    names = ("name", "architecture", "model_type", "sha256")
+    sizes = {"params": 10, "hidden_size": 4, "layers": 4}
+    return Manifest(
+        backbone={**dict.fromkeys(names, "x"), **sizes},  # type: ignore[arg-type]
+        method="costeff",
+        task="sequence-classification",
+        variants={"v": variant(**changes)},
+        graphs={},
+        files={},
+        versions={},
+        command="",
+    )
+
+
+def test_exits_are_written_where_there_are_some() -> None:
+    assert variant().model_dump()["exits"] == [2, 4]
+    without = variant(exits=None, graphs={"encoder": "a"})
+    assert "exits" not in without.model_dump() and "exits" not in without.model_dump(mode="json")
+    assert Variant.model_validate(without.model_dump()) == without
+    assert Variant.model_validate(variant().model_dump()) == variant()
+    assert manifest().variants["v"].exits == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"exits": None}, "one segment for each of exits"),
+        ({"exits": [4]}, "one segment for each of exits"),
+        ({"exits": [1, 2, 4]}, "one segment for each of exits"),
+        ({"exits": [], "graphs": {"all-exits": "c"}}, "exits: layers from 1 on"),
+        ({"exits": [4, 2]}, "exits: layers from 1 on"),
+        ({"exits": [2, 2]}, "exits: layers from 1 on"),
+        ({"exits": [0, 4]}, "exits: layers from 1 on"),
+        ({"graphs": {"segment-0": "a", "segment-1": "b"}}, "has the role all-exits"),
+        ({"exits": [2, 3]}, r"the last of exits \[2, 3\] is not the last layer"),
+        ({"exits": [2, 5]}, r"the last of exits \[2, 5\] is not the last layer"),
+    ],
+)
+def test_wrong_exits(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        manifest(**changes)
