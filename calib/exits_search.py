@@ -135,7 +135,7 @@ def named_rules(exits: Exits, search: Search) -> dict[str, ExitRule]:
 def swept_rules(exits: Exits, search: Search) -> list[ExitRule]:
     """Rules from "never" to "at the first exit", spread evenly over the rows of ``exits``."""
     values = exits.judged(search.statistic, None)
-    thresholds = dict.fromkeys([NEVER, *(_tried(values, SWEEP) if values.size else ())])
+    thresholds = dict.fromkeys([NEVER, *_tried(values, SWEEP)])
     return [ExitRule(value, search.statistic) for value in thresholds]
 
 
