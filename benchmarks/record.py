@@ -29,16 +29,16 @@ def save(path: Path, result: dict[str, Any]) -> None:
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def once(record: Path, recipe: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What ``work`` returns, or what it returned in an earlier run of the same recipe (JSON values)."""
-    wanted = json.loads(json.dumps(recipe))
+def once(record: Path, made_from: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``work`` returns, or what it returned in an earlier run that was given the same (JSON values)."""
+    wanted = json.loads(json.dumps(made_from))
     if record.exists():
         kept: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
-        if kept.get("recipe") != wanted:
-            raise SystemExit(f"{record}: made by another recipe; remove it with what it stands for, and run again")
+        if kept["made_from"] != wanted:
+            raise SystemExit(f"{record}: made from something else; remove it with what it stands for, and run again")
         return dict(kept["document"])
     document = work()
-    save(record, {"recipe": wanted, "document": document})
+    save(record, {"made_from": wanted, "document": document})
     return document
 
 
