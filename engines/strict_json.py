@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 MAX_DEPTH = 64
-MAX_INT = 2**63 - 1
+MAX_DIGITS = 400  # of a whole number; no float holds that many
 
 
 def parse(raw: bytes) -> Any:
@@ -50,9 +50,10 @@ def _float(text: str) -> float:
 
 def _int(text: str) -> int:
     # Digits are counted first: reading millions of them takes time that grows with their square.
-    if len(text) > 20 or abs(int(text)) > MAX_INT:
+    value = int(text) if len(text) <= MAX_DIGITS else math.inf
+    if not is_finite(value):
         raise ValueError("it has a number too large to hold")
-    return int(text)
+    return int(value)
 
 
 def is_finite(value: object) -> bool:
