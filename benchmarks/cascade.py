@@ -9,17 +9,19 @@ first and kept in it. Then, on the dev split and on the CPU:
   thresholds, in turn; the share of the time that exits save over that of the MACs they save, padding included;
 - anytime: single texts under budgets from 20 % to 120 % of what one takes to the end (median): how many are done within
   the budget and 5 %, and how many rightly;
-- identity: each row's answer and exit, in batches of 32 and alone.
+- identity: answer and exit of 2,000 rows (dev, then train; all there are if they are fewer), in batches and alone.
 
 Exit code 3 when a target is missed: realised saving >= 0.75 and p99 <= 1.03 of the full model's at every named point
-that saves a third or more, >= 99 % in time wherever the budget is at least the first segment's p99, no row different.
+that saves a third or more, >= 99 % in time wherever the budget is at least the first segment's p99, accuracy that does
+not fall by more than noise as the budget grows, no row different.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.record import command_line, save
-from calib.data import Examples
+from calib.data import Examples, has_split
 from compexport import api
 from engines.bundle import Bundle
 from engines.cascade import Cascade, whole_path
@@ -42,6 +44,7 @@ from engines.session import Array
 from engines.text import TextEncoder
 
 BATCH, SEED = 32, 0
+IDENTITY_ROWS = 2000
 GRID = (1, 2, 4, 8, 16, 32)
 REALISED, SLOWEST, IN_TIME, WORTH = 0.75, 1.03, 0.99, 1 / 3
 GRACE = 1.05
@@ -54,6 +57,7 @@ Feeds = dict[str, Array]
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     examples = api.read_examples(options.data, "dev", api.COLUMNS, _say).sample(options.rows, SEED)
+    texts = _identity_texts(options.data, examples)
     _measure_missing(options.bundle, options, examples)
     with api.load(options.bundle, threads=options.threads) as runtime:
         quality = runtime.bundle.quality()
@@ -73,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
             "batches": len(batches),
             "saving": saving,
             "anytime": _anytime(runtime, variant, examples, options.requests),
-            "identity": [_identity(runtime, name, examples, quality) for name in runtime.members.layers],
+            "identity": [_identity(runtime, name, texts, quality) for name in runtime.members.layers],
         }
     save(Path(str(options.out).replace("TASK", options.task)), result)
     problems = missed(result)
@@ -108,7 +112,20 @@ def missed(result: Mapping[str, Any]) -> list[str]:
     for row in result["anytime"]["budgets"]:
         if row["promised"] and row["promised_in_time"] < IN_TIME:
             found.append(f"budget {row['share_of_full']:.0%}: {row['promised_in_time']:.2%} in time")
+    found += _falls(result["anytime"]["budgets"])
     found += [f"{row['variant']}: {row['different']} rows differ" for row in result["identity"] if row["different"]]
+    return found
+
+
+def _falls(budgets: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Budgets that answer worse than a smaller one, by more than two standard errors of its accuracy."""
+    found = []
+    for number, row in enumerate(budgets[1:], start=1):
+        best = max(one["accuracy"] for one in budgets[:number])
+        noise = 2.0 * (best * (1.0 - best) / row["requests"]) ** 0.5
+        if row["accuracy"] < best - noise:
+            share = f"budget {row['share_of_full']:.0%}"
+            found.append(f"{share}: accuracy {row['accuracy']:.3f}, of a smaller budget {best:.3f}")
     return found
 
 
@@ -167,8 +184,19 @@ def _saving(
     """One row per way, timed in turn with the full model on the same batches."""
     cascade = runtime.session(variant)
     assert isinstance(cascade, Cascade)
-    ways = _ways(variant, quality)
-    full, called = _full(runtime, variant, cascade)
+    with _full(runtime, variant, cascade) as (full, called):
+        return _timed_ways(runtime, cascade, (full, called), _ways(variant, quality), batches, options)
+
+
+def _timed_ways(
+    runtime: Runtime,
+    cascade: Cascade,
+    whole_model: tuple[Callable[[Feeds], object], str],
+    ways: Sequence[_Way],
+    batches: Sequence[Feeds],
+    options: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    variant, (full, called) = cascade.name, whole_model
     times = np.zeros((1 + len(ways), len(batches), options.runs))
     for number, feeds in enumerate(batches):
         _say(f"{variant}, batch {number + 1} of {len(batches)}")
@@ -222,13 +250,18 @@ def _ways(variant: str, quality: Mapping[str, Any]) -> list[_Way]:
     return [*points, *thresholds]
 
 
-def _full(runtime: Runtime, variant: str, cascade: Cascade) -> tuple[Callable[[Feeds], object], str]:
+@contextmanager
+def _full(runtime: Runtime, variant: str, cascade: Cascade) -> Iterator[tuple[Callable[[Feeds], object], str]]:
     """The model without exits: the prefix engine of the whole depth where there is one, else all segments."""
     role = prefix_role(cascade.exits[-1])
     if role in runtime.bundle.manifest.variants[variant].graphs:
         session = runtime.open_role(variant, role)
-        return lambda feeds: session.run(feeds, ["logits"]), role
-    return lambda feeds: cascade.run(feeds, ["logits"]), FULL
+        try:
+            yield lambda feeds: session.run(feeds, ["logits"]), role
+        finally:
+            session.close()
+    else:
+        yield lambda feeds: cascade.run(feeds, ["logits"]), FULL
 
 
 def _macs(
@@ -257,7 +290,7 @@ def _timed(call: Callable[[], object]) -> float:
 
 
 def _anytime(runtime: Runtime, variant: str, examples: Examples, requests: int) -> dict[str, Any]:
-    """Single texts, drawn anew for every budget, forced to the variant; budgets are shares of its median time."""
+    """Single texts, the same for every budget, forced to the variant; budgets are shares of its median time."""
     random = np.random.default_rng(SEED)
     assert examples.labels is not None
     labels, forecast = _names(runtime.bundle, examples), runtime.members.forecast
@@ -269,10 +302,10 @@ def _anytime(runtime: Runtime, variant: str, examples: Examples, requests: int) 
     drawn = random.integers(0, len(inputs), min(requests, 500))
     full_ms = float(np.median([runtime.run_batch([inputs[i]], variant=variant).latency_ms for i in drawn]))
     rows = []
+    drawn = random.integers(0, len(inputs), requests)
     for percent in range(20, 121, 10):
         budget_ms = full_ms * percent / 100
         _say(f"{variant}, budget {percent} %")
-        drawn = random.integers(0, len(inputs), requests)
         promised, in_time, right, depth = (np.zeros(requests) for _ in range(4))
         for number, index in enumerate(drawn):
             first_ms = forecast.segment_ms(variant, 0, 1, tokens[index]).p99_ms
@@ -305,12 +338,19 @@ def _names(bundle: Bundle, examples: Examples) -> list[str]:
     return [names[i] for i in label_ids(examples.labels, names, examples.origin, examples.label_names)]
 
 
-def _identity(runtime: Runtime, variant: str, examples: Examples, quality: Mapping[str, Any]) -> dict[str, Any]:
+def _identity_texts(data: Path, examples: Examples) -> list[Any]:
+    """What dev holds, and as much of train as is missing; fewer where there are no more."""
+    missing = IDENTITY_ROWS - len(examples)
+    if missing <= 0 or not has_split(data, "train"):
+        return list(examples.inputs)[:IDENTITY_ROWS]
+    return [*examples.inputs, *api.read_examples(data, "train", api.COLUMNS, _say).sample(missing, SEED).inputs]
+
+
+def _identity(runtime: Runtime, variant: str, inputs: Sequence[Any], quality: Mapping[str, Any]) -> dict[str, Any]:
     """Answers and exits of all rows in batches of 32 and alone, by the threshold in the middle of the sweep."""
     entry = quality["exits"][variant]
     middle = min(entry["sweep"], key=lambda row: abs(row["speedup"] - 2.0))
     rule = ExitRule(middle["threshold"], entry["statistic"])
-    inputs = examples.inputs
     together: list[tuple[str, int]] = []
     for start in range(0, len(inputs), BATCH):
         together += _answers(runtime, variant, rule, inputs[start : start + BATCH])

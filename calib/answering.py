@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from calib.data import Examples
 from calib.exits_search import Exits
 from calib.progress import Progress
-from compexport.errors import CompexportError, describe
+from engines.answers import label_names, not_finite
 from engines.cascade import LOGITS, whole_path
 from engines.manifest import ALL_EXITS
 from engines.runtime import Runtime
@@ -60,7 +59,7 @@ def _answers(
     answers: list[Mapping[str, Any]] = [{}] * len(inputs)
     done = 0
     for chosen in _batches(inputs):
-        outputs = runtime.run_batch([inputs[index] for index in chosen], variant=variant).outputs
+        outputs = runtime.answers(variant, [inputs[index] for index in chosen])
         for index, output in zip(chosen, outputs, strict=True):
             answers[index] = output
         done += len(chosen)
@@ -94,7 +93,8 @@ def _read_exits(
         for chosen in batches:
             outputs, lengths = runtime.run_raw(session, [inputs[index] for index in chosen], list(parts))
             for name, values in outputs.items():
-                _require_finite(variant, name, values)
+                if not np.isfinite(values).all():
+                    raise not_finite(f"{variant}: {name} of its exits hold")
                 parts[name].append(values[:, columns])
             tokens += lengths
             report(len(tokens))
@@ -105,12 +105,6 @@ def _read_exits(
     costs = [manifest.graphs[graph].cost for graph in whole_path(entry)]
     in_order = np.array(tokens)[back].tolist()
     macs = np.cumsum([[cost.macs(length) for cost in costs] for length in in_order], axis=1, dtype=np.float64)
-    labels = manifest.labels or [f"LABEL_{index}" for index in range(logits.shape[-1])]
+    labels = label_names(manifest.labels, logits.shape[-1])
     answers = logits[:, -1].argmax(axis=1)
     return Read(Exits(logits, statistics, answers, macs), [labels[index] for index in answers], in_order)
-
-
-def _require_finite(variant: str, name: str, values: npt.NDArray[Any]) -> None:
-    if not np.isfinite(values).all():
-        hint = "build with --precision fp32 or check the model"
-        raise CompexportError(describe(f"{variant}: {name} of its exits hold NaN or infinity", hint=hint))

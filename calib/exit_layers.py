@@ -26,7 +26,7 @@ def exit_layers(
     """The fewest exits that keep 95 % of the MACs which exits after every layer save on ``examples``.
 
     Rows leave below the largest entropy at which at most 1 % of them answer unlike the last exit; labels are not
-    needed. Layers count from 1. A text counts with its own length.
+    needed. Layers count from 1. MACs are those of a text of average length.
     """
     rows = tokenise(backbone, examples.sample(ROWS, seed=0), backbone.max_length)
     progress(f"choosing exits on {len(rows)} texts")

@@ -17,6 +17,7 @@ from calib.data import Examples
 from calib.exits_search import Exits, Search, named_rules, outcome, swept_rules
 from calib.labels import label_ids
 from compexport.errors import InputError, describe
+from engines.answers import label_names
 from engines.cascade import whole_path
 from engines.points import point_name
 
@@ -35,15 +36,18 @@ class Split:
 def split(examples: Examples, calibration: Examples | None) -> Split:
     """Thresholds from ``calibration`` where it is given, else from one half of ``examples``, drawn by a fixed seed.
 
-    Raises InputError when there are too few examples for two halves.
+    Rows (text and pair) that are reported are never chosen on: where a text stands on both sides, it is reported alone.
+    Raises InputError when nothing is left to choose on, or there are too few examples for two halves.
     """
     if calibration is not None:
-        if calibration.sha256() == examples.sha256():
+        chosen = _others(calibration, examples)
+        if not len(chosen):
             what = (
-                "calibration data are the data themselves, so exit thresholds would be judged on what they were fit to"
+                "all calibration rows are in the data too, so exit thresholds would be judged on what they were fit to"
             )
             raise InputError(describe(what, expected="other rows, or none: then one half of the data is taken"))
-        return Split(calibration, examples, f"{len(calibration)} rows of {calibration.origin or 'other data'}")
+        said = f"{len(chosen)} rows of {calibration.origin or 'other data'}"
+        return Split(chosen, examples, said + _dropped(len(calibration) - len(chosen)))
     if len(examples) < 2:
         expected = "at least 2, or calibration data of their own"
         raise InputError(
@@ -51,11 +55,25 @@ def split(examples: Examples, calibration: Examples | None) -> Split:
         )
     order = np.random.default_rng(SEED).permutation(len(examples))
     half = len(examples) // 2
-    chosen, reported = examples.take(sorted(order[:half].tolist())), examples.take(sorted(order[half:].tolist()))
-    said = (
-        f"{half} of {len(examples)} rows of {examples.origin or 'the data'}, drawn at random; the others are reported"
-    )
-    return Split(chosen, reported, said)
+    drawn, reported = examples.take(sorted(order[:half].tolist())), examples.take(sorted(order[half:].tolist()))
+    chosen = _others(drawn, reported)
+    if not len(chosen):
+        what = "the data hold hardly anything but one text, so there is nothing to choose exit thresholds on"
+        raise InputError(describe(what, expected="different texts, or calibration data of their own"))
+    origin = examples.origin or "the data"
+    said = f"{len(chosen)} of {len(examples)} rows of {origin}, drawn at random; the others are reported"
+    return Split(chosen, reported, said + _dropped(half - len(chosen)))
+
+
+def _others(examples: Examples, than: Examples) -> Examples:
+    """Those of ``examples`` whose text and pair are not in ``than``; the very same when that is all of them."""
+    there = set(than.inputs)
+    kept = [index for index, row in enumerate(examples.inputs) if row not in there]
+    return examples if len(kept) == len(examples) else examples.take(kept)
+
+
+def _dropped(count: int) -> str:
+    return f"; {count} more are among those reported too, and were not used" if count else ""
 
 
 def _calibrate(
@@ -98,7 +116,8 @@ def points_and_exits(
 ) -> dict[str, dict[str, Any]]:
     """``points`` and ``exits`` of the quality table. ``truth``: the backbone's labels of the reported rows."""
     manifest, layers = work.runtime.bundle.manifest, work.runtime.members.layers
-    labels = manifest.labels or _unnamed(reported)
+    classes = next(iter(reported.values())).exits.logits.shape[-1]
+    labels = label_names(manifest.labels, classes)
     chosen = {name: work.read(name, parts.chosen, search.statistic) for name in reported}
     if parts.chosen.labels is not None:
         chosen_truth: Sequence[str] = []
@@ -130,9 +149,3 @@ def _truth_ids(examples: Examples, backbones: Sequence[str], names: Sequence[str
     if examples.labels is None:
         return np.array([names.index(label) for label in backbones])
     return np.array(label_ids(examples.labels, names, examples.origin, examples.label_names))
-
-
-def _unnamed(reported: Mapping[str, Read]) -> list[str]:
-    """What classes are called that the manifest has no names for, as in ``engines.answers``."""
-    classes = next(iter(reported.values())).exits.logits.shape[-1]
-    return [f"LABEL_{index}" for index in range(classes)]

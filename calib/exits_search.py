@@ -63,10 +63,6 @@ class Exits:
         scaled = self.logits[:, :-1] / np.asarray(temperatures)[None, :, None]
         return statistic_of(statistic, scaled)
 
-    def take(self, rows: npt.NDArray[np.int64]) -> Exits:
-        """These rows only."""
-        return Exits(self.logits[rows], self.statistics[rows], self.truth[rows], self.macs[rows])
-
 
 @dataclass(frozen=True)
 class Outcome:

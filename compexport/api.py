@@ -323,7 +323,9 @@ def _exits(
             return {}
         raise InputError(describe("--exits auto chooses on texts", expected="--data FILE, and a trained model"))
     path, columns = data
-    split = "dev" if reading.has_split(path, "dev") else "train"
+    # Not the rows that ``evaluate`` reports on.
+    only_dev = reading.has_split(path, "dev") and not reading.has_split(path, "train")
+    split = "dev" if only_dev else "train"
     return chosen_exits(model, checkpoint, ratios, read_examples(path, split, columns, progress), progress)
 
 

@@ -230,6 +230,7 @@ def _percent(share: float) -> str:
 def inspect_tables(manifest: Mapping[str, Any]) -> list[Table]:
     """``inspect``: the manifest in short."""
     backbone = manifest["backbone"]
+    with_exits = any("exits" in variant for variant in manifest["variants"].values())
     variants = [
         (
             shown_name({"variant": name, **variant}),
@@ -237,6 +238,7 @@ def inspect_tables(manifest: Mapping[str, Any]) -> list[Table]:
             variant["flops_ratio"],
             variant["precision"],
             f"{variant['extra_params']:,}",
+            *((", ".join(map(str, variant.get("exits", ()))) or None,) if with_exits else ()),
             ", ".join(variant["graphs"].values()),
         )
         for name, variant in manifest["variants"].items()
@@ -246,7 +248,8 @@ def inspect_tables(manifest: Mapping[str, Any]) -> list[Table]:
         for name, engine in manifest["engines"].items()
     ]
     about = f"{backbone['name']} ({backbone['architecture']}, {backbone['params']:,} parameters), {manifest['task']}"
-    columns = ("variant", "ratio", "FLOPs ceiling", "precision", "extra parameters", "graphs")
+    exits = ("exits after layers",) if with_exits else ()
+    columns = ("variant", "ratio", "FLOPs ceiling", "precision", "extra parameters", *exits, "graphs")
     return [
         Table(about, columns, variants),
         Table("engines", ("engine", "graph", "backend", "version", "device"), engines),

@@ -41,12 +41,17 @@ def answers(
     """
     for name, values in outputs.items():
         if not np.isfinite(values).all():
-            hint = "build with --precision fp32 or check the model"
-            raise CompexportError(describe(f"engine output {name} holds NaN or infinity", hint=hint))
+            raise not_finite(f"engine output {name} holds")
     answer = _ANSWERS[task]
     return [
         answer({name: values[row] for name, values in outputs.items()}, one, labels) for row, one in enumerate(encoded)
     ]
+
+
+def not_finite(what: str, got: str | None = None) -> CompexportError:
+    """The error for values that ``what`` names, like "engine output logits holds"; ``got`` says where."""
+    hint = "build with --precision fp32 or check the model"
+    return CompexportError(describe(f"{what} NaN or infinity", got=got, hint=hint))
 
 
 def classify(outputs: Mapping[str, Array], encoded: EncodedText, labels: Sequence[str]) -> Answer:
@@ -55,7 +60,7 @@ def classify(outputs: Mapping[str, Array], encoded: EncodedText, labels: Sequenc
     One label is a regression: its ``scores`` hold the number itself, repeated under ``score``.
     """
     logits = outputs["logits"]
-    names = _label_names(labels, len(logits))
+    names = label_names(labels, len(logits))
     if len(logits) == 1:
         score = float(logits[0])
         return {"label": names[0], "scores": {names[0]: score}, "score": score}
@@ -71,7 +76,7 @@ def label_tokens(outputs: Mapping[str, Array], encoded: EncodedText, labels: Seq
     sources = [(position, which) for position, which in enumerate(encoded.sequence_ids) if which is not None]
     positions = [position for position, _ in sources]
     scores = softmax(outputs["logits"][positions])
-    names = _label_names(labels, scores.shape[-1])
+    names = label_names(labels, scores.shape[-1])
     spans = [encoded.offsets[position] for position in positions]
     return {
         "labels": [names[best] for best in scores.argmax(axis=-1)],
@@ -127,8 +132,8 @@ def softmax(logits: Array) -> Floats:
     return np.asarray(exponentials / exponentials.sum(axis=-1, keepdims=True))
 
 
-def _label_names(labels: Sequence[str], count: int) -> list[str]:
-    """The manifest's labels, or LABEL_0, LABEL_1, ... when it has none."""
+def label_names(labels: Sequence[str], count: int) -> list[str]:
+    """The manifest's labels, or LABEL_0, LABEL_1, ... when it has none; CompexportError when they are not ``count``."""
     if not labels:
         return [f"LABEL_{index}" for index in range(count)]
     if len(labels) != count:

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from compexport.errors import CompexportError, InputError, describe
+from compexport.errors import InputError, describe
+from engines.answers import not_finite
 from engines.exit_rule import TO_THE_END, Array, ExitRule
 from engines.manifest import ENCODER, HIDDEN, PREVIOUS, ROWS, TensorSpec, Variant, segment_role
 from engines.session import Session
@@ -147,9 +148,8 @@ class Cascade(Session):
             finite = np.isfinite(values)
             if not finite.all():
                 bad = left[~finite.reshape(len(left), -1).all(axis=1)]
-                what = f"{self.name}: {name} of the exit at layer {layer} hold NaN or infinity"
-                hint = "build with --precision fp32 or check the model"
-                raise CompexportError(describe(what, got=f"row {', '.join(map(str, bad[:5]))}", hint=hint))
+                what = f"{self.name}: {name} of the exit at layer {layer} hold"
+                raise not_finite(what, got=f"row {', '.join(map(str, bad[:5]))}")
 
 
 class _Run:

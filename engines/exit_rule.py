@@ -5,15 +5,16 @@ Letters: E exits of a variant, the last at its full depth; K rows; C classes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from compexport.errors import InputError, describe
+from engines.strict_json import is_finite
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
@@ -30,37 +31,46 @@ MODES = (PER_ROW, BATCH_MAXIMUM)
 class ExitRule:
     """A row leaves at the first exit that is sure enough of it; at the last exit every row leaves.
 
-    ``thresholds``: one for all exits, or one for each but the last. "entropy" (natural logarithm) must be below its
-    threshold, "max_probability" and "margin" above, all strictly; -1 never lets a row leave. ``mode`` "per-row" judges
-    each row alone; "batch-maximum" is the official code's: the whole batch leaves together, once its least sure row
-    may. ``temperatures``, one per exit but the last, divide the logits before they are judged, and only then.
+    ``thresholds``: one for all exits, or one for each but the last; any sequence is kept as a tuple. "entropy" (natural
+    logarithm) must be below its threshold, "max_probability" and "margin" above, all strictly; -1 never lets a row
+    leave. ``mode`` "per-row" judges each row alone; "batch-maximum" is the official code's: the whole batch leaves
+    together, once its least sure row may. ``temperatures``, one per exit but the last, divide the logits before they
+    are judged, and only then.
 
     Raises InputError for what is none of this: NaN, a negative threshold other than -1, an unknown name.
     """
 
-    thresholds: float | tuple[float, ...]
+    thresholds: float | Sequence[float]
     statistic: str = ENTROPY
     mode: str = PER_ROW
-    temperatures: tuple[float, ...] | None = None
+    temperatures: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         for what, got, choices in (("exit statistic", self.statistic, STATISTICS), ("exit mode", self.mode, MODES)):
             if got not in choices:
                 raise InputError(describe(f"unknown {what}", got=got, expected=f"one of {', '.join(choices)}"))
-        given = self.thresholds if isinstance(self.thresholds, tuple) else (self.thresholds,)
+        several = isinstance(self.thresholds, Sequence | np.ndarray) and not isinstance(self.thresholds, str | bytes)
+        listed: Any = self.thresholds if several else (self.thresholds,)
+        given = [_number(value) for value in listed]
         for value in given:
-            if not _is_finite(value) or (value < 0 and value != NEVER):
+            if not is_finite(value) or (value < 0 and value != NEVER):
                 expected = f"a finite number >= 0, or {NEVER:g} for never"
-                raise InputError(describe("exit threshold is out of range", got=repr(value), expected=expected))
-        for value in self.temperatures or ():
-            if not _is_finite(value) or value <= 0:
-                raise InputError(describe("exit temperature is out of range", got=value, expected="a number > 0"))
+                raise InputError(describe("exit threshold is out of range", got=repr(value)[:80], expected=expected))
+        object.__setattr__(self, "thresholds", tuple(given) if several else given[0])
+        if self.temperatures is None:
+            return
+        temperatures = [_number(value) for value in self.temperatures]
+        for value in temperatures:
+            if not is_finite(value) or value <= 0:
+                got, expected = repr(value)[:80], "a number > 0"
+                raise InputError(describe("exit temperature is out of range", got=got, expected=expected))
+        object.__setattr__(self, "temperatures", tuple(temperatures))
 
     def checked(self, exits: int) -> ExitRule:
         """This rule with one threshold for each of ``exits`` but the last; InputError for lists of another length."""
         early = exits - 1
-        single = not isinstance(self.thresholds, tuple)
-        thresholds = (self.thresholds,) * early if not isinstance(self.thresholds, tuple) else self.thresholds
+        single = isinstance(self.thresholds, float)
+        thresholds = (self.thresholds,) * early if isinstance(self.thresholds, float) else self.thresholds
         for what, values in (("thresholds", thresholds), ("temperatures", self.temperatures)):
             if values is not None and len(values) != early:
                 expected = f"{early}, one for each exit but the last" + (", or one for all" if single else "")
@@ -83,7 +93,7 @@ class ExitRule:
         """The values [K] that exit ``number`` compares with its threshold."""
         if self.temperatures is None:
             return outputs[self.statistic]
-        return statistic_of(self.statistic, outputs["logits"] / self.temperatures[number])
+        return statistic_of(self.statistic, outputs["logits"].astype(np.float64) / self.temperatures[number])
 
     def needs(self) -> tuple[str, ...]:
         """The outputs of a segment that ``leaves`` reads."""
@@ -116,8 +126,12 @@ _KEYS = {"thresholds", "statistic", "mode", "temperatures"}
 
 
 def is_sure(statistic: str, values: Array, threshold: float | Floats) -> Bools:
-    """Where ``values`` pass ``threshold``; false for NaN, and everywhere for a threshold of -1."""
-    passed = values < threshold if statistic == ENTROPY else values > threshold
+    """Where ``values`` pass ``threshold``; false for NaN, and everywhere for a threshold of -1.
+
+    Compared in float64: a threshold lies between two neighbouring values in fp32, and rounded it would be one of them.
+    """
+    wide = np.asarray(values, np.float64)
+    passed = wide < threshold if statistic == ENTROPY else wide > threshold
     return np.asarray(passed & (np.asarray(threshold) != NEVER))
 
 
@@ -140,8 +154,14 @@ def thresholds_of(values: Sequence[float]) -> float | tuple[float, ...]:
     return values[0] if len(values) == 1 else tuple(values)
 
 
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _number(value: Any) -> Any:
+    """A float for every number that one can hold, numpy's too; anything else as it is, to be refused."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    try:
+        return float(value)
+    except OverflowError:
+        return value
 
 
 TO_THE_END = ExitRule(NEVER)

@@ -1,11 +1,15 @@
 """How long a batch takes in a cascade, from the times of its segments and from how many rows leave where.
 
 For every operating point, exit depths of a batch are drawn from the point's histogram (with a fixed seed); a draw says
-how many rows each segment gets, and the profile how long that takes. Letters: B batch, D draws, E exits, S sequence.
+how many rows each segment gets, and the profile how long that takes. All draws are made ahead, for a grid of batch
+sizes and the measured lengths; a request only interpolates. Letters: B batch, D draws, E exits, S sequence, N names, P
+points of one variant, L measured lengths.
 """
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +17,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engines.points import Point, engine_of, segment_name
+from engines.points import Point, segment_name
 from engines.profile import MAX_REMEMBERED_SHAPES, Prediction, Profile
 
-DRAWS = 512
+DRAWS = 256
 SEED = 0
-_AT_P99 = -(-99 * (DRAWS - 1) // 100)  # where the 99th percentile of sorted draws stands, rounded up
+# Where the quantiles of sorted draws stand, the 99th percentile rounded up.
+_QUANTILES = ((DRAWS - 1) // 2, -(-99 * (DRAWS - 1) // 100))
+
+# Batch sizes of the grid: each up to the first number, then in steps of the second, and every measured one.
+_EACH_UP_TO, _STEP = 8, 1.125
 
 Floats = npt.NDArray[np.float64]
 
@@ -36,21 +44,11 @@ class Rung:
     value: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Times:
-    """[E] milliseconds by which a batch is through each exit."""
-
-    p50_ms: Floats
-    p99_ms: Floats
-    extrapolated: bool
-
-    def __add__(self, other: _Times) -> _Times:
-        extrapolated = self.extrapolated or other.extrapolated
-        return _Times(self.p50_ms + other.p50_ms, self.p99_ms + other.p99_ms, extrapolated)
-
-
 class Forecast:
-    """Predictions for the cascades of a family on one device; those whose segments were not measured have none."""
+    """Predictions for the cascades of a family on one device; those whose segments were not measured have none.
+
+    No point, and no exit of one, is predicted to take longer than its variant was measured to take to the end.
+    """
 
     def __init__(self, profile: Profile, points: Mapping[str, Point], layers: Mapping[str, Sequence[int]]) -> None:
         """``points``: variants with exits and operating points, by name. ``layers``: the exits of each variant."""
@@ -62,12 +60,10 @@ class Forecast:
             for name, point in points.items()
             if {segment_name(point.variant, number) for number in range(len(point.histogram))} <= measured
         }
-        self._names: dict[str, list[str]] = {}
-        for name, point in self._points.items():
-            self._names.setdefault(point.variant, []).append(name)
-        self._entering: dict[tuple[str, int], npt.NDArray[np.int64]] = {}
-        self._remembered: dict[tuple[int, int], dict[str, _Times]] = {}
-        entering([1.0], 1)  # loads numpy's generators, which would otherwise cost the first request milliseconds
+        self._places = {name: place for place, name in enumerate(self._points)}
+        self._sizes = _sizes(profile.batches)
+        self._times = self._grid()
+        self._remembered: dict[tuple[int, int], Floats] = {}
 
     def knows(self, variant: str) -> bool:
         """Whether the segments of a variant were measured."""
@@ -79,7 +75,7 @@ class Forecast:
 
     def first_and_whole_ms(self, variant: str, batch: int, length: int) -> tuple[float, float]:
         """p99 of a variant's first segment and of all its segments."""
-        p99_ms = self._times(batch, length)[variant].p99_ms
+        p99_ms = self._of_shape(batch, length)[1, self._places[variant]]
         return float(p99_ms[0]), float(p99_ms[-1])
 
     def predict_chunks(
@@ -89,72 +85,106 @@ class Forecast:
 
         The prediction of a variant that goes to the end is the profile's own, so only its rungs are here.
         """
-        totals: dict[str, _Times] = {}
-        for shape in shapes:
-            for name, times in self._times(*shape).items():
-                totals[name] = totals[name] + times if name in totals else times
+        if not self._points:
+            return {}, {}
+        p50, p99 = np.sum([self._of_shape(*shape) for shape in shapes], axis=0).tolist()
+        extrapolated = any(map(self._extrapolates, shapes))
         predictions = {
-            name: Prediction(float(t.p50_ms[-1]), float(max(t.p50_ms[-1], t.p99_ms[-1])), t.extrapolated)
-            for name, t in totals.items()
-            if name != engine_of(name)
+            name: Prediction(p50[place][-1], p99[place][-1], extrapolated)
+            for name, place in self._places.items()
+            if name != self._points[name].variant
         }
-        return predictions, {name: self._rungs(name, times) for name, times in totals.items()}
+        return predictions, {name: self._rungs(name, p99[place]) for name, place in self._places.items()}
 
-    def _rungs(self, name: str, times: _Times) -> tuple[Rung, ...]:
+    def _rungs(self, name: str, p99_ms: Sequence[float]) -> tuple[Rung, ...]:
         point = self._points[name]
         layers = self._layers[point.variant]
-        values = point.cut_values
+        values: Sequence[float | None] = point.cut_values or [None] * len(layers)
         return tuple(
-            Rung(layer, layer / layers[-1], float(times.p99_ms[number]), None if values is None else values[number])
-            for number, layer in enumerate(layers[:-1])
+            [Rung(layer, layer / layers[-1], p99_ms[i], values[i]) for i, layer in enumerate(layers[:-1])],
         )
 
-    def _times(self, batch: int, length: int) -> Mapping[str, _Times]:
+    def _extrapolates(self, shape: tuple[int, int]) -> bool:
+        return any(
+            not axis[0] <= value <= axis[-1]
+            for axis, value in zip((self._profile.batches, self._profile.lengths), shape, strict=True)
+        )
+
+    # one shape, from the grid
+
+    def _of_shape(self, batch: int, length: int) -> Floats:
+        """p50 and p99 [2, N, E] by which a batch is through each exit; of a large one, of all its runs."""
         known = self._remembered.get((batch, length))
         if known is None:
             full, rest = divmod(batch, self._profile.largest_batch)
-            sizes = [self._profile.largest_batch] * full + ([rest] if rest else [])
-            beyond = not self._profile.batches[0] <= batch <= self._profile.largest_batch
-            parts = [self._times_of_run(size, length, beyond) for size in sizes]
-            known = parts[0]
-            for part in parts[1:]:
-                known = {name: known[name] + times for name, times in part.items()}
+            known = self._of_run(rest, length) if rest else np.zeros(self._times.shape[2:])
+            if full:
+                known = known + full * self._of_run(self._profile.largest_batch, length)
             if len(self._remembered) >= MAX_REMEMBERED_SHAPES:
                 self._remembered.clear()
             self._remembered[batch, length] = known
         return known
 
-    def _times_of_run(self, batch: int, length: int, beyond: bool) -> dict[str, _Times]:
-        found: dict[str, _Times] = {}
-        for variant, names in self._names.items():
-            entering = self._rows_entering(variant, batch)
-            segments = np.arange(entering.shape[-1])
-            medians, tails = (np.cumsum(ms[segments, entering], axis=2) for ms in self._by_rows(variant, batch, length))
-            p50, p99 = np.median(medians, axis=1), np.partition(tails, _AT_P99, axis=1)[:, _AT_P99]
-            extrapolated = beyond or self.segment_ms(variant, 0, batch, length).extrapolated
-            found |= {name: _Times(p50[i], p99[i], extrapolated) for i, name in enumerate(names)}
-        return found
+    def _of_run(self, batch: int, length: int) -> Floats:
+        right, share = _between(self._sizes, batch)
+        by_length = _mixed(self._times[right - 1], self._times[right], share)
+        lengths = self._profile.lengths
+        if length <= lengths[-1]:
+            right, share = _between(lengths, length)
+            found = _mixed(by_length[right - 1], by_length[right], share)
+        else:
+            found = self._longer(np.concatenate([self._times[:right, -2:], by_length[None, -2:]]), length)
+        bounded = np.minimum(found, self._whole_ms(batch, length))
+        return np.maximum.accumulate(bounded, axis=0)  # beyond the grid the line of p99 can be the flatter one
 
-    def _by_rows(self, variant: str, batch: int, length: int) -> tuple[Floats, Floats]:
-        """p50 and p99 [E, B + 1] of every segment by the number of its rows; nothing to do for none."""
-        exits = len(self._points[variant].histogram)
-        batches = list(self._profile.batches)
-        rows = np.arange(1, batch + 1)
-        tables = np.zeros((2, exits, batch + 1))
-        for number in range(exits):
-            measured = [self.segment_ms(variant, number, size, length) for size in batches]
-            tables[0, number, 1:] = np.interp(rows, batches, [one.p50_ms for one in measured])
-            tables[1, number, 1:] = np.interp(rows, batches, [one.p99_ms for one in measured])
-        return tables[0], tables[1]
+    def _longer(self, by_size: Floats, length: int) -> Floats:
+        """[2, N, E] beyond the measured lengths, as a profile does it.
 
-    def _rows_entering(self, variant: str, batch: int) -> npt.NDArray[np.int64]:
-        """[points, D, E] rows that each segment gets, drawn once per batch size."""
-        known = self._entering.get((variant, batch))
-        if known is None:
-            histograms = [self._points[name].histogram for name in self._names[variant]]
-            known = np.stack([entering(histogram, batch) for histogram in histograms])
-            self._entering[variant, batch] = known
-        return known
+        ``by_size`` [B, 2, 2, N, E]: at the last two lengths, of every size up to this one.
+        """
+        lengths, last = self._profile.lengths, by_size[:, -1]
+        found = last * (length / lengths[-1])
+        if len(lengths) > 1:
+            steps = (length - lengths[-1]) / (lengths[-1] - lengths[-2])
+            found = np.maximum(found, last + steps * (last - by_size[:, -2]))
+        return np.asarray(np.maximum.accumulate(found.max(axis=0), axis=-1))
+
+    def _whole_ms(self, batch: int, length: int) -> Floats:
+        """p50 and p99 [2, N, 1] measured of each name's variant to the end; infinite where only segments were."""
+        measured = self._profile.predict_all(batch, length)
+        unknown = Prediction(math.inf, math.inf)
+        whole = [measured.get(point.variant, unknown) for point in self._points.values()]
+        return np.array([[one.p50_ms for one in whole], [one.p99_ms for one in whole]])[:, :, None]
+
+    # the grid
+
+    def _grid(self) -> Floats:
+        """[sizes, L, 2, N, E]; names with fewer exits than others repeat their last."""
+        deepest = max((len(point.histogram) for point in self._points.values()), default=0)
+        shape = (len(self._sizes), len(self._profile.lengths), 2, len(self._points), deepest)
+        times = np.empty(shape)
+        for variant in dict.fromkeys(point.variant for point in self._points.values()):
+            names = [name for name, point in self._points.items() if point.variant == variant]
+            places = [self._places[name] for name in names]
+            histograms = [self._points[name].histogram for name in names]
+            tables = self._by_rows(variant, len(histograms[0]))
+            for index, size in enumerate(self._sizes):
+                found = _quantiles(tables, np.stack([entering(histogram, size) for histogram in histograms]))
+                padded = np.pad(found, [(0, 0), (0, 0), (0, 0), (0, deepest - found.shape[-1])], mode="edge")
+                times[index][:, :, places] = padded
+        return times
+
+    def _by_rows(self, variant: str, exits: int) -> Floats:
+        """p50 and p99 [2, L, E, B + 1] of every segment by the number of its rows; nothing to do for none."""
+        batches, lengths = list(self._profile.batches), self._profile.lengths
+        rows = np.arange(1, self._profile.largest_batch + 1)
+        tables = np.zeros((2, len(lengths), exits, len(rows) + 1))
+        for place, length in enumerate(lengths):
+            for number in range(exits):
+                measured = [self.segment_ms(variant, number, size, length) for size in batches]
+                tables[0, place, number, 1:] = np.interp(rows, batches, [one.p50_ms for one in measured])
+                tables[1, place, number, 1:] = np.interp(rows, batches, [one.p99_ms for one in measured])
+        return tables
 
 
 def entering(histogram: Sequence[float], batch: int) -> npt.NDArray[np.int64]:
@@ -163,3 +193,34 @@ def entering(histogram: Sequence[float], batch: int) -> npt.NDArray[np.int64]:
     leaving = np.random.default_rng(SEED).multinomial(batch, shares / shares.sum(), size=DRAWS)
     left_before = np.cumsum(leaving, axis=1) - leaving
     return np.asarray(batch - left_before, dtype=np.int64)
+
+
+def _quantiles(tables: Floats, rows: npt.NDArray[np.int64]) -> Floats:
+    """[L, 2, P, E] median and 99th percentile of what ``rows`` [P, D, E] take by ``tables`` [2, L, E, B + 1]."""
+    times = np.cumsum(tables[:, :, np.arange(rows.shape[-1]), rows], axis=-1)
+    chosen = [np.partition(one, at, axis=2)[:, :, at] for one, at in zip(times, _QUANTILES, strict=True)]
+    return np.stack([chosen[0], np.maximum(*chosen)], axis=1)
+
+
+def _sizes(batches: Sequence[int]) -> tuple[int, ...]:
+    """Batch sizes of the grid, from 1 to the largest measured."""
+    largest = batches[-1]
+    found = {*range(1, min(_EACH_UP_TO, largest) + 1), *batches}
+    size = float(_EACH_UP_TO)
+    while (size := size * _STEP) < largest:
+        found.add(round(size))
+    return tuple(sorted(found))
+
+
+def _between(axis: Sequence[int], value: int) -> tuple[int, float]:
+    """The right one of the two neighbours of ``value`` on a sorted axis, and its share; at an end, that end alone."""
+    right = bisect_right(axis, value)
+    if right == len(axis):
+        return right - 1, 1.0
+    if right == 0:
+        return 0, 1.0
+    return right, (value - axis[right - 1]) / (axis[right] - axis[right - 1])
+
+
+def _mixed(left: Floats, right: Floats, share: float) -> Floats:
+    return right if share == 1.0 else left + share * (right - left)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, ClassVar, Final, Literal
 
 from pydantic import (
@@ -34,6 +35,10 @@ ENCODER, ALL_EXITS = "encoder", "all-exits"
 # A segment's output hidden states are the next one's input, under another name: in one graph, names are unique.
 HIDDEN, PREVIOUS, ROWS = "hidden", "previous", "rows"
 EXIT_OUTPUTS = ("logits", "entropy", "max_probability", "margin")
+
+
+# "@" and "/" follow a variant's name in those of its points and segments (``engines.points``).
+VARIANT_NAME: Final = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}"
 
 
 def segment_role(index: int) -> str:
@@ -156,11 +161,16 @@ class Variant(Record):
         if segments != {segment_role(index) for index in range(len(self.exits or ()))}:
             raise ValueError("graphs: one segment for each of exits, segment-0 first")
         if self.exits is None:
+            if set(self.graphs) != {ENCODER}:
+                raise ValueError(f"graphs: a variant without exits has the role {ENCODER} alone")
             return self
         if not self.exits or self.exits[0] < 1 or sorted(set(self.exits)) != self.exits:
             raise ValueError(f"exits: layers from 1 on, each once, in order, not {self.exits}")
         if ALL_EXITS not in self.graphs:
             raise ValueError(f"graphs: a variant with exits has the role {ALL_EXITS}")
+        unknown = set(self.graphs) - segments - {ALL_EXITS} - {prefix_role(layer) for layer in self.exits}
+        if unknown:
+            raise ValueError(f"graphs: a variant with exits {self.exits} has no role {min(unknown)}")
         return self
 
 
@@ -249,9 +259,19 @@ class Manifest(Record):
             raise ValueError(f"label_words: one word and one id for each of {len(self.labels)} labels")
         return self
 
+    @field_validator("variants")
+    @classmethod
+    def _plain_names(cls, variants: dict[str, Variant]) -> dict[str, Variant]:
+        for name in variants:
+            if not re.fullmatch(VARIANT_NAME, name):
+                raise ValueError(f"a variant's name has at most 100 of A-Z a-z 0-9 . _ + -, not {ascii(name)[:100]}")
+        return variants
+
     @model_validator(mode="after")
     def _exits_to_the_end(self) -> Manifest:
         for name, variant in self.variants.items():
+            if variant.exits is not None and self.task != "sequence-classification":
+                raise ValueError(f"{name}: exits belong to the task sequence-classification, not to {self.task}")
             if variant.exits is not None and variant.exits[-1] != self.backbone.layers:
                 raise ValueError(f"{name}: the last of exits {variant.exits} is not the last layer")
         return self

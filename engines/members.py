@@ -103,10 +103,11 @@ class Members:
 
     def with_exits(self, name: str | None) -> str:
         """The variant that a rule of exits is meant for: ``name``, or the only one that has exits."""
-        if name is None and len(self.layers) == 1:
-            return next(iter(self.layers))
+        possible = [one for one in self.layers if self._given is None or one in self._given]
+        if name is None and len(possible) == 1:
+            return possible[0]
         if name is None:
-            choices = ", ".join(self.layers) or "none has exits"
+            choices = ", ".join(possible) or "no variant in use has exits without a rule of its own"
             raise InputError(describe("exit thresholds need a variant", expected=f"a ratio or a name: {choices}"))
         if is_point(name):
             what = f"{name} has its own exit thresholds"

@@ -12,6 +12,7 @@ from typing import Any
 
 from compexport.errors import BundleError, InputError, describe
 from engines.exit_rule import TO_THE_END, ExitRule
+from engines.strict_json import is_finite
 
 _SEPARATOR = "@"
 _HINT = "run `compexport evaluate` again"
@@ -90,6 +91,13 @@ def _section(table: Mapping[str, Any] | None, name: str) -> Mapping[str, Any]:
 def _point(name: str, variant: str, entry: object, count: int) -> Point:
     if not isinstance(entry, Mapping):
         raise BundleError(describe(f"quality table, point {name}", got=entry, expected="an object", hint=_HINT))
+    point = name.removeprefix(point_name(variant, ""))
+    if not point or _SEPARATOR in point or not is_point(name):
+        expected = point_name(variant, "NAME")
+        raise BundleError(describe("quality table: a point's name", got=name, expected=expected, hint=_HINT))
+    if entry.get("variant") != variant:
+        what = f"quality table, point {name}: variant"
+        raise BundleError(describe(what, got=str(entry.get("variant"))[:80], expected=variant, hint=_HINT))
     histogram = _numbers(name, entry, "histogram", count)
     if min(histogram) < 0 or not math.isclose(sum(histogram), 1.0, abs_tol=1e-6):
         what = f"quality table, point {name}: histogram"
@@ -104,11 +112,7 @@ def _point(name: str, variant: str, entry: object, count: int) -> Point:
 
 def _numbers(name: str, entry: object, key: str, count: int) -> tuple[float, ...]:
     values = entry.get(key) if isinstance(entry, Mapping) else None
-    if (
-        not isinstance(values, list)
-        or len(values) != count
-        or not all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values)
-    ):
+    if not isinstance(values, list) or len(values) != count or not all(map(is_finite, values)):
         what = f"quality table, {name}: {key}"
         raise BundleError(describe(what, got=str(values)[:80], expected=f"{count} finite numbers", hint=_HINT))
     return tuple(float(value) for value in values)

@@ -19,13 +19,13 @@ The last three are guesses, and a prediction made so carries ``extrapolated=True
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from compexport.errors import BundleError, InputError, describe
+from engines.strict_json import is_finite
 
 # Cell indices and what their measured values are multiplied by, to be added up.
 Weighted = tuple[tuple[int, float], ...]
@@ -224,9 +224,9 @@ def _read_row(number: int, row: object) -> tuple[str, tuple[int, int], tuple[flo
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise _row_error(number, row, f"has {key} {value}, expected a whole number >= 1")
     for key in ("p50_ms", "p99_ms"):
-        value = row.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf):
-            raise _row_error(number, row, f"has {key} {value}, expected a positive number")
+        ms: Any = row.get(key)
+        if not is_finite(ms) or ms <= 0:
+            raise _row_error(number, row, f"has {key} {ms}, expected a positive number")
     if row["p99_ms"] < row["p50_ms"]:
         raise _row_error(number, row, f"has p99_ms {row['p99_ms']} below p50_ms {row['p50_ms']}")
     return variant, (row["batch"], row["length"]), (float(row["p50_ms"]), float(row["p99_ms"]))

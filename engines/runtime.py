@@ -106,6 +106,7 @@ class Runtime:
         self._sessions: dict[str, OpenSession] = {}
         self._encoder: TextEncoder | None = None
         self._closed = False
+        self._warned: set[str] = set()  # engines whose segments were not measured
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -291,9 +292,26 @@ class Runtime:
         return self._opened([engine])[engine]
 
     def open_role(self, variant: str, role: str) -> OpenSession:
-        """A new session of one graph of a variant, for example "all-exits"; the caller closes it."""
-        graph = self.bundle.manifest.variants[self.members.known(variant)].graphs[role]
+        """A new session of one graph of a variant, for example "all-exits"; the caller closes it.
+
+        Raises InputError for an unknown variant or a role that it does not have. A point's graphs are its variant's.
+        """
+        name = engine_of(self.members.known(variant))
+        graphs = self.bundle.manifest.variants[name].graphs
+        if role not in graphs:
+            raise InputError(describe(f"{name} has no such graph", got=role, expected=f"one of {', '.join(graphs)}"))
+        graph = graphs[role]
         return self._backend.open_graphs(self.bundle, [graph], threads=self.threads, provider=self._provider)[graph]
+
+    def answers(self, variant: str, texts: Sequence[Text]) -> list[Answer]:
+        """What a variant answers to ``texts`` at its full depth, in one engine run, whatever it takes.
+
+        Reads no measured table, so that ``evaluate`` can replace a damaged one. Raises InputError as ``run_batch``.
+        """
+        manifest, encoder, session = self.bundle.manifest, self._text_encoder(), self.session(variant)
+        encoded = encoder.encode(texts)
+        names = needed_outputs(manifest.task, [output.name for output in session.outputs])
+        return answers(manifest.task, session.run(encoder.feeds(encoded), names), encoded, manifest.labels)
 
     def run_raw(
         self, session: OpenSession, texts: Sequence[Text], outputs: Sequence[str]
@@ -406,8 +424,10 @@ class Runtime:
             return None
         forecast = self.members.forecast
         if forecast is None or not forecast.knows(how.engine):
-            what = "%s: its segments were not measured on %s, so it cannot stop early to keep a budget; %s"
-            _log.warning(what, how.engine, self.device, f"run `compexport bench {self.bundle.path}`")
+            if how.engine not in self._warned:
+                self._warned.add(how.engine)
+                what = "%s: its segments were not measured on %s, so it cannot stop early to keep a budget; %s"
+                _log.warning(what, how.engine, self.device, f"run `compexport bench {self.bundle.path}`")
             return None
         factor = self.correction.factor(how.engine)
         length = shapes[0][1]

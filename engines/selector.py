@@ -16,8 +16,9 @@ from typing import Any
 
 from compexport.errors import BundleError, InputError, describe
 from engines.forecast import Rung
-from engines.points import engine_of
+from engines.points import engine_of, is_point
 from engines.profile import Prediction, Profile
+from engines.strict_json import is_finite
 
 NOT_MEASURED = "no latency measured on this device; run `compexport bench`"
 
@@ -87,7 +88,8 @@ class Decision:
 class Quality:
     """The variants to choose from, best first (``ranked``; a larger ``rank`` is better); immutable.
 
-    Without a measured value for every one of them, a lower ratio counts as better (``measured`` is then False).
+    Without a measured value for every one of them (``measured`` is then False) a lower ratio counts as better, a
+    variant as better than its points, and of points of one ratio that of the higher value.
     """
 
     def __init__(
@@ -98,11 +100,22 @@ class Quality:
         self.measured = values is not None and all(name in values for name in ratios)
         self.values: dict[str, float] = {n: values[n] for n in ratios} if values is not None and self.measured else {}
         self.sign = 1.0 if higher_is_better else -1.0
-        rank = {name: self.sign * self.values[name] if self.measured else -ratio for name, ratio in ratios.items()}
-        self.rank = rank
-        self.ranked = tuple(sorted(rank.items(), key=lambda item: -item[1]))
+        if self.measured:
+            self.rank = {name: self.sign * self.values[name] for name in ratios}
+        else:
+            self.rank = self._unmeasured(values or {})
+        self.ranked = tuple(sorted(self.rank.items(), key=lambda item: -item[1]))
         self.variants = tuple(name for name, _ in self.ranked)
         self.engines = tuple(map(engine_of, self.variants))
+
+    def _unmeasured(self, values: Mapping[str, float]) -> dict[str, float]:
+        """A rank for every variant from its ratio, below 0; equals share one."""
+        keys = {
+            name: (ratio, -self.sign * values.get(name, -self.sign * math.inf) if is_point(name) else -math.inf)
+            for name, ratio in self.ratios.items()
+        }
+        places = {key: float(-number) for number, key in enumerate(sorted(set(keys.values())), start=1)}
+        return {name: places[key] for name, key in keys.items()}
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any] | None, ratios: Mapping[str, float]) -> Quality:
@@ -113,10 +126,10 @@ class Quality:
         if not isinstance(values, Mapping):
             raise BundleError(describe("quality table has no variants", hint="run `compexport evaluate` again"))
         for name, value in values.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            if not is_finite(value):
                 what = f"quality table, variant {name}"
                 hint = "run `compexport evaluate` again"
-                raise BundleError(describe(what, got=repr(value), expected="a finite number", hint=hint))
+                raise BundleError(describe(what, got=repr(value)[:80], expected="a finite number", hint=hint))
         return cls(ratios, values, higher_is_better=bool(table.get("higher_is_better", True)))
 
 
@@ -279,8 +292,9 @@ def _cut(
         time_ms = times[name]
         if not rungs.get(name) or (time_ms is not None and time_ms <= left_ms):
             continue
-        steps = [replace(rung, p99_ms=rung.p99_ms * factors[name]) for rung in rungs[name]]
-        found[name] = next((step for step in reversed(steps) if step.p99_ms <= left_ms), steps[0])
+        steps, factor = rungs[name], factors[name]
+        deepest = next((step for step in reversed(steps) if step.p99_ms * factor <= left_ms), steps[0])
+        found[name] = replace(deepest, p99_ms=deepest.p99_ms * factor)
     return found
 
 
@@ -359,13 +373,18 @@ class Comparison:
             return f"would have to stop at layer {self.cuts[name].layer}"
         if self.quality.rank[name] == self.quality.rank[self.chosen]:
             return f"as good as {self.chosen}, but not faster"
-        return f"ratio {self.quality.ratios[name]:g} is above {self.quality.ratios[self.chosen]:g} of {self.chosen}"
+        ratio, its_ratio = self.quality.ratios[name], self.quality.ratios[self.chosen]
+        if ratio == its_ratio:
+            return f"counts as worse than {self.chosen}, since rows leave it early"
+        return f"ratio {ratio:g} is above {its_ratio:g} of {self.chosen}"
 
     def reason(self, extrapolated: bool) -> str:
         """Why ``chosen`` was chosen, in one line."""
         reason = self._why_chosen()
         if not self.quality.measured and not self.forced:
-            reason += "; quality not measured, so a lower ratio counts as better (`compexport evaluate` measures it)"
+            points = ", and a variant as better than its points" if any(map(is_point, self.quality.ratios)) else ""
+            missing = "quality not measured" if not points else "quality not measured of all"
+            reason += f"; {missing}, so a lower ratio counts as better{points} (`compexport evaluate` measures it)"
         if extrapolated:
             reason += "; its latency is extrapolated from outside the measured batches and lengths"
         return reason

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 MAX_DEPTH = 64
+MAX_DIGITS = 400  # of a whole number; no float holds that many
 
 
 def parse(raw: bytes) -> Any:
@@ -16,7 +17,9 @@ def parse(raw: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise ValueError(f"it is not UTF-8 (byte {error.start})") from None
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant, parse_float=_float)
+        value = json.loads(
+            text, object_pairs_hook=_object, parse_constant=_constant, parse_float=_float, parse_int=_int
+        )
     except json.JSONDecodeError as error:
         raise ValueError(f"it is not JSON (line {error.lineno} column {error.colno}: {error.msg})") from None
     except RecursionError:
@@ -43,6 +46,24 @@ def _float(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError("it has a number too large to hold")
     return value
+
+
+def _int(text: str) -> int:
+    # Digits are counted first: reading millions of them takes time that grows with their square.
+    value = int(text) if len(text) <= MAX_DIGITS else math.inf
+    if not is_finite(value):
+        raise ValueError("it has a number too large to hold")
+    return int(value)
+
+
+def is_finite(value: object) -> bool:
+    """Whether ``value`` is a number that a float can hold; True and False are none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _check_depth(value: Any) -> None:

@@ -254,14 +254,15 @@ class OrtSession(Session):
         self._memory = memory
 
     def _run(self, feeds: Mapping[str, Array], names: Sequence[str]) -> Sequence[Array]:
-        outputs: Sequence[Array] = self._inner.run(names, feeds)
+        outputs: Sequence[Array] = self._open().run(names, feeds)
         return outputs
 
     def run_held(
         self, feeds: Mapping[str, Array], held: Mapping[str, Any], outputs: Sequence[str], hold: Sequence[str]
     ) -> tuple[dict[str, Array], dict[str, Any]]:
         """As ``engines.cascade.Segment``; what is held are OrtValues."""
-        binding = self._inner.io_binding()
+        inner = self._open()
+        binding = inner.io_binding()
         for name, array in feeds.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array))
         for name, value in held.items():
@@ -270,13 +271,20 @@ class OrtSession(Session):
             binding.bind_output(name)
         for name in hold:
             binding.bind_output(name, self._memory)
-        self._inner.run_with_iobinding(binding)
+        inner.run_with_iobinding(binding)
         values = binding.get_outputs()
         here = {name: value.numpy() for name, value in zip(outputs, values, strict=False)}
         return here, dict(zip(hold, values[len(outputs) :], strict=True))
 
     def close(self) -> None:
+        """A run that is in the engine ends as it would; the next one, a cascade's next segment too, is refused."""
         self._inner = None
+
+    def _open(self) -> Any:
+        inner = self._inner
+        if inner is None:
+            raise CompexportError(describe(f"{self.name}: the engine is closed", hint="load the bundle again"))
+        return inner
 
 
 def open_sessions(

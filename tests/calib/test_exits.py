@@ -25,7 +25,7 @@ from calib.exits_search import (
     swept_rules,
 )
 from calib.quality import evaluate
-from compexport.errors import CompexportError, InputError
+from compexport.errors import BundleError, CompexportError, InputError
 from engines.bundle import Bundle
 from engines.exit_rule import STATISTICS, ExitRule, statistic_of
 from engines.manifest import ALL_EXITS
@@ -46,7 +46,7 @@ def made(rows: int = 400, exits: int = 4, classes: int = 3, seed: int = 0, stati
     right = np.eye(classes)[truth][:, None, :] * depth[None, :, None] * 1.2 / hard[:, None, None]
     logits = (right + random.normal(size=(rows, exits, classes)) * 0.8).astype(np.float32)
     macs = np.cumsum(np.full((rows, exits), 100.0) * random.integers(1, 4, rows)[:, None], axis=1)
-    return Exits(logits, statistic_of(statistic, logits), truth, macs)
+    return Exits(logits, statistic_of(statistic, logits).astype(np.float32), truth, macs)
 
 
 def by_hand(exits: Exits, rule: ExitRule) -> list[int]:
@@ -55,7 +55,9 @@ def by_hand(exits: Exits, rule: ExitRule) -> list[int]:
     found = []
     for row in exits.statistics:
         for number, (value, threshold) in enumerate(zip(row, (*rule.thresholds, None), strict=True)):
-            if threshold is None or (threshold != -1 and (value < threshold) == (rule.statistic == "entropy")):
+            # The value is one of fp32, but the comparison is not.
+            sure = threshold is not None and (float(value) < threshold) == (rule.statistic == "entropy")
+            if threshold is None or (threshold != -1 and sure):
                 found.append(number)
                 break
     return found
@@ -203,9 +205,29 @@ def test_calibration_data_leave_all_rows_to_report() -> None:
     assert parts.chosen is other and parts.reported is whole and parts.said == "30 rows of rows-1.tsv"
 
 
+def test_rows_on_both_sides_are_only_reported() -> None:
+    whole = examples(100)
+    parts = split(whole.take(range(60)), whole)
+    assert parts.chosen.texts == whole.texts[60:] and parts.chosen.labels == (whole.labels or [])[60:]
+    assert parts.said == "40 rows of rows-0.tsv; 60 more are among those reported too, and were not used"
+    twice = split(whole.take([*range(100), *range(0, 100, 2)]), None)
+    assert not set(twice.chosen.texts) & set(twice.reported.texts)
+    assert len(twice.reported) == 75 and len(twice.chosen) < 75 and "were not used" in twice.said
+
+
+def test_pairs_are_compared_whole() -> None:
+    texts = [f"a {number}" for number in range(8)]
+    one, other = (Examples(texts, pairs=[f"{word} {n}" for n in range(8)]) for word in ("so", "thus"))
+    assert len(split(one, other).chosen) == 8
+
+
 def test_peeking_is_refused() -> None:
-    with pytest.raises(InputError, match="calibration data are the data themselves"):
+    with pytest.raises(InputError, match="all calibration rows are in the data too"):
         split(examples(20), examples(20))
+    with pytest.raises(InputError, match="all calibration rows are in the data too"):
+        split(examples(20), examples(20).take(range(15)))
+    with pytest.raises(InputError, match="the data hold hardly anything but one text"):
+        split(Examples(["a film"] * 6), None)
     with pytest.raises(InputError, match="too few examples to choose exit thresholds on: got 1, expected at least 2"):
         split(examples(1), None)
 
@@ -307,6 +329,26 @@ def test_a_backbone_without_exits(tmp_path: Path, labelled: bool) -> None:
     assert table["variants"][R4] == pytest.approx(right)
     for point in table["points"].values():
         assert point["flops_ratio"] > point["speedup"] * 3.5, "ratio 4 saves without exits too"
+
+
+def test_variants_that_are_not_cut(tmp_path: Path) -> None:
+    """Their one exit is the end: there is nothing to choose, and the sweep has one row."""
+    runtime = Runtime(make_bundle(tmp_path / "uncut", exits=(LAYERS,)), threads=1)
+    table = evaluate(runtime, examples(20)).table
+    assert table["points"] == {} and set(table["exits"]) == {R1, R4}
+    assert [row["histogram"] for row in table["exits"][R4]["sweep"]] == [[1.0]]
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_table_that_does_not_fit_is_replaced(tmp_path: Path, plain: bool) -> None:
+    bundle = make_bundle(tmp_path / "bundle", plain_backbone=plain)
+    table = evaluate(Runtime(bundle, threads=1), examples(40)).table
+    assert table["points"]
+    wrong = {name: {**point, "histogram": [1.0]} for name, point in table["points"].items()}
+    bundle.save_quality({**table, "points": wrong, "variants": {**table["variants"], R4: "high"}})
+    with pytest.raises(BundleError, match="run `compexport evaluate` again"):
+        Runtime(bundle, threads=1)("a film")
+    assert evaluate(Runtime(bundle, threads=1), examples(40)).table == table
 
 
 def test_nan_logits_are_no_quality(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ def family(task: str, answer: Answer, labels: Sequence[str] = (), ratios: Sequen
     """A runtime whose variants answer with ``answer(variant, text)``."""
     variants = {f"variator-r{ratio}-fp32": SimpleNamespace(ratio=ratio) for ratio in ratios}
 
-    def run_batch(texts: Sequence[Any], *, variant: str) -> SimpleNamespace:
-        return SimpleNamespace(outputs=[answer(variant, text) for text in texts])
+    def answers(variant: str, texts: Sequence[Any]) -> list[dict[str, Any]]:
+        return [answer(variant, text) for text in texts]
 
     manifest = SimpleNamespace(task=task, labels=list(labels), variants=variants)
     return cast(
@@ -31,7 +31,7 @@ def family(task: str, answer: Answer, labels: Sequence[str] = (), ratios: Sequen
         SimpleNamespace(
             members=SimpleNamespace(engines=tuple(variants), layers={}),
             bundle=SimpleNamespace(manifest=manifest),
-            run_batch=run_batch,
+            answers=answers,
         ),
     )
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import compexport
-from compexport import InputError
+from calib.data import Examples
+from compexport import InputError, api
 from tests.compexport.conftest import TEXTS, labelled_texts
 
 
@@ -51,3 +52,20 @@ def test_plugins_fitted_by_build_are_kept_for_the_next_one(tiny: Callable[..., P
     assert (model / "variator-r2.safetensors").is_file()
     again = compexport.build(model, [2], tmp_path / "b")
     assert not any(variant.untrained for variant in again.manifest.variants.values())
+
+
+@pytest.mark.parametrize(("splits", "read"), [(("train", "dev"), "train"), (("dev",), "dev"), (("train",), "train")])
+def test_exits_are_not_chosen_on_the_rows_that_are_evaluated(
+    splits: tuple[str, ...], read: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for split in splits:
+        (tmp_path / f"{split}.tsv").write_text("sentence\tlabel\n" + f"of {split}\t1\n" * 4)
+    found: list[str] = []
+
+    def chosen(model: Path, checkpoint: object, ratios: object, examples: Examples, progress: object) -> dict[int, int]:
+        found.extend(examples.texts)
+        return {}
+
+    monkeypatch.setattr("compexport.exits.chosen_exits", chosen)
+    api._exits("model", None, [1], "auto", (tmp_path, api.COLUMNS), api.quiet)
+    assert found == [f"of {read}"] * 4

@@ -22,7 +22,8 @@ SEGMENTS = [f"{name}/segment-{number}" for name in (R1, R4) for number in range(
 
 def rows(path: Path, count: int, seed: int) -> Path:
     random = np.random.default_rng(seed)
-    lines = [f"{' '.join(random.choice(WORDS, random.integers(1, 10)))}\t{random.choice(LABELS)}" for _ in range(count)]
+    texts = [f"{' '.join(random.choice(WORDS, random.integers(1, 10)))} {seed} {number}" for number in range(count)]
+    lines = [f"{text}\t{random.choice(LABELS)}" for text in texts]
     path.write_text("\n".join(["sentence\tlabel", *lines]) + "\n", encoding="utf-8")
     return path
 
@@ -64,6 +65,11 @@ def test_bench_shows_segments_in_a_table_of_their_own(cli: Cli, bundle: Path) ->
     assert R1 in whole and f"{R1}/segment-0" not in whole and f"{R4}/segment-2" in segments
 
 
+def test_inspect_shows_exits(cli: Cli, bundle: Path) -> None:
+    lines = [line for line in cli("inspect").out.splitlines() if line.lstrip().startswith((R1, R4))]
+    assert len(lines) == 2 and all(", ".join(map(str, EXITS)) in line for line in lines)
+
+
 def test_evaluate_makes_points(cli: Cli, bundle: Path) -> None:
     document = cli("evaluate", "--data", "dev.tsv", "--json").document
     assert document["n"] == 30 and document["calibration"]["n"] == 30
@@ -96,7 +102,7 @@ def test_evaluate_with_every_option(cli: Cli, bundle: Path) -> None:
     ("arguments", "message"),
     [
         (("--statistic", "variance"), "unknown exit statistic: got variance"),
-        (("--calibration", "dev.tsv"), "calibration data are the data themselves"),
+        (("--calibration", "dev.tsv"), "all calibration rows are in the data too"),
         (("--calibration", "gone.tsv"), "gone.tsv: no such file or folder"),
         (("--limit", 1), "too few examples to choose exit thresholds on"),
     ],

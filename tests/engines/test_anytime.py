@@ -23,10 +23,20 @@ def test_later_chunks_keep_their_first_segments() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0.1, 50), st.floats(0, 200)), min_size=1, max_size=6), st.floats(0.0, 5.0))
-def test_no_chunk_ends_after_the_request(pairs: list[tuple[float, float]], left_s: float) -> None:
+def test_time_is_given_to_chunks_so_that_all_are_answered(pairs: list[tuple[float, float]], left_s: float) -> None:
+    """Chunk after chunk, each over when it was told to be, or after its first segment, which always runs."""
     chunks = [(first, first + more) for first, more in pairs]
-    later_s = sum(first for first, _ in chunks[1:]) / 1000.0
-    assert chunk_end_s(3.0, 3.0 + left_s, chunks) <= 3.0 + left_s - later_s + 1e-9 or len(chunks) == 1
+    first_s, whole_s = (sum(column) / 1000.0 for column in zip(*chunks, strict=True))
+    now_s, end_s = 3.0, 3.0 + left_s
+    for number, (first, whole) in enumerate(chunks):
+        until_s = chunk_end_s(now_s, end_s, chunks[number:])
+        assert until_s <= end_s
+        if left_s >= whole_s:
+            assert until_s - now_s >= whole / 1000.0 - 1e-9, "with time for all of everything, nothing is cut"
+        now_s = max(until_s, now_s + first / 1000.0)
+    if left_s >= first_s:
+        assert now_s <= end_s + 1e-9, "no chunk takes the time that a later one's first segment needs"
+    assert until_s == pytest.approx(end_s), "the last has all that is left"
 
 
 def test_the_reserve_follows_what_was_seen_lately() -> None:

@@ -329,6 +329,8 @@ def test_edited_manifest_is_noticed(golden: Path) -> None:
         (MANIFEST.replace(b'"max_abs": 0.0', b'"max_abs": NaN', 1), "NaN, which is not JSON"),
         (MANIFEST.replace(b'"max_abs": 0.0', b'"max_abs": -Infinity', 1), "Infinity, which is not JSON"),
         (MANIFEST.replace(b'"max_abs": 0.0', b'"max_abs": 1e999', 1), "number too large"),
+        (MANIFEST.replace(b'"params": 64', b'"params": 1' + b"0" * 399, 1), "number too large"),
+        (MANIFEST.replace(b'"params": 64', b'"params": -' + b"9" * 9999, 1), "number too large"),
         (MANIFEST.replace(b'"max_abs": 0.0', b'"max_abs": "0.0"', 1), r"graphs\.r1\.parity\.max_abs"),
         (MANIFEST.replace(b'"params": 64', b'"params": ' + b"9" * 5000, 1), "cannot be read"),
         (MANIFEST.replace(b'"params": 64', b'"params": "\\ud800"', 1), "not valid"),

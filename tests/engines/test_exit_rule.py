@@ -20,7 +20,7 @@ LOGITS = hnp.arrays(
 )
 
 
-@pytest.mark.parametrize("value", [math.nan, -0.5, -2, math.inf, -math.inf, True, "0.3", None])
+@pytest.mark.parametrize("value", [math.nan, -0.5, -2, math.inf, -math.inf, True, "0.3", None, 10**400, np.float32(-3)])
 @pytest.mark.parametrize("listed", [False, True])
 def test_thresholds_that_make_no_sense(value: Any, listed: bool) -> None:
     with pytest.raises(
@@ -82,6 +82,34 @@ def test_the_comparison_is_strict_and_has_a_direction() -> None:
     values = np.array([0.3, 0.5, 0.7])
     assert is_sure("entropy", values, 0.5).tolist() == [True, False, False]
     assert is_sure("max_probability", values, 0.5).tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_a_threshold_between_neighbours_in_fp32_parts_them(statistic: str) -> None:
+    """Calibration puts thresholds there; rounded to fp32, this one would be the larger neighbour."""
+    low = np.float32(0.3)
+    high = np.nextafter(low, np.float32(1.0))
+    values = np.array([low, high])
+    for threshold in (float(low) + (float(high) - float(low)) * share for share in (0.25, 0.5, 0.75)):
+        assert is_sure(statistic, values, threshold).tolist() == [statistic == "entropy", statistic != "entropy"]
+
+
+def test_scaled_logits_are_judged_as_when_calibrated() -> None:
+    random = np.random.default_rng(0)
+    logits = (random.normal(size=(2000, 3)) * 30).astype(np.float32)
+    rule = ExitRule(0.1, temperatures=(0.0512345,)).checked(2)
+    expected = statistic_of("entropy", logits / np.asarray((0.0512345,))[None, :])
+    assert np.array_equal(rule.judged(0, {"logits": logits}), expected)
+
+
+def test_thresholds_may_be_any_sequence_of_any_numbers() -> None:
+    expected = ExitRule((0.25, 0.5), temperatures=(2.0, 1.0))
+    for made in (list, np.array, lambda values: np.array(values, np.float32)):
+        assert ExitRule(made([0.25, 0.5]), temperatures=made([2, 1])) == expected
+    assert ExitRule(np.float32(0.5)) == ExitRule(np.float64(0.5)) == ExitRule(0.5)
+    assert ExitRule(np.int64(-1)) == ExitRule(-1)
+    assert isinstance(ExitRule([0.25, 0.5]).thresholds, tuple)
+    json.dumps(ExitRule(np.array([0.25, 0.5], np.float32)).document())
 
 
 def test_batch_maximum_waits_for_the_least_sure_row() -> None:

@@ -82,7 +82,7 @@ def test_a_batch_lies_between_what_its_mean_takes_and_the_whole() -> None:
     assert rungs[POINT][0].p99_ms < rungs[POINT][1].p99_ms < predictions[POINT].p99_ms
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=20)
 @given(st.lists(st.floats(0, 1), min_size=3, max_size=3).filter(lambda h: sum(h) > 0.01), st.integers(1, 20))
 def test_predictions_are_ordered(shares: list[float], batch: int) -> None:
     histogram = [share / sum(shares) for share in shares]
@@ -110,6 +110,49 @@ def test_the_same_seed_every_time() -> None:
     several = [forecast({POINT: point(0.5, 0.25, 0.25)}).predict_chunks([(8, 8)]) for _ in range(2)]
     assert several[0] == several[1]
     assert np.array_equal(entering((0.5, 0.5), 9), entering((0.5, 0.5), 9))
+
+
+def test_a_request_draws_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws take milliseconds; made within a request, they would be taken from its budget."""
+    ready = forecast({POINT: point(0.5, 0.25, 0.25)})
+
+    def draw(*_: object) -> None:
+        raise AssertionError("drawn within a request")
+
+    monkeypatch.setattr("engines.forecast.entering", draw)
+    for batch in (*range(1, 9), 11, 800):
+        for length in (1, 8, 9, 13, 16, 40):
+            predictions, rungs = ready.predict_chunks([(batch, length)])
+            assert predictions[POINT].p99_ms > rungs[POINT][0].p99_ms > 0
+
+
+def test_between_the_drawn_sizes_and_lengths_times_are_what_draws_say() -> None:
+    """A grid to 64 rows, whose times grow with rows and tokens, against draws made for the size itself."""
+    segments = {(b, s): (1.0 + b * s / 100, 2.0 + b * s / 50) for b in (1, 8, 64) for s in (8, 32)}
+    cells = {NAME: {at: (3 * p50, 3 * p99) for at, (p50, p99) in segments.items()}}
+    cells |= {segment_name(NAME, number): segments for number in range(3)}
+    found = Forecast(Profile(cells), {NAME: point(0, 0, 1.0), POINT: point(0.5, 0.25, 0.25)}, LAYERS)
+    for batch in (3, 13, 37, 59):
+        for length in (8, 20, 32):
+            rows = entering((0.5, 0.25, 0.25), batch)
+            took = np.where(rows > 0, 2.0 + rows * length / 50, 0.0).sum(axis=1)
+            predictions, _ = found.predict_chunks([(batch, length)])
+            assert predictions[POINT].p99_ms == pytest.approx(np.quantile(took, 0.99), rel=0.06)
+            assert predictions[POINT].p50_ms <= predictions[POINT].p99_ms
+
+
+def test_no_point_is_slower_than_its_variant() -> None:
+    """Segments timed alone came to more than the whole, as measurements do."""
+    slow = dict.fromkeys(((1, 8), (8, 8)), (20.0, 40.0))
+    cells = {NAME: dict.fromkeys(slow, (25.0, 50.0)), **{segment_name(NAME, n): slow for n in range(3)}}
+    found = Forecast(Profile(cells), {NAME: point(0, 0, 1.0), POINT: point(0.0, 0.5, 0.5)}, LAYERS)
+    for batch in (1, 5, 16):
+        predictions, rungs = found.predict_chunks([(batch, 8)])
+        whole = 50.0 if batch < 16 else 100.0
+        assert predictions[POINT].p99_ms == whole and predictions[POINT].p50_ms == whole / 2
+        for name in (NAME, POINT):
+            assert [rung.p99_ms for rung in rungs[name]] == [whole * 0.8, whole]
+        assert found.first_and_whole_ms(NAME, batch, 8) == (whole * 0.8, whole)
 
 
 def test_segments_that_were_not_measured_give_no_prediction() -> None:
@@ -148,12 +191,22 @@ def test_points_of_variants_that_are_not_there_are_left_out() -> None:
         ({"rule": None}, "point costeff-r4-fp32@2x: exit rule"),
         ({"rule": {"thresholds": [0.1]}}, "exit thresholds do not fit: got 1 of them, expected 2"),
         ({"rule": {"thresholds": math.nan}}, "exit threshold is out of range: got nan"),
+        ({"rule": {"thresholds": 10**400}}, "exit threshold is out of range: got 1000"),
+        ({"histogram": [10**400, 0, 0]}, "expected 3 finite numbers"),
+        ({"variant": "costeff-r1-fp32"}, "2x: variant: got costeff-r1-fp32, expected costeff-r4-fp32"),
     ],
 )
 def test_points_that_do_not_fit_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(BundleError, match=message) as caught:
         points_of(table(**changes), {NAME: 3})
     assert str(caught.value).endswith("run `compexport evaluate` again")
+
+
+@pytest.mark.parametrize("name", [NAME, f"{NAME}@", f"{NAME}@2x@x"])
+def test_names_of_points_that_are_none(name: str) -> None:
+    entry = table()["points"][POINT]
+    with pytest.raises(BundleError, match=f"a point's name: got {name}, expected {NAME}@NAME; run `compexport"):
+        points_of({"points": {name: entry}}, {NAME: 3})
 
 
 @pytest.mark.parametrize("section", ["points", "exits"])

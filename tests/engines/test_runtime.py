@@ -15,6 +15,8 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from calib.data import Examples
+from calib.quality import evaluate
 from compexport.errors import BundleError, CompexportError, InputError
 from engines.bundle import Bundle
 from engines.manifest import Manifest, TensorSpec
@@ -495,9 +497,11 @@ def test_damaged_tables_are_named_but_do_not_stop_measuring_again(make_runtime: 
         runtime("a")
     values = {**dict(MEMBERS), R2: math.nan}
     runtime = make_runtime(quality={"metric": "acc", "variants": values})
-    runtime.session(R1)
     with pytest.raises(BundleError, match=f"quality table, variant {R2}: got nan"):
         runtime.select(budget_ms=5)
+    examples = Examples(["a film", "the quick fox", "a"], origin="rows.tsv")
+    runtime = make_runtime(tables={"cpu-fake": table}, quality={"metric": "acc", "variants": values})
+    assert set(evaluate(runtime, examples).table["variants"]) == set(NAMES)
 
 
 def test_options_reach_the_backend(make_runtime: MakeRuntime) -> None:

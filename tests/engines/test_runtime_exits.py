@@ -6,6 +6,7 @@ Profiles here are invented: a segment is said to take next to nothing, or an hou
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +18,12 @@ import pytest
 from compexport.errors import CompexportError, InputError
 from engines.backends import ort
 from engines.bundle import Bundle
+from engines.cascade import Cascade, Deadline
 from engines.exit_rule import BATCH_MAXIMUM, ExitRule
 from engines.manifest import ALL_EXITS
 from engines.points import engine_of, point_name, segment_name
 from engines.runtime import Runtime
-from tests.engines.exits import EXITS, LAYERS, NAMES, C, make_bundle
+from tests.engines.exits import EXITS, LAYERS, NAMES, C, feeds, make_bundle
 from tests.engines.test_text import WORDS
 
 R1, R4 = NAMES[1.0], NAMES[4.0]
@@ -150,6 +152,32 @@ def test_requests_that_make_no_sense(open_runtime: Open, request_: dict[str, Any
         runtime("a film", **request_)
 
 
+def test_a_rule_where_only_a_point_is_in_use(open_runtime: Open) -> None:
+    runtime = open_runtime(variants=[POINT])
+    with pytest.raises(InputError, match="exit thresholds need a variant: expected .*no variant in use has exits"):
+        runtime("a film", rule=ExitRule(0.5))
+
+
+def test_roles_that_are_not_there(open_runtime: Open) -> None:
+    runtime = open_runtime()
+    with pytest.raises(InputError, match=f"{R4} has no such graph: got prefix-2, expected one of segment-0, "):
+        runtime.open_role(R4, "prefix-2")
+    runtime.open_role(POINT, ALL_EXITS).close()
+
+
+def test_closing_while_a_cascade_runs(open_runtime: Open) -> None:
+    runtime = open_runtime()
+    cascade = runtime.session(R1)
+    assert isinstance(cascade, Cascade)
+
+    def closes(segment: int, rows: int) -> float:
+        runtime.close()
+        return 0.0
+
+    with pytest.raises(CompexportError, match=f"{R1}: the engine is closed; load the bundle again"):
+        cascade.run_exits(feeds(3), ExitRule(-1), Deadline(math.inf, closes))
+
+
 def test_points_that_are_not_there(open_runtime: Open) -> None:
     with pytest.raises(InputError, match=f"unknown variant: got {R4}@9x"):
         open_runtime(variants=[f"{R4}@9x"])
@@ -229,8 +257,12 @@ def test_without_measured_segments_a_budget_is_not_kept_but_said(
         runtime("a film", budget_ms=5)
     with caplog.at_level(logging.WARNING):
         result = runtime("a film", budget_ms=1e-3, variant=R1)
+        runtime.run_batch(TEXTS * 4, budget_ms=1e-3, variant=R1)
+        runtime("a film", budget_ms=1e-3, variant=R4)
     assert (result.exit, result.why) == (LAYERS, "last")
     assert f"{R1}: its segments were not measured" in caplog.text and "compexport bench" in caplog.text
+    said = [record.getMessage().partition(":")[0] for record in caplog.records if "segments" in record.getMessage()]
+    assert said == [R1, R4], "once for each engine"
 
 
 # --- the rest -----------------------------------------------------------------------------------------------------

@@ -103,6 +103,27 @@ def test_senseless_waits(waited_ms: float) -> None:
         choose(5.0, waited_ms=waited_ms)
 
 
+PARTLY = {"r1": 0.95, "r1@2x": 0.9, "r1@4x": 0.6, "r2@2x": 0.7}  # r2 itself was built later
+WITH_POINTS = {"r1": 1.0, "r1@4x": 1.0, "r1@2x": 1.0, "r2": 2.0, "r2@2x": 2.0}
+
+
+def test_points_are_worse_than_their_variants_where_not_all_was_measured() -> None:
+    """A point is faster than its variant, so as its equal it would always win."""
+    quality = Quality(WITH_POINTS, PARTLY)
+    assert not quality.measured
+    assert quality.variants == ("r1", "r1@2x", "r1@4x", "r2", "r2@2x")
+    assert len(set(quality.rank.values())) == 5
+    profile = profile_of({"r1": 8.0, "r1@2x": 4.0, "r1@4x": 2.0, "r2": 5.0, "r2@2x": 3.0})
+    chosen = {ms: choose(ms, quality=quality, profile=profile) for ms in (None, 9.0, 7.0, 3.5)}
+    assert {ms: one.variant for ms, one in chosen.items()} == {None: "r1", 9.0: "r1", 7.0: "r1@2x", 3.5: "r1@4x"}
+    assert "a lower ratio counts as better, and a variant as better than its points" in chosen[9.0].reason
+    assert verdicts(chosen[9.0])["r1@2x"] == "counts as worse than r1, since rows leave it early"
+
+
+def test_of_metrics_that_should_be_low_the_point_with_the_lower_is_better() -> None:
+    assert Quality(WITH_POINTS, PARTLY, higher_is_better=False).variants[1:3] == ("r1@4x", "r1@2x")
+
+
 def test_ties_go_to_the_faster() -> None:
     quality = Quality(RATIOS, {"r1": 0.9, "r2": 0.9, "r4": 0.9, "r8": 0.8})
     decision = choose(7.0, quality=quality)
