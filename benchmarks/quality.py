@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import command_line, save
+from benchmarks.record import command_line, once, save, say, without_paths
 from compexport import api, training
 from engines.measure import environment
 
@@ -93,7 +92,7 @@ def measure(task: str, data: Path, work: Path, start: Path | None = None, span: 
     fit = replace(recipe.span, span=span) if span else replace(recipe.fit, start=start)
     work.mkdir(parents=True, exist_ok=True)
     model, fitted, bundle = work / "model", work / f"fitted-{form}", work / f"bundle-{form}"
-    tuned = _once(
+    tuned = once(
         work / "finetune.json",
         asdict(recipe.finetune),
         lambda: training.train(
@@ -102,10 +101,10 @@ def measure(task: str, data: Path, work: Path, start: Path | None = None, span: 
             output=model,
             method="finetune",
             fit=recipe.finetune,
-            progress=_say,
+            progress=say,
         ),
     )
-    trained = _once(
+    trained = once(
         work / f"train-{form}.json",
         {"words": recipe.words, "fit": {**asdict(fit), "start": str(start)}, "finetuned": tuned},
         lambda: training.train(
@@ -114,12 +113,12 @@ def measure(task: str, data: Path, work: Path, start: Path | None = None, span: 
             ratios=RATIOS,
             output=fitted,
             fit=fit,
-            progress=_say,
+            progress=say,
         ),
     )
-    built = api.build_document(fitted, ratios=RATIOS, output=bundle, progress=_say)
-    evaluated = api.evaluate(bundle, data, progress=_say)
-    benched = api.bench(bundle, batches=(BATCH,), lengths=(recipe.length,), progress=_say)
+    built = api.build_document(fitted, ratios=RATIOS, output=bundle, progress=say)
+    evaluated = api.evaluate(bundle, data, progress=say)
+    benched = api.bench(bundle, batches=(BATCH,), lengths=(recipe.length,), progress=say)
     return {
         "question": f"quality and speed of each ratio on {task}",
         "environment": environment(),
@@ -128,8 +127,8 @@ def measure(task: str, data: Path, work: Path, start: Path | None = None, span: 
         "words": recipe.words,
         "length": recipe.length,
         "recipe": {"finetune": asdict(recipe.finetune), "fit": {**asdict(fit), "start": _record(start)}},
-        "finetune": _without_paths(tuned),
-        "train": _without_paths(trained),
+        "finetune": without_paths(tuned),
+        "train": without_paths(trained),
         "metric": evaluated["metric"],
         "n": evaluated["n"],
         "rows": _rows(built, evaluated, benched, trained),
@@ -181,28 +180,6 @@ def _rows(
         }
         for row in built["variants"]
     ]
-
-
-def _once(record: Path, made_from: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What ``work`` returns, or what it returned in an earlier run that was given the same."""
-    wanted = json.loads(json.dumps(made_from))
-    if record.exists():
-        kept: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
-        if kept["made_from"] != wanted:
-            raise SystemExit(f"{record}: made by another recipe; remove it with what it stands for, and run again")
-        return dict(kept["document"])
-    document = work()
-    save(record, {"made_from": wanted, "document": document})
-    return document
-
-
-def _without_paths(document: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in document.items() if key != "output"}
-
-
-def _say(message: str, done: float | None = None, total: float | None = None) -> None:
-    if not done or done == total:
-        print(message, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,3 +27,27 @@ def save(path: Path, result: dict[str, Any]) -> None:
     """Write the record."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def once(record: Path, made_from: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``work`` returns, or what it returned in an earlier run that was given the same (JSON values)."""
+    wanted = json.loads(json.dumps(made_from))
+    if record.exists():
+        kept: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+        if kept["made_from"] != wanted:
+            raise SystemExit(f"{record}: made by another recipe; remove it with what it stands for, and run again")
+        return dict(kept["document"])
+    document = work()
+    save(record, {"made_from": wanted, "document": document})
+    return document
+
+
+def without_paths(document: dict[str, Any]) -> dict[str, Any]:
+    """A command's document without where it wrote."""
+    return {key: value for key, value in document.items() if key not in {"output", "bundle"}}
+
+
+def say(message: str, done: float | None = None, total: float | None = None) -> None:
+    """The beginning and end of every piece of work, on stderr."""
+    if not done or done == total:
+        print(message, file=sys.stderr, flush=True)

@@ -218,8 +218,10 @@ class _Scale:
 
 
 def _tried(values: Floats, count: int) -> list[float]:
-    """At most ``count`` thresholds between the distinct ``values``, and one beyond each end."""
+    """At most ``count`` thresholds between the distinct ``values``, and one beyond each end; none without values."""
     found = np.unique(values)
+    if not len(found):  # a variant that is not cut: its only exit is the end
+        return []
     between = (found[1:] + found[:-1]) / 2
     # Between neighbours in floating point the mean may be one of them, which is as good.
     steps = np.concatenate([[max(found[0] / 2, 0.0)], between, [found[-1] * 1.01 + 1e-6]])

@@ -29,7 +29,7 @@ PASSES = {
     7: (2, 7, 3),
     8: (2, 6, 3),
 }
-RATES = {"slenderise": 0.5, "hidden": 1.5, "exits": 20.0}  # of the peak learning rate; the exits alone are linear
+RATES = {"slenderise": 0.5, "hidden": 1.5, "exits": 10.0}  # of the peak learning rate; exits alone start from nothing
 RESTORE = 0.12  # the learning rate grows by so much from one event to the next
 # What a step costs, in forward passes at full width: the teacher's one, the student's three with its backward pass.
 FORWARD, BOTH = 1.0, 3.0

@@ -288,3 +288,11 @@ def test_nan_logits_are_no_quality(tmp_path: Path) -> None:
     runtime = Runtime(make_bundle(tmp_path / "broken", broken=LAYERS), threads=1)
     with pytest.raises(CompexportError, match=f"{R1}: (logits|entropy) of its exits hold NaN or infinity"):
         evaluate(runtime, examples(20))
+
+
+def test_a_variant_that_is_not_cut_has_no_points_and_one_threshold() -> None:
+    exits = made(exits=1)
+    assert named_rules(exits, Search()) == {}
+    (never,) = swept_rules(exits, Search())
+    found = outcome(exits, never.checked(1))
+    assert found.histogram == [1.0] and found.speedup == 1.0 and found.value == exits.right[:, -1].mean()
