@@ -131,16 +131,17 @@ def _starting_plugins(
 
     if fit.fresh and fit.start is not None:
         raise InputError(describe("both --fresh and --start were given", expected="one of them"))
-    checkpoint = find_checkpoint(fit.start if fit.start is not None else backbone.folder)
-    if checkpoint is None:
-        if fit.start is not None:
-            raise InputError(describe(f"{fit.start}: no plugins", expected="a folder made by `compexport train`"))
+    named = fit.start is not None
+    checkpoint = find_checkpoint(fit.start, "variator") if fit.start is not None else find_checkpoint(backbone.folder)
+    if checkpoint is None and named:
+        raise InputError(describe(f"{fit.start}: no plugins", expected="a folder made by `compexport train`"))
+    if checkpoint is None or checkpoint.method != "variator":  # a model with another method's tensors is just a model
         return {}, "masked"
     pad: Literal["masked", "official"] = "official" if checkpoint.pad == "official" else "masked"
     if fit.fresh:
         return {}, pad
     missing = [ratio for ratio in ratios if ratio not in checkpoint.files]
-    if missing and fit.start is not None:
+    if missing and named:
         got = ", ".join(map(str, checkpoint.ratios))
         raise InputError(describe(f"{fit.start}: no plugins for ratio {missing[0]}", got=got or "none"))
     found = {}

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from compexport.api import Fit
+from compexport.errors import InputError
+from compexport.training import variator
 from engines.bundle import Bundle
 from exporter import trace
 from exporter.backbone import load_backbone
@@ -127,3 +130,10 @@ def test_exits_of_other_methods_and_untrained_models(cli: Cli, deep: Path, train
         "--exits auto chooses on texts"
         in cli("build", deep, "--method", "costeff", "--untrained", "--exits", "auto").error
     )
+
+
+def test_plugins_do_not_start_from_slender_models(trained: Path) -> None:
+    backbone = load_backbone(trained)
+    assert variator._starting_plugins(backbone, [2], Fit()) == ({}, "masked")
+    with pytest.raises(InputError, match="another method: got costeff, expected variator"):
+        variator._starting_plugins(backbone, [2], Fit(start=trained))
