@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Final, Literal
 
 from pydantic import (
@@ -162,6 +163,11 @@ class Variant(Record):
         if ALL_EXITS not in self.graphs:
             raise ValueError(f"graphs: a variant with exits has the role {ALL_EXITS}")
         return self
+
+
+def backbones(variants: Mapping[str, Variant]) -> list[str]:
+    """The variants of ratio 1, the backbone itself first: beside it may stand a model trained with its exits."""
+    return sorted((name for name in variants if variants[name].ratio == 1), key=lambda n: variants[n].exits is not None)
 
 
 class Engine(Record):

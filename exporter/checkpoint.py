@@ -76,6 +76,17 @@ class MethodCheckpoint:
         """Content hash of the tensors of one ratio."""
         return file_sha256(self._path(ratio))
 
+    def names(self, ratio: float) -> set[str]:
+        """The names of the tensors of one ratio, without reading them; InputError as ``load``."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self._path(ratio)
+        try:
+            with safe_open(path, "numpy") as file:
+                return set(file.keys())
+        except (OSError, SafetensorError) as error:
+            raise InputError(describe(f"{path}: unreadable", got=error, expected="a safetensors file")) from error
+
     def load(self, ratio: float) -> dict[str, Tensor]:
         """The tensors of one ratio; InputError names the file when it is missing or damaged."""
         from safetensors import SafetensorError

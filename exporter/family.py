@@ -121,8 +121,7 @@ def _is_current(bundle: Bundle, plan: Plan, keys: Mapping[str, str], runtime: An
     engines = {engine.graph: engine.key for engine in manifest.engines.values() if engine.backend == runtime.NAME}
     return (
         {name: graph.key for name, graph in manifest.graphs.items()} == keys
-        and {name: variant.graphs for name, variant in manifest.variants.items()}
-        == {plan.variant(ratio): plan.roles(ratio) for ratio in plan.ratios}
+        and {name: variant.graphs for name, variant in manifest.variants.items()} == plan.variants()
         and engines == {name: runtime.engine_key(key) for name, key in keys.items()}
         and not bundle_damaged(bundle)
     )
@@ -162,7 +161,7 @@ def _write(
         pooling=str(family.backbone.pooling) if family.backbone.pooling else None,
         tokenizer=family.tokenizer("tokenizer.json"),
         label_words=family.backbone.label_words,
-        variants={plan.variant(ratio): family.variant(ratio) for ratio in plan.ratios},
+        variants=family.variants(),
         graphs=graphs,
         engines={f"{name}-{runtime.NAME}-cpu": engine for name, engine in engines.items()},
         files={},

@@ -20,7 +20,6 @@ from exporter.backbone import Backbone
 from exporter.methods.costeff_layers import Attention, Embeddings, Highway, Layer, Pooler, ScaledGradient
 from exporter.methods.slender import PRESETS, HostFacts, SlenderShape, shape_for_ratio, shape_named
 from exporter.methods.slender_weights import (
-    HIGHWAY,
     factorised,
     official_names,
     require_tables,
@@ -29,6 +28,7 @@ from exporter.methods.slender_weights import (
     slenderised,
 )
 from exporter.methods.variator import additive
+from exporter.plans.costeff import HIGHWAY
 
 
 class ExitStatistics(NamedTuple):
