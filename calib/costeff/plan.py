@@ -72,6 +72,7 @@ def plan(
     ``finetuned``: the model is its own teacher already. Then it is not fine-tuned, and its copy, the assistant, has
     nothing to learn from its hidden states.
     """
+    assert targets.get(1, SlenderShape.full(facts)) == SlenderShape.full(facts)
     slender = {ratio: targets[ratio] for ratio in sorted(targets) if ratio != 1}
     stages = [] if finetuned else [_stage(FINETUNE, "finetune", FULL_PASSES, BOTH)]
     if 1 in targets and not settings.joint:

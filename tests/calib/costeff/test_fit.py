@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -91,7 +93,6 @@ def test_what_is_written(learnt: tuple[CosteffResult, Path]) -> None:
         assert not slender.pooler_dense and not slender.highway_dense
         assert found.settings["training"][str(ratio)]["exits"] == done.record["exits"][str(ratio)]
     assert found.settings["shapes"]["1"] == SlenderShape.uniform(LAYERS, HEADS, FFN).document()
-    assert found.settings["pooler_dense"] is True
 
 
 def test_beside_a_frozen_backbone_only_exits_are_stored(learnt: tuple[CosteffResult, Path]) -> None:
@@ -131,6 +132,23 @@ def test_a_fine_tuned_model_is_not_fine_tuned_again(learnt: tuple[CosteffResult,
     assert found.settings["training"]["2.5"]["texts"] == 64
 
 
+def test_one_label_per_text(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """A head for several labels is refused where it would be used; where a new one takes its place it is no matter."""
+    folder = Path(shutil.copytree(tiny("tiny-bert", "sequence-classification"), tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    for names, finetuned in ((["x", "y"], False), (["bad", "good"], None)):
+        changes = {"problem_type": "multi_label_classification", "id2label": dict(enumerate(names))}
+        changes["label2id"] = {name: number for number, name in enumerate(names)}
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+        if finetuned is None:
+            with pytest.raises(InputError, match="need one label per text: got multi_label_classification"):
+                open_start(folder, TRAIN)
+        else:
+            start = open_start(folder, TRAIN)
+            assert start.finetuned is finetuned
+            assert CosteffModel.from_backbone(start.backbone, num_labels=2, pooler_dense=False).num_labels == 2
+
+
 def test_fine_tuning_warms_up_as_the_other_stages(
     tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,7 +167,6 @@ def test_fine_tuning_warms_up_as_the_other_stages(
 def test_jointly_the_whole_model_is_trained(learnt: tuple[CosteffResult, Path], tmp_path: Path) -> None:
     done = fitted(learnt[1] / "out", tmp_path / "u", 1, settings=replace(QUICK, joint=True))
     assert list(done.record["stages"]) == ["2-assist"] and done.record["exits"]["1"] == done.record["assistant"]
-    assert not done.pooler_dense
     whole = CosteffModel.from_tensors(done.tensors[1], done.backbone, "test")
     query = "bert.encoder.layer.0.attention.self.query.weight"
     assert not torch.equal(whole.state_dict()[query], official_names(done.backbone, 2)[query])
