@@ -17,12 +17,11 @@ from engines.bundle import Bundle, BundleWriter
 from engines.manifest import Engine, Graph, Manifest, Precision, Variant
 from exporter.checkpoint import MethodCheckpoint, find_checkpoint, plain_ratio
 from exporter.identity import library_versions
-from exporter.plans import PLANS, Plan
+from exporter.plans import Plan, plan_of
 
 if TYPE_CHECKING:
     from exporter.graphs.family import Family
 
-DEFAULT_METHOD = "variator"
 WEIGHTS = "graphs/weights.bin"
 
 Progress = Callable[[str, float | None, float | None], None]
@@ -92,7 +91,7 @@ def build(
     folder = Path(folder)
     if checkpoint is None and folder.is_dir():
         checkpoint = find_checkpoint(folder, method)
-    plan = PLANS[method or (checkpoint.method if checkpoint else DEFAULT_METHOD)](
+    plan = plan_of(folder, method, checkpoint)(
         folder=folder,
         ratios=tuple(sorted({1, *map(plain_ratio, ratios)})),
         checkpoint=checkpoint,
