@@ -35,7 +35,7 @@ def once(record: Path, made_from: dict[str, Any], work: Callable[[], dict[str, A
     if record.exists():
         kept: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
         if kept["made_from"] != wanted:
-            raise SystemExit(f"{record}: made by another recipe; remove it with what it stands for, and run again")
+            raise SystemExit(f"{record}: made from something else; remove it with what it stands for, and run again")
         return dict(kept["document"])
     document = work()
     save(record, {"made_from": wanted, "document": document})

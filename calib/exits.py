@@ -85,6 +85,14 @@ def _calibrate(
     return points, entry
 
 
+def rows_to_choose_on(parts: Split | None, backbone: str, layers: Mapping[str, Sequence[int]]) -> int:
+    """How many answers ``points_and_exits`` needs, for progress."""
+    if parts is None:
+        return 0
+    asked = parts.chosen.labels is None and backbone not in layers
+    return (len(layers) + asked) * len(parts.chosen)
+
+
 def points_and_exits(
     work: Work, backbone: str, reported: Mapping[str, Read], parts: Split, truth: Sequence[str], search: Search
 ) -> dict[str, dict[str, Any]]:

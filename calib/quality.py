@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from calib.answering import Read, Work
 from calib.data import Examples
-from calib.exits import points_and_exits, split
+from calib.exits import points_and_exits, rows_to_choose_on, split
 from calib.exits_search import Search
 from calib.labels import label_ids
 from calib.progress import Progress, silent
@@ -72,8 +72,7 @@ def evaluate(
     parts = split(examples, calibration) if layers else None
     reported = examples if parts is None else parts.reported
     names = [backbone, *(name for name in runtime.members.engines if name != backbone)]
-    chosen = 0 if parts is None else len(layers) * len(parts.chosen)
-    work = Work(runtime, progress, len(names) * len(reported) + chosen)
+    work = Work(runtime, progress, len(names) * len(reported) + rows_to_choose_on(parts, backbone, layers))
     score = _scorer(runtime, reported)
     values: dict[str, dict[str, float]] = {}
     found: dict[str, Read] = {}

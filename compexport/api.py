@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -283,6 +283,7 @@ def build_document(
         raise InputError(describe("--exits" if exits is not None else "--prefix", got=got, expected="costeff"))
     elif data is not None and not untrained and (missing := [ratio for ratio in wanted if ratio not in there]):
         texts = read_examples(data, "train", columns, progress)
+        fit = replace(fit, span=training.span_of(checkpoint))
         training.fit_texts(model, texts, ratios=whole_ratios(missing), output=model, fit=fit, progress=progress)
     report = family.build(
         model,

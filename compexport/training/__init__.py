@@ -13,9 +13,9 @@ from compexport.api import COLUMNS, FIT, ROWS, SAVING, SLENDER, Columns, Fit, Ro
 from compexport.present import Progress
 from compexport.training import costeff, finetune, variator
 from compexport.training.job import Job, foreign_options
-from compexport.training.variator import fit_texts
+from compexport.training.variator import fit_texts, span_of
 
-__all__ = ["TRAININGS", "fit_texts", "foreign_options", "train"]
+__all__ = ["TRAININGS", "fit_texts", "foreign_options", "span_of", "train"]
 
 TRAININGS: dict[str, Callable[[Job], dict[str, Any]]] = {
     "variator": variator.train,

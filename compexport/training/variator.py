@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from calib.settings import FitSettings
     from calib.unfinished import Unfinished
     from exporter.backbone import Backbone
+    from exporter.checkpoint import MethodCheckpoint
     from exporter.methods.variator import Plugins
 
 LOSSES: tuple[Literal["hidden", "task", "task-hidden"], ...] = ("hidden", "task", "task-hidden")
@@ -152,6 +153,14 @@ def _starting_plugins(
             found[ratio] = plugins_from_tensors(tensors, backbone, pad, origin)
             _require_form(found[ratio], fit.span, origin)
     return found, pad
+
+
+def span_of(checkpoint: MethodCheckpoint | None) -> int | None:
+    """Where the spans of a folder begin, as its last training says: ratios that are added get the same form."""
+    if checkpoint is None:
+        return None
+    span = checkpoint.settings.get("training", {}).get("settings", {}).get("span")
+    return int(span) if span is not None else None
 
 
 def _require_form(plugins: Plugins, span: int | None, origin: str) -> None:

@@ -153,14 +153,14 @@ class VariatorEncoder(nn.Module):
 
     def attach(self, plugins: Plugins) -> None:
         """Use ``plugins`` from the next call on; InputError if they have another number of layers."""
-        if isinstance(plugins, SpanPlugins):
-            self.updated = plugins.updated(self.backbone.layers)
-        elif len(plugins.mux_layer) != self.backbone.num_layers:
+        if isinstance(plugins, VariatorPlugins) and len(plugins.mux_layer) != self.backbone.num_layers:
             raise InputError(
                 describe(
                     "plugins do not fit", got=f"{len(plugins.mux_layer)} layers", expected=self.backbone.num_layers
                 )
             )
+        layers = self.backbone.layers
+        self.updated = plugins.updated(layers) if isinstance(plugins, SpanPlugins) else nn.ModuleDict()
         self.plugins = plugins
 
     def detach(self) -> None:

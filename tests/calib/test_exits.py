@@ -136,7 +136,13 @@ def test_speedups_out_of_reach_are_left_out() -> None:
     """Two exits, the first at half the cost: nothing is three times as fast."""
     rules = named_rules(made(exits=2), Search())
     assert "2x" in rules and not {"2.5x", "3x", "4x"} & set(rules)
-    assert named_rules(made(exits=1), Search()) == {}
+
+
+@pytest.mark.parametrize("search", [Search(), Search(per_exit=True), Search(temperature=True)])
+def test_a_single_exit_leaves_nothing_to_choose(search: Search) -> None:
+    alone = made(exits=1)
+    assert named_rules(alone, search) == {}
+    assert [outcome(alone, rule.checked(1)).histogram for rule in swept_rules(alone, search)] == [[1.0]]
 
 
 def test_sweeps_go_from_never_to_the_first_exit() -> None:
@@ -284,15 +290,26 @@ def test_every_kind_of_search_runs(runtime: Runtime, search: Search) -> None:
     assert all(("temperatures" in point["rule"]) == search.temperature for point in table["points"].values())
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_backbone_without_exits(tmp_path: Path, labelled: bool) -> None:
+    runtime = Runtime(make_bundle(tmp_path / "plain", plain_backbone=True), threads=1)
+    done: list[float] = []
+    table = evaluate(
+        runtime, examples(60, labelled=labelled), progress=lambda _, at=None, total=None: done.append((at or 0) / total)
+    ).table
+    assert done == sorted(done) and done[-1] == 1.0
+    assert set(table["exits"]) == {R4} and {engine_of(name) for name in table["points"]} == {R4}
+    assert table["backbone_variant"] == R1
+    reported = split(examples(60, labelled=labelled), None).reported
+    backbone, small = (runtime.run_batch(reported.inputs, variant=name).outputs for name in (R1, R4))
+    truth = reported.labels or [output["label"] for output in backbone]
+    right = np.mean([output["label"] == label for output, label in zip(small, truth, strict=True)])
+    assert table["variants"][R4] == pytest.approx(right)
+    for point in table["points"].values():
+        assert point["flops_ratio"] > point["speedup"] * 3.5, "ratio 4 saves without exits too"
+
+
 def test_nan_logits_are_no_quality(tmp_path: Path) -> None:
     runtime = Runtime(make_bundle(tmp_path / "broken", broken=LAYERS), threads=1)
     with pytest.raises(CompexportError, match=f"{R1}: (logits|entropy) of its exits hold NaN or infinity"):
         evaluate(runtime, examples(20))
-
-
-def test_a_variant_that_is_not_cut_has_no_points_and_one_threshold() -> None:
-    exits = made(exits=1)
-    assert named_rules(exits, Search()) == {}
-    (never,) = swept_rules(exits, Search())
-    found = outcome(exits, never.checked(1))
-    assert found.histogram == [1.0] and found.speedup == 1.0 and found.value == exits.right[:, -1].mean()

@@ -160,10 +160,12 @@ def test_spans_from_the_command_line(cli: Cli, tiny: Callable[..., Path], data: 
         refused = cli("train", "variator", "spans", *command[3:], *options)
         assert refused.code == 2 and f"other plugins: got {got}, expected {expected}" in refused.error
     assert cli("train", "variator", "spans", *command[3:], "--span", 1, "--fresh", "--json").code == 0
-    assert cli("build", "spans", "--ratio", "2,4", "--json").code == 0
-    assert cli("inspect", "--json").document["variants"]["variator-r4-fp32"]["settings"]["span"] == 1
+    # A ratio that the folder lacks is fitted in the form that it has.
+    assert cli("build", "spans", "--ratio", "2,4,8", "--data", data, "--steps", 1, "--json").code == 0
+    variants = cli("inspect", "--json").document["variants"]
+    assert [variants[f"variator-r{ratio}-fp32"]["settings"]["span"] for ratio in (2, 4, 8)] == [1, 1, 1]
     evaluated = cli("evaluate", "bundle", "--data", data, "--json").document
-    assert [row["variant"] for row in evaluated["variants"]] == [f"variator-r{ratio}-fp32" for ratio in (1, 2, 4)]
+    assert [row["variant"] for row in evaluated["variants"]] == [f"variator-r{ratio}-fp32" for ratio in (1, 2, 4, 8)]
 
 
 def test_fine_tuning_leaves_test_data_alone(cli: Cli, tiny: Callable[..., Path], data: Path) -> None:

@@ -17,6 +17,7 @@ from engines.backends import ort
 from engines.bundle import Bundle, BundleWriter
 from engines.manifest import (
     ALL_EXITS,
+    ENCODER,
     EXIT_OUTPUTS,
     HIDDEN,
     PREVIOUS,
@@ -129,6 +130,13 @@ def segment(weights: Weights, first: int, last: int) -> onnx.ModelProto:
     return _model(weights, nodes, later if first else ids, outputs)
 
 
+def encoder(weights: Weights) -> onnx.ModelProto:
+    """All layers, and of the last exit its logits alone."""
+    ids = [TensorSpec(name=name, dtype="int64", shape=["batch", "sequence"]) for name in ALL_INPUTS]
+    nodes = [*_embed(), *_layers(0, LAYERS), *_exit(LAYERS, EXIT_OUTPUTS)]
+    return _model(weights, nodes, ids, [_output("logits", "batch", C)])
+
+
 def all_exits(weights: Weights) -> onnx.ModelProto:
     """The four outputs of every layer, [B, L, ...]."""
     ids = [TensorSpec(name=name, dtype="int64", shape=["batch", "sequence"]) for name in ALL_INPUTS]
@@ -193,8 +201,13 @@ def _specs(values: Sequence[onnx.ValueInfoProto]) -> list[TensorSpec]:
     ]
 
 
-def make_bundle(folder: Path, exits: Sequence[int] = EXITS, broken: int | None = None) -> Bundle:
-    """Ratios 1 and 4, both with exits, into ``folder``. ``broken``: the layer whose exit returns NaN."""
+def make_bundle(
+    folder: Path, exits: Sequence[int] = EXITS, broken: int | None = None, plain_backbone: bool = False
+) -> Bundle:
+    """Ratios 1 and 4 into ``folder``, both with exits, or ratio 1 without (``plain_backbone``).
+
+    ``broken``: the layer whose exit returns NaN.
+    """
     with BundleWriter(folder) as writer:
         (writer.dir / "graphs").mkdir()
         save_tokenizer(writer.dir)
@@ -202,11 +215,13 @@ def make_bundle(folder: Path, exits: Sequence[int] = EXITS, broken: int | None =
         variants = {}
         for ratio, name in NAMES.items():
             weights = Weights(ratio, broken)
-            models = {segment_role(i): segment(weights, a, b) for i, (a, b) in enumerate(_spans(exits))}
-            models[ALL_EXITS] = all_exits(weights)
-            costs = [Cost(per_token=int(1200 / ratio) * (b - a), fixed=C * H) for a, b in _spans(exits)]
+            plain = plain_backbone and ratio == 1
+            spans = [(0, LAYERS)] if plain else _spans(exits)
+            models = {segment_role(i): segment(weights, a, b) for i, (a, b) in enumerate(spans)}
+            models = {ENCODER: encoder(weights)} if plain else {**models, ALL_EXITS: all_exits(weights)}
+            costs = [Cost(per_token=int(1200 / ratio) * (b - a), fixed=C * H) for a, b in spans]
             roles = {}
-            for (role, model), cost in zip(models.items(), [*costs, Cost()], strict=True):
+            for (role, model), cost in zip(models.items(), [*costs, Cost()], strict=False):
                 graph = f"costeff-r{ratio:g}-{role}"
                 roles[role] = graph
                 graphs[graph] = _entry(graph, model, cost)
@@ -219,7 +234,7 @@ def make_bundle(folder: Path, exits: Sequence[int] = EXITS, broken: int | None =
                 params=1,
                 extra_params=0,
                 flops_ratio=ratio,
-                exits=list(exits),
+                exits=None if plain else list(exits),
             )
         with ort.EngineBuilder(writer.dir, "engines/ort-cpu") as builder:
             for name, entry in graphs.items():
