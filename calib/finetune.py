@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from calib import processes
 from calib.arithmetic import PRECISIONS, Precision, moved, plain_attention, to_device
 from calib.batches import Batch, batches_by_length, collate_for, tokenise
-from calib.clock import Clock
+from calib.clock import WARM_UP_SHARE, Clock
 from calib.data import Examples
 from calib.labels import SHOWN, label_ids
 from calib.learners import Learner
@@ -137,19 +137,20 @@ def finetune(
     *,
     settings: FinetuneSettings | None = None,
     unfinished: Unfinished | None = None,
+    warm_up: float = WARM_UP_SHARE,
     progress: Progress = silent,
 ) -> Finetuned:
     """Fine-tune all of ``learner`` on ``training`` and measure its accuracy on ``dev``.
 
     In several processes (``calib.processes``) all must call it alike. ``unfinished`` is where the run is saved, and
-    from where it goes on. Raises InputError for a label that the model does not have or a setting out of range,
-    CompexportError when numbers are no longer finite.
+    from where it goes on; ``warm_up`` is the share of it in which the learning rate rises. Raises InputError for a
+    label that the model does not have or a setting out of range, CompexportError when numbers are no longer finite.
     """
     settings = (settings or FinetuneSettings()).checked()
     assert training.labels is not None
     classes = label_ids(training.labels, learner.labels, training.origin, training.label_names)
     wanted = None if dev is None else _dev_classes(dev, learner)
-    clock = Clock(time.monotonic(), settings.steps_for(len(training)), settings.max_seconds)
+    clock = Clock(time.monotonic(), settings.steps_for(len(training)), settings.max_seconds, warm_up=warm_up)
     with torch.random.fork_rng(), plain_attention(learner.model), moved(learner):
         torch.manual_seed(settings.seed)
         progress("tokenise")

@@ -21,6 +21,7 @@ from calib.exits_search import Search
 from calib.labels import label_ids
 from calib.progress import Progress, silent
 from compexport.errors import InputError, describe
+from engines.manifest import backbones
 from engines.runtime import Runtime
 
 PAIRS = 20_000  # pairs of texts, at most, whose similarities are ranked
@@ -114,8 +115,8 @@ def _rows(values: Mapping[str, Mapping[str, float]], backbone: str, metric: str)
 
 def _backbone_variant(runtime: Runtime) -> str:
     variants, engines = runtime.bundle.manifest.variants, runtime.members.engines
-    for name in engines:
-        if variants[name].ratio == 1:
+    for name in backbones(variants):
+        if name in engines:
             return name
     raise InputError(describe("the backbone is not among the variants", got=", ".join(engines), expected="ratio 1"))
 

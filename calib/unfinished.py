@@ -10,6 +10,7 @@ whose result others build leaves that there instead:
 
     hidden/result.safetensors   what it made
     hidden/result.json          its record; written last
+    backbone/                   a model that was fine-tuned on the way
 
 A lock beside the folder, which the kernel drops with its process, keeps a second run away.
 """
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 SUFFIX = ".unfinished"
 RUN, CLOCK, TRAINER_STATE, TENSORS = "run.json", "clock.json", "trainer_state.json", "trainable.safetensors"
 RESULT, RESULT_TENSORS = "result.json", "result.safetensors"
+BACKBONE = "backbone"
 FORMAT = 1
 
 
@@ -47,6 +49,11 @@ class Unfinished:
     def part(self, name: str) -> Unfinished:
         """The place of one of several fits."""
         return Unfinished(self.folder / name, self.save_every)
+
+    @property
+    def backbone(self) -> Path:
+        """The place of a model that is fine-tuned before its method is."""
+        return self.folder / BACKBONE
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint; the same in all processes."""

@@ -260,13 +260,13 @@ def build_document(
     from engines import backends
     from exporter import family
     from exporter.checkpoint import find_checkpoint
-    from exporter.plans import PLANS
+    from exporter.plans import PLANS, plan_of
 
     if method is not None:
         choice("method", method, tuple(PLANS))
     arithmetic = choice("precision", precision, PRECISIONS)
     checkpoint = find_checkpoint(model, method)
-    planned = PLANS[method or (checkpoint.method if checkpoint is not None else family.DEFAULT_METHOD)]
+    planned = plan_of(Path(model), method, checkpoint)
     there = checkpoint.ratios if checkpoint is not None else []
     if ratios is None:
         wanted = there or list(DEFAULT_RATIOS)
@@ -301,6 +301,14 @@ def build_document(
     return report.document()
 
 
+def build_method(model: str | Path, method: str | None = None) -> str:
+    """Which method ``build`` would take: the one that is named, or that of the checkpoint in ``model``."""
+    from exporter.checkpoint import find_checkpoint
+    from exporter.plans import plan_of
+
+    return plan_of(Path(model), method, find_checkpoint(model, method)).method
+
+
 def _exits(
     model: str | Path,
     checkpoint: MethodCheckpoint | None,
@@ -312,6 +320,7 @@ def _exits(
     """Exits by ratio; none where the default is meant."""
     from calib import data as reading
     from compexport.exits import AUTO, chosen_exits, given_exits
+    from exporter.plans import PLANS
 
     if isinstance(wanted, str):
         if wanted != AUTO:
@@ -322,6 +331,7 @@ def _exits(
         if wanted is None:
             return {}
         raise InputError(describe("--exits auto chooses on texts", expected="--data FILE, and a trained model"))
+    PLANS["costeff"](Path(model), tuple(sorted({1, *ratios})), checkpoint).require_trained()
     path, columns = data
     # Not the rows that ``evaluate`` reports on.
     only_dev = reading.has_split(path, "dev") and not reading.has_split(path, "train")

@@ -285,6 +285,7 @@ def import_(
 
 @app.command()
 def build(
+    context: typer.Context,
     model: Model = Path(),
     *,
     ratio: Ratio = None,
@@ -319,10 +320,14 @@ def build(
     """Build all ratios of MODEL into one bundle.
 
     Each ratio is traced, checked against PyTorch and built for the backend. A rebuild reuses what did not change.
-    With --data, plugins that MODEL lacks are fitted first; for costeff, exits are chosen on it.
+    With --data, variator plugins that MODEL lacks are fitted first; for costeff, which `compexport train costeff`
+    trains, exits are chosen on it.
     """
     from compexport import api, present, tables
 
+    # The file's exits are for the families that have some; others are built from the same file.
+    of_file = {name for name in ("exits", "prefix") if _from_file(context, name)}
+    foreign = of_file if of_file and api.build_method(model, method) != "costeff" else set()
     with _screen(as_json) as screen, present.progress() as progress:
         document = api.build_document(
             model,
@@ -331,8 +336,8 @@ def build(
             backend=backend,
             precision=precision,
             method=method,
-            exits=_layers(exits),
-            prefix=prefix,
+            exits=_layers(_own(context, foreign, "exits", exits, None)),
+            prefix=_own(context, foreign, "prefix", prefix, False),
             data=data,
             columns=api.Columns(text=text, text_pair=text_pair),
             fit=api.Fit(steps=steps, max_seconds=max_seconds, seed=seed),

@@ -31,21 +31,19 @@ def chosen_exits(
     examples: Examples,
     progress: Progress,
 ) -> dict[float, tuple[int, ...]]:
-    """For each trained ratio, the exits that are worth a segment on ``examples``; InputError if one is not trained."""
+    """For each trained ratio, the exits that are worth a segment on ``examples``; InputError if there is none."""
     from calib.exit_layers import exit_layers
     from exporter.backbone import load_backbone
     from exporter.methods.costeff_checkpoint import load_model
 
     there = checkpoint.ratios if checkpoint is not None else []
-    missing = [ratio for ratio in ratios if ratio not in there and ratio != 1]
-    if checkpoint is None or missing:
+    trained = sorted({1, *ratios} & set(there))
+    if checkpoint is None or not trained:
         what = f"{model}: exits can only be chosen for trained models"
-        raise InputError(
-            describe(what, got=f"ratio {missing[0]}" if missing else "none", expected="--exits like 2,4,6")
-        )
+        raise InputError(describe(what, got="none", expected="a model trained by `compexport train costeff`"))
     backbone = load_backbone(model)
     chosen = {}
-    for ratio in sorted({1, *ratios} & set(there)):
+    for ratio in trained:
         found = load_model(checkpoint, backbone, ratio)
         chosen[ratio] = exit_layers(backbone, found, examples, progress=progress)
         progress(f"ratio {ratio}: exits after layers {', '.join(map(str, chosen[ratio]))}")

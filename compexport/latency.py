@@ -17,7 +17,7 @@ from compexport.errors import InputError, describe
 from compexport.present import Progress
 from engines.cascade import Cascade, whole_path
 from engines.exit_rule import TO_THE_END
-from engines.manifest import Manifest, TensorSpec
+from engines.manifest import Manifest, TensorSpec, backbones
 from engines.points import is_segment, segment_name
 from engines.runtime import Runtime
 
@@ -90,11 +90,11 @@ def realised(rows: Sequence[Row], manifest: Manifest) -> list[Row]:
     whole = [row for row in rows if not is_segment(row["variant"])]
     times = {(row["variant"], row["batch"], row["length"]): row["p50_ms"] for row in whole}
     variants = manifest.variants
-    backbones = {(v.method, v.precision): name for name, v in variants.items() if v.ratio == 1}
+    whole_ones = {(variants[n].method, variants[n].precision): n for n in reversed(backbones(variants))}
     found = []
     for (name, batch, length), p50_ms in times.items():
         variant = variants[name]
-        backbone = backbones.get((variant.method, variant.precision))
+        backbone = whole_ones.get((variant.method, variant.precision))
         if backbone is None or name == backbone or (backbone, batch, length) not in times:
             continue
         speedup = times[backbone, batch, length] / p50_ms

@@ -11,7 +11,7 @@ from typing import Any
 
 from compexport.errors import InputError, describe
 from compexport.present import Table, cell
-from engines.manifest import Variant
+from engines.manifest import Variant, backbones
 from engines.points import is_segment
 
 
@@ -60,7 +60,7 @@ def _relative_points(
     for batch, length in dict.fromkeys((row["batch"], row["length"]) for row in bench["rows"]):
         rows = [r for r in bench["rows"] if (r["batch"], r["length"]) == (batch, length)]
         times = {r["variant"]: r["p50_ms"] for r in rows if not is_segment(r["variant"])}
-        backbone = next((ms for name, ms in times.items() if variants[name].ratio == 1), None)
+        backbone = next((times[name] for name in backbones(variants) if name in times), None)
         points = [(ms / backbone, values[n], variants[n].ratio) for n, ms in times.items() if backbone and n in values]
         if points:
             found[batch, length] = sorted(points, key=lambda point: point[2])

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any, ClassVar, Final, Literal
 
 from pydantic import (
@@ -172,6 +173,11 @@ class Variant(Record):
         if unknown:
             raise ValueError(f"graphs: a variant with exits {self.exits} has no role {min(unknown)}")
         return self
+
+
+def backbones(variants: Mapping[str, Variant]) -> list[str]:
+    """The variants of ratio 1, the backbone itself first: beside it may stand a model trained with its exits."""
+    return sorted((name for name in variants if variants[name].ratio == 1), key=lambda n: variants[n].exits is not None)
 
 
 class Engine(Record):

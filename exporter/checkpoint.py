@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +76,17 @@ class MethodCheckpoint:
         """Content hash of the tensors of one ratio."""
         return file_sha256(self._path(ratio))
 
+    def names(self, ratio: float) -> set[str]:
+        """The names of the tensors of one ratio, without reading them; InputError as ``load``."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self._path(ratio)
+        try:
+            with safe_open(path, "numpy") as file:
+                return set(file.keys())
+        except (OSError, SafetensorError) as error:
+            raise InputError(describe(f"{path}: unreadable", got=error, expected="a safetensors file")) from error
+
     def load(self, ratio: float) -> dict[str, Tensor]:
         """The tensors of one ratio; InputError names the file when it is missing or damaged."""
         from safetensors import SafetensorError
@@ -123,7 +134,7 @@ def find_checkpoint(folder: str | Path, method: str | None = None) -> MethodChec
             raise InputError(describe(f"{path}: unsafe file name", got=repr(name), expected="a .safetensors beside it"))
     if found.backbone_sha256 != backbone_sha256(folder):
         raise InputError(
-            describe(f"{folder}: the plugins were fitted for other weights", hint="fit them again for this backbone")
+            describe(f"{folder}: the {found.method} tensors are of other weights", hint="train them for this backbone")
         )
     if method is not None and method != found.method:
         raise InputError(describe(f"{folder}: a checkpoint of another method", got=found.method, expected=method))
@@ -231,20 +242,35 @@ def _write_tensors(folder: Path, method: str, settings: Mapping[str, Any], tenso
         "method": method,
         "backbone_sha256": backbone_sha256(folder),
         "files": {str(ratio): files[ratio] for ratio in sorted(files)},
-        "settings": _merged(previous.settings if previous else {}, settings, {str(ratio) for ratio in files}),
+        "settings": _merged(previous.settings if previous else {}, settings, kept),
     }
     with _replacing(folder / DESCRIPTION) as partial:
         partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
-def _merged(old: Mapping[str, Any], new: Mapping[str, Any], ratios: set[str]) -> dict[str, Any]:
-    """The new settings over the old ones; of tables by ratio, row by row."""
-    merged = {**old, **new}
-    for name, table in new.items():
-        before = old.get(name)
-        if isinstance(table, Mapping) and isinstance(before, Mapping) and {*table, *before} <= ratios:
-            merged[name] = {**before, **table}
+def _merged(old: Mapping[str, Any], new: Mapping[str, Any], kept: Iterable[float]) -> dict[str, Any]:
+    """The new settings over the old ones; of old tables by ratio, the rows of those ratios that are ``kept``."""
+    merged, ratios = {**old, **new}, {str(ratio) for ratio in kept}
+    for name, before in old.items():
+        if not _is_by_ratio(before):
+            continue
+        rows = {ratio: row for ratio, row in before.items() if ratio in ratios}
+        if name not in new and not rows:
+            del merged[name]
+        elif name not in new:
+            merged[name] = rows
+        elif _is_by_ratio(new[name]):
+            merged[name] = {**rows, **new[name]}
     return merged
+
+
+def _is_by_ratio(table: object) -> bool:
+    if not isinstance(table, Mapping) or not table:
+        return False
+    try:
+        return all(str(plain_ratio(ratio)) == ratio for ratio in table)
+    except (TypeError, ValueError):
+        return False
 
 
 @contextmanager

@@ -17,12 +17,11 @@ from engines.bundle import Bundle, BundleWriter
 from engines.manifest import Engine, Graph, Manifest, Precision, Variant
 from exporter.checkpoint import MethodCheckpoint, find_checkpoint, plain_ratio
 from exporter.identity import library_versions
-from exporter.plans import PLANS, Plan
+from exporter.plans import Plan, plan_of
 
 if TYPE_CHECKING:
     from exporter.graphs.family import Family
 
-DEFAULT_METHOD = "variator"
 WEIGHTS = "graphs/weights.bin"
 
 Progress = Callable[[str, float | None, float | None], None]
@@ -92,7 +91,7 @@ def build(
     folder = Path(folder)
     if checkpoint is None and folder.is_dir():
         checkpoint = find_checkpoint(folder, method)
-    plan = PLANS[method or (checkpoint.method if checkpoint else DEFAULT_METHOD)](
+    plan = plan_of(folder, method, checkpoint)(
         folder=folder,
         ratios=tuple(sorted({1, *map(plain_ratio, ratios)})),
         checkpoint=checkpoint,
@@ -121,8 +120,7 @@ def _is_current(bundle: Bundle, plan: Plan, keys: Mapping[str, str], runtime: An
     engines = {engine.graph: engine.key for engine in manifest.engines.values() if engine.backend == runtime.NAME}
     return (
         {name: graph.key for name, graph in manifest.graphs.items()} == keys
-        and {name: variant.graphs for name, variant in manifest.variants.items()}
-        == {plan.variant(ratio): plan.roles(ratio) for ratio in plan.ratios}
+        and {name: variant.graphs for name, variant in manifest.variants.items()} == plan.variants()
         and engines == {name: runtime.engine_key(key) for name, key in keys.items()}
         and not bundle_damaged(bundle)
     )
@@ -162,7 +160,7 @@ def _write(
         pooling=str(family.backbone.pooling) if family.backbone.pooling else None,
         tokenizer=family.tokenizer("tokenizer.json"),
         label_words=family.backbone.label_words,
-        variants={plan.variant(ratio): family.variant(ratio) for ratio in plan.ratios},
+        variants=family.variants(),
         graphs=graphs,
         engines={f"{name}-{runtime.NAME}-cpu": engine for name, engine in engines.items()},
         files={},

@@ -31,9 +31,6 @@ from calib.unfinished import Unfinished
 from exporter.backbone import Backbone, load_backbone
 from exporter.methods.costeff import Attention, CosteffModel
 
-TUNED = "backbone"  # the fine-tuned model's folder in the unfinished run
-PRUNED = "-pruned"  # what the training after an event starts from
-
 
 @dataclass
 class Course:
@@ -63,7 +60,7 @@ class Course:
     def finetune(self, training: Examples, dev: Examples) -> Backbone:
         """Teach the model that was given the labels, unless an interrupted run has; the classifier that it becomes."""
         stage = self.stages[0]
-        part, folder = self.unfinished.part(stage.name), self.unfinished.folder / TUNED
+        part, folder = self.unfinished.part(stage.name), self.unfinished.backbone
         record = part.finished()
         if record is None:
             record = self._finetuned(stage, part, folder, training, dev)
@@ -85,7 +82,9 @@ class Course:
         )
         learner = open_learner(self.start.folder, training, stage.seed)
         report = _prefixed(self.progress, stage.name)
-        done = tuning.finetune(learner, training, dev, settings=settings, unfinished=part, progress=report)
+        done = tuning.finetune(
+            learner, training, dev, settings=settings, unfinished=part, warm_up=WARM_UP_SHARE, progress=report
+        )
         processes.by_first(lambda: done.save(folder))
         record = {name: done.record[name] for name in ("steps", "seconds", "value")}
         processes.by_first(lambda: part.finish(record))
@@ -115,14 +114,23 @@ class Course:
         student, teacher = self._student(stage), self._teacher(stage)
         clock = Clock(began, self.steps(stage), self.seconds(stage), warm_up=WARM_UP_SHARE)
         steps = train_stage(stage, student, teacher, self.material, clock, part)
-        seconds = time.monotonic() - clock.started
-        record = {"steps": steps, "seconds": round(seconds, 2), "learning_rate": stage.rate}
-        processes.by_first(lambda: part.finish(record, student.state_dict()))
-        return record
+
+        def finish() -> dict[str, Any]:
+            tensors = self._pruned(stage, student, teacher) if stage.shape is not None else student.state_dict()
+            seconds = time.monotonic() - clock.started
+            record = {"steps": steps, "seconds": round(seconds, 2), "learning_rate": stage.rate}
+            part.finish(record, tensors)
+            return record
+
+        return processes.by_first(finish)
+
+    def _pruned(self, stage: Stage, student: CosteffModel, teacher: CosteffModel | None) -> dict[str, Tensor]:
+        """What an event leaves. It ends its stage: a student that is its teacher still has no gradients to judge by."""
+        assert teacher is not None and stage.shape is not None
+        scores = measure_importance(stage, student, teacher, self.material)
+        return slenderise(student.state_dict(), stage.shape, scores, student.facts.head_width)
 
     def _student(self, stage: Stage) -> CosteffModel:
-        if stage.kind == "slenderise":
-            return self._pruned(stage)
         if stage.source is not None:
             return self.model(stage.source)
         torch.manual_seed(stage.seed)
@@ -133,22 +141,6 @@ class Course:
             labels = len(self.tuned.labels)
             made = CosteffModel.from_backbone(self.start, num_labels=labels, pooler_dense=False, attention=_attention())
         return made.to(training_device())
-
-    def _pruned(self, stage: Stage) -> CosteffModel:
-        """The model after an event; which parts leave is decided once, by the first process, and kept."""
-        assert stage.source is not None and stage.shape is not None
-        part, shape = self.unfinished.part(stage.name + PRUNED), stage.shape
-        if part.finished() is None:
-            before = self.model(stage.source)
-            teacher = self._teacher(stage)
-            assert teacher is not None
-
-            def prune() -> None:
-                scores = measure_importance(stage, before, teacher, self.material)
-                part.finish({}, slenderise(before.state_dict(), shape, scores, before.facts.head_width))
-
-            processes.by_first(prune)
-        return self.model(stage.name + PRUNED)
 
     def _teacher(self, stage: Stage) -> CosteffModel | None:
         if stage.kind == "exits":
@@ -172,7 +164,6 @@ class Course:
         done, later = self.stages[: number + 1], self.stages[number + 1 :]
         needed = {ASSISTANT, *(stage.source for stage in later), *(self._last_of(stage) for stage in done)}
         for stage in done:
-            self.unfinished.part(stage.name + PRUNED).drop_result()
             if stage.name not in needed:
                 self.unfinished.part(stage.name).drop_result()
 

@@ -24,7 +24,7 @@ from calib.unfinished import Unfinished
 from compexport.errors import InputError, describe
 from exporter.backbone import Backbone, load_backbone
 from exporter.checkpoint import MethodCheckpoint, save_checkpoint
-from exporter.methods.costeff import CosteffModel, HostFacts, SlenderShape
+from exporter.methods.costeff import CosteffModel, HostFacts, SlenderShape, require_task
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ def open_start(folder: str | Path, examples: Examples) -> Start:
     if HostFacts.of(backbone).layers < 2:
         raise InputError(describe(f"{folder}: layers", got=1, expected="at least 2, to leave after one of them"))
     if head_fits(backbone, examples):
+        require_task(backbone)
         return Start(backbone, True)
     if backbone.task != "feature-extraction":
         backbone = load_backbone(folder, "feature-extraction")
@@ -62,13 +63,12 @@ class CosteffResult:
     tensors: dict[float, dict[str, Tensor]]
     record: dict[str, Any]
     settings: CosteffSettings
-    pooler_dense: bool
 
     def save(self, folder: str | Path) -> MethodCheckpoint:
         """Write the method checkpoint; errors as ``exporter.checkpoint.save_checkpoint``."""
         # By ratio, so that what is trained later into the same folder adds to it.
         training = {ratio: self._training_of(ratio) for ratio in self.record["exits"]}
-        document = {"shapes": self.record["shapes"], "pooler_dense": self.pooler_dense, "training": training}
+        document = {"shapes": self.record["shapes"], "training": training}
         return save_checkpoint(folder, self.backbone.folder, "costeff", document, self.tensors)
 
     def _training_of(self, ratio: str) -> dict[str, Any]:
@@ -127,8 +127,7 @@ def fit_costeff(
         "finetuned": not start.finetuned,
         "stages": course.records,
     }
-    dense = any(model.pooler_dense for ratio, model in models.items() if ratio == 1)
-    return CosteffResult(tuned, tensors, record, settings, dense)
+    return CosteffResult(tuned, tensors, record, settings)
 
 
 def _split(training: Examples, dev: Examples | None) -> tuple[Examples, Examples]:

@@ -46,6 +46,6 @@ def first_exits_error(student: Sequence[Tensor], teacher: Tensor, labels: Tensor
     return (soft + label_error(student, labels)) / 2
 
 
-def importance_error(student: Sequence[Tensor], teacher: Sequence[Tensor], labels: Tensor) -> Tensor:
-    """What a head or neuron is important for: mostly the teacher's answers, a little the labels [B]."""
+def answers_error(student: Sequence[Tensor], teacher: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """What is important in the answers: mostly the teacher's, a little the labels [B]."""
     return (1.0 - LABELS_SHARE) * exit_to_exit(student, teacher) + LABELS_SHARE * label_error(student, labels)

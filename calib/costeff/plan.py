@@ -39,7 +39,7 @@ FORWARD, BOTH = 1.0, 3.0
 class Stage:
     """One stage: ``name`` is its place in the unfinished run, ``epochs`` its passes, ``rate`` its peak learning rate.
 
-    ``shape``: what the model is slenderised to before it, at an event. ``cost``: of one step. ``seed``: of its batches.
+    ``shape``: what the model is slenderised to at its end, the event. ``cost``: of one step. ``seed``: of its batches.
     ``source``: the stage whose model it goes on from; None where it starts from the model that was given.
     """
 
@@ -72,6 +72,7 @@ def plan(
     ``finetuned``: the model is its own teacher already. Then it is not fine-tuned, and its copy, the assistant, has
     nothing to learn from its hidden states.
     """
+    assert targets.get(1, SlenderShape.full(facts)) == SlenderShape.full(facts)
     slender = {ratio: targets[ratio] for ratio in sorted(targets) if ratio != 1}
     stages = [] if finetuned else [_stage(FINETUNE, "finetune", FULL_PASSES, BOTH)]
     if 1 in targets and not settings.joint:
@@ -124,10 +125,10 @@ def _slender_stages(
     steps = events(before, shape, facts, settings.heads_per_event)
     made = []
     for number, one in enumerate(steps, start=1):
-        name = f"r{ratio}-3-event-{number}"
-        event = _stage(name, "slenderise", slenderising * way / len(steps), FORWARD + BOTH / one.ratio(facts), ratio)
-        made.append(replace(event, rate=event.rate * (1 + RESTORE) ** number, shape=one, source=source))
-        source = name
+        name, cost = f"r{ratio}-3-event-{number}", FORWARD + BOTH / before.ratio(facts)
+        event = _stage(name, "slenderise", slenderising * way / len(steps), cost, ratio)
+        made.append(replace(event, rate=event.rate * (1 + RESTORE) ** (number - 1), shape=one, source=source))
+        before, source = one, name
     cost, name = FORWARD + BOTH * kept, f"r{ratio}-4-hidden"
     made.append(_stage(name, "hidden", hidden, cost, ratio, source))
     return [*made, _stage(last_stage(ratio), "prediction", prediction, cost, ratio, name)]

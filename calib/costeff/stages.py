@@ -19,7 +19,7 @@ from calib.arithmetic import autocast, to_device
 from calib.batches import Batch, Collate, batches_by_length
 from calib.clock import Clock
 from calib.costeff.importance import Importance, gradient_sums, importance, scored_weights
-from calib.costeff.losses import exit_to_exit, first_exits_error, hidden_error, importance_error
+from calib.costeff.losses import answers_error, exit_to_exit, first_exits_error, hidden_error
 from calib.costeff.plan import Kind, Stage
 from calib.costeff.settings import CosteffSettings
 from calib.finetune import parameter_groups
@@ -182,8 +182,10 @@ def _importance_loss(student: CosteffModel, teacher: CosteffModel, batch: Batch,
     labels = batch.pop("labels")
     with autocast(settings.precision):
         with torch.no_grad():
-            theirs = teacher(**batch).logits
-        return importance_error(student(**batch).logits, theirs, labels)
+            theirs = teacher(**batch)
+        ours = student(**batch)
+        states = hidden_error(ours.hidden_states, theirs.hidden_states, batch["attention_mask"])
+        return answers_error(ours.logits, theirs.logits, labels) + states
 
 
 @torch.no_grad()

@@ -19,7 +19,8 @@ def train(job: Job) -> dict[str, Any]:
     from calib.costeff.settings import CosteffSettings
 
     slender = job.slender
-    own = {name: getattr(slender, name) for name in ("heads_per_event", "importance_rows") if getattr(slender, name)}
+    named = ("heads_per_event", "importance_rows")
+    own = {name: getattr(slender, name) for name in named if getattr(slender, name) is not None}
     settings = CosteffSettings(joint=slender.joint, **own, **length(job.fit), **given(job.fit)).checked()
     ratios = _ratios(job)
     job.require_checkpoint_place()
@@ -55,13 +56,12 @@ def _ratios(job: Job) -> list[float]:
 
 def _targets(job: Job, ratios: list[float], facts: HostFacts) -> dict[float, SlenderShape]:
     """Shapes by ratio: of the ratios, and of the presets, whose ratio follows from their shape."""
-    from exporter.checkpoint import plain_ratio
-    from exporter.methods.costeff import shape_for_ratio, shape_named
+    from exporter.methods.costeff import rounded_ratio, shape_for_ratio, shape_named
 
     targets = {ratio: shape_for_ratio(facts, ratio) for ratio in ratios}
     for name in (job.slender.preset or "").split(",") if job.slender.preset else ():
         shape = shape_named(facts, name.strip())
-        ratio = plain_ratio(round(shape.ratio(facts), 2))
+        ratio = rounded_ratio(shape, facts, f"preset {name}")
         if ratio in targets:
             hint = "leave one of them out"
             raise InputError(describe(f"preset {name} has a ratio that is there already", got=f"{ratio}", hint=hint))
@@ -71,6 +71,6 @@ def _targets(job: Job, ratios: list[float], facts: HostFacts) -> dict[float, Sle
 
 def _require_new_place(job: Job) -> None:
     """A model that is not fine-tuned yet becomes another one: no older checkpoint can be of the same backbone."""
-    if job.output.exists() and any(job.output.iterdir()):
+    if job.output.exists() and any(job.output.iterdir()) and not job.lacks_tidying_only():
         expected = "a new folder, as the model is to be fine-tuned first"
         raise InputError(describe(f"{job.output}: already there", expected=expected))

@@ -70,11 +70,23 @@ class Job:
         if not self.output.exists() or (self.output.is_dir() and not any(self.output.iterdir())):
             return
         found = find_checkpoint(self.output, self.method) if self.output.is_dir() else None
-        if self.output.resolve() == self.model.resolve():
+        if self.output.resolve() == self.model.resolve() or self.lacks_tidying_only():
             return
         if found is None or found.backbone_sha256 != backbone_sha256(self.model):
             expected = "a new folder, or a checkpoint of this model"
             raise InputError(describe(f"{self.output}: already there", expected=expected))
+
+    def lacks_tidying_only(self) -> bool:
+        """Whether the run to go on with has written the output already, with the backbone that it fine-tuned."""
+        from calib import unfinished
+        from exporter.checkpoint import find_checkpoint
+        from exporter.identity import backbone_sha256
+
+        made = unfinished.place(self.output) / unfinished.BACKBONE
+        if not (self.saving.resume and made.is_dir() and self.output.is_dir()):
+            return False
+        found = find_checkpoint(self.output, self.method)
+        return found is not None and found.backbone_sha256 == backbone_sha256(made)
 
     def training_rows(self) -> Examples:
         """The training rows that are wanted."""

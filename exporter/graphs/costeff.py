@@ -21,7 +21,7 @@ from exporter.graphs.family import REPORTED_LENGTH, Family, Run
 from exporter.methods.costeff import CosteffModel, cost
 from exporter.methods.costeff_checkpoint import load_model, stored_tensors, untrained_model
 from exporter.plans import Plan, PlannedGraph
-from exporter.plans.costeff import CosteffPlan, PlannedPart
+from exporter.plans.costeff import HIGHWAY, CosteffPlan, PlannedPart
 from exporter.weights import WeightsFile
 
 PROBED_LENGTH = 2  # feeds have lengths around it, and 128
@@ -30,15 +30,16 @@ _TAKEN: tuple[tuple[int, ...], ...] = ((1,), (0, 1, 2), (2, 0))
 
 
 class CosteffFamily(Family):
-    """A backbone and the slender models of every ratio of a plan; that of ratio 1 is the backbone, with its exits."""
+    """A backbone and the slender models of every ratio of a plan."""
 
     def __init__(self, plan: CosteffPlan, backbone: Backbone, models: Mapping[float, CosteffModel]) -> None:
         super().__init__(plan, backbone)
         self.exits = {ratio: plan.exits_of(ratio) for ratio in plan.ratios}
         self.models = models
+        self._plain = untrained_model(backbone, 1, plan.seed) if plan.keeps_backbone else models[1]
         self._own = {ratio: stored_tensors(model, backbone) for ratio, model in models.items()}
         self._templates: dict[tuple[bool, ...], Template] = {}
-        self._traced: tuple[float, onnx.ModelProto] | None = None
+        self._traced: tuple[CosteffModel, onnx.ModelProto] | None = None
         self._states: tuple[float, list[tuple[parity.Arrays, list[Tensor]]]] | None = None
 
     @classmethod
@@ -51,7 +52,7 @@ class CosteffFamily(Family):
 
     def model(self, graph: PlannedGraph, weights: WeightsFile) -> onnx.ModelProto:
         part = _part(graph)
-        template = self._whole(part.ratio)
+        template = self._whole(self._model_of(part))
         weights.move_out(template)  # once for all parts of a ratio
         if part.kind == "encoder":
             return passes.part(template, {"logits": f"logits.{part.last}"})
@@ -66,14 +67,16 @@ class CosteffFamily(Family):
         ends = part.kind != "segment" or part.last == self.backbone.num_layers
         return EXIT_OUTPUTS if ends else (HIDDEN, *EXIT_OUTPUTS)
 
-    def _whole(self, ratio: float) -> onnx.ModelProto:
-        """The graph that a ratio's parts are cut from. They are made one after the other, so only the last is kept."""
-        if self._traced is None or self._traced[0] != ratio:
-            model = self.models[ratio]
+    def _model_of(self, part: PlannedPart) -> CosteffModel:
+        return self._plain if part.kind == "encoder" else self.models[part.ratio]
+
+    def _whole(self, model: CosteffModel) -> onnx.ModelProto:
+        """The graph that a model's parts are cut from. They are made one after the other, so only the last is kept."""
+        if self._traced is None or self._traced[0] is not model:
             kind = structure(model)
             if kind not in self._templates:
                 self._templates[kind] = template_of(model, self.backbone.input_names)
-            self._traced = ratio, self._templates[kind].graph_of(model)
+            self._traced = model, self._templates[kind].graph_of(model)
         return self._traced[1]
 
     # --- parity
@@ -101,22 +104,22 @@ class CosteffFamily(Family):
 
     def reference(self, graph: PlannedGraph) -> Run:
         part = _part(graph)
-        model, host = self.models[part.ratio], self.backbone.model if self._is_backbone(part.ratio) else None
+        model, host = self._model_of(part), self.backbone.model if self._is_backbone(part) else None
         return lambda feed: self._eager(part, model, host, feed)
 
     def exact(self, graph: PlannedGraph) -> Run:
         part = _part(graph)
 
         def run(feed: parity.Arrays) -> list[np.ndarray]:
-            model = copy.deepcopy(self.models[part.ratio]).double()
-            host = copy.deepcopy(self.backbone.model).double() if self._is_backbone(part.ratio) else None
+            model = copy.deepcopy(self._model_of(part)).double()
+            host = copy.deepcopy(self.backbone.model).double() if self._is_backbone(part) else None
             return self._eager(part, model, host, feed)
 
         return run
 
-    def _is_backbone(self, ratio: float) -> bool:
+    def _is_backbone(self, part: PlannedPart) -> bool:
         """Whether the last exit is the backbone's own answer, not one of tensors trained for it."""
-        return all(name.startswith("bert.encoder.highway.") for name in self._own[ratio])
+        return part.kind == "encoder" or all(name.startswith(HIGHWAY) for name in self._own[part.ratio])
 
     def _eager(
         self, part: PlannedPart, model: CosteffModel, host: nn.Module | None, feed: parity.Arrays
@@ -137,14 +140,29 @@ class CosteffFamily(Family):
     def cost(self, graph: PlannedGraph) -> Cost:
         part = _part(graph)
         exits = range(1, part.last + 1) if part.kind == ALL_EXITS else (part.last,)
-        return cost(self.models[part.ratio], part.first, part.last, exits)
+        return cost(self._model_of(part), part.first, part.last, exits)
+
+    def variants(self) -> dict[str, Variant]:
+        made = super().variants()
+        return {name: made.get(name) or self._backbone_variant(roles) for name, roles in self.plan.variants().items()}
+
+    def _backbone_variant(self, roles: dict[str, str]) -> Variant:
+        return Variant(
+            method=self.plan.method,
+            ratio=1,
+            precision=self.plan.precision,
+            graphs=roles,
+            params=self.backbone.params,
+            extra_params=0,
+            flops_ratio=1.0,
+        )
 
     def variant(self, ratio: float) -> Variant:
         model, exits = self.models[ratio], self.exits[ratio]
         depth = self.backbone.num_layers
         extra = self._own[ratio] if exits else {}
         heads = {"pooler_dense": model.pooler_dense, "highway_dense": model.highway_dense}
-        full = cost(self.models[1], exits=(depth,)).macs(REPORTED_LENGTH)
+        full = cost(self._plain, exits=(depth,)).macs(REPORTED_LENGTH)
         return Variant(
             method=self.plan.method,
             ratio=ratio,

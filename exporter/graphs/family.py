@@ -56,6 +56,10 @@ class Family(ABC):
     def variant(self, ratio: float) -> Variant:
         """The entry of one ratio."""
 
+    def variants(self) -> dict[str, Variant]:
+        """The entries of all variants, by name."""
+        return {self.plan.variant(ratio): self.variant(ratio) for ratio in self.plan.ratios}
+
     def max_length(self) -> int:
         """How many tokens all of the family's graphs take."""
         return self.backbone.max_length

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from compexport.errors import InputError, describe
 from exporter.backbone import Backbone, load_backbone
-from exporter.checkpoint import find_checkpoint, plain_ratio, save_checkpoint
+from exporter.checkpoint import find_checkpoint, save_checkpoint
 from exporter.identity import VOCABULARIES, backbone_sha256, file_sha256
 from exporter.importers.costeff_config import OfficialConfig, read_official_config
 from exporter.importers.folder import folder_near, require_no_root, write_config, write_weights
 from exporter.importers.tensors import promoted, read_safetensors, read_tensors
 from exporter.methods.costeff import CosteffModel
 from exporter.methods.costeff_checkpoint import stored_tensors
-from exporter.methods.slender import HostFacts, SlenderShape
+from exporter.methods.slender import HostFacts, SlenderShape, rounded_ratio
 from exporter.methods.slender_weights import LAYER, WORDS, WORDS_LEFT, WORDS_RIGHT
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -77,7 +77,7 @@ def import_costeff(folder: str | Path, backbone: str | Path | None, output: str 
         _ = loaded.tokenizer_json
         _require_teacher(loaded, config, folder)
         _require_its_backbone(output, source, backbone)
-        ratio = plain_ratio(round(model.ratio, 2))
+        ratio = rounded_ratio(model.shape, config.facts, str(folder))
         settings = _settings(file, model, config, ratio, backbone is None)
         saved = save_checkpoint(output, source, "costeff", settings, {ratio: stored_tensors(model, loaded)})
     return ImportedModel(
@@ -232,6 +232,5 @@ def _settings(file: Path, model: CosteffModel, config: OfficialConfig, ratio: fl
     }
     return {
         "shapes": {str(ratio): model.shape.document()},
-        "pooler_dense": model.pooler_dense,
         "imported": {str(ratio): source},
     }

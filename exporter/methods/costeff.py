@@ -18,9 +18,8 @@ from compexport.errors import InputError, describe
 from engines.manifest import Cost
 from exporter.backbone import Backbone
 from exporter.methods.costeff_layers import Attention, Embeddings, Highway, Layer, Pooler, ScaledGradient
-from exporter.methods.slender import PRESETS, HostFacts, SlenderShape, shape_for_ratio, shape_named
+from exporter.methods.slender import PRESETS, HostFacts, SlenderShape, rounded_ratio, shape_for_ratio, shape_named
 from exporter.methods.slender_weights import (
-    HIGHWAY,
     factorised,
     official_names,
     require_tables,
@@ -29,6 +28,7 @@ from exporter.methods.slender_weights import (
     slenderised,
 )
 from exporter.methods.variator import additive
+from exporter.plans.costeff import HIGHWAY
 
 
 class ExitStatistics(NamedTuple):
@@ -132,7 +132,7 @@ class CosteffModel(nn.Module):
         InputError for architectures and tasks that the method does not fit.
         """
         facts = HostFacts.of(backbone)
-        _require_task(backbone, num_labels)
+        require_task(backbone, num_labels)
         classes = len(backbone.labels) if num_labels is None else num_labels
         tensors = official_names(backbone, classes)
         own = "bert.pooler.dense.weight" in tensors
@@ -273,7 +273,8 @@ def _require_labels(num_labels: int, origin: str) -> None:
         raise InputError(describe(f"{origin}: labels", got=num_labels, expected="at least 2", hint=hint))
 
 
-def _require_task(backbone: Backbone, num_labels: int | None) -> None:
+def require_task(backbone: Backbone, num_labels: int | None = None) -> None:
+    """InputError unless the backbone classifies, one label a text, or is to: then its ``num_labels`` are given."""
     start = backbone.task == "feature-extraction" and num_labels is not None
     if backbone.task != "sequence-classification" and not start:
         hint = "fine-tune the model on labels first"
@@ -285,7 +286,8 @@ def _require_task(backbone: Backbone, num_labels: int | None) -> None:
                 hint=hint,
             )
         )
-    if getattr(backbone.config, "problem_type", None) in ("multi_label_classification", "regression"):
+    # Of a model without its head, the configuration may still say what that was for.
+    if not start and getattr(backbone.config, "problem_type", None) in ("multi_label_classification", "regression"):
         raise InputError(
             describe(
                 f"{backbone.folder}: COST-EFF's exits need one label per text",
@@ -306,6 +308,8 @@ __all__ = [
     "cost",
     "exit_statistics",
     "factorised",
+    "require_task",
+    "rounded_ratio",
     "shape_for_ratio",
     "shape_named",
     "slenderised",

@@ -14,6 +14,7 @@ from typing import Any
 
 from compexport.errors import InputError, describe
 from exporter.backbone import Backbone
+from exporter.checkpoint import plain_ratio
 
 # Model types with a post-norm encoder of separate query, key and value matrices.
 HOSTS = ("bert", "roberta", "electra", "distilbert")
@@ -200,6 +201,19 @@ def shape_for_ratio(host: HostFacts | Backbone | Any, ratio: float) -> SlenderSh
     step = _NEURON_STEP if room >= _NEURON_STEP_FROM else 1
     neurons = min(facts.neurons, max(1, step * _nearest(room / step)))
     return SlenderShape.uniform(facts.layers, heads, neurons, _rank(facts, heads))
+
+
+def rounded_ratio(shape: SlenderShape, host: HostFacts | Backbone | Any, origin: str) -> float:
+    """The ratio by which a shape is known; InputError for one so wide that it would take the full width's place."""
+    facts = HostFacts.of(host)
+    ratio = plain_ratio(max(1.0, round(shape.ratio(facts), 2)))
+    if ratio == 1 and shape != SlenderShape.full(facts):
+        expected = f"fewer heads or neurons than {SlenderShape.full(facts)}"
+        hint = "only the layers' matrices count, not the word table"
+        raise InputError(
+            describe(f"{origin}: ratio 1, which is the full width", got=shape, expected=expected, hint=hint)
+        )
+    return ratio
 
 
 def _neurons_beside(facts: HostFacts, heads: int, ratio: float) -> float:

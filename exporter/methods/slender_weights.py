@@ -19,7 +19,6 @@ WORDS = "bert.embeddings.word_embeddings.weight"
 WORDS_LEFT = "bert.embeddings.word_embeddings1.weight"
 WORDS_RIGHT = "bert.embeddings.word_embeddings2.weight"
 LAYER = "bert.encoder.layer."
-HIGHWAY = "bert.encoder.highway."
 
 _DISTILBERT = (
     (r"^distilbert\.transformer\.layer\.(\d+)\.", r"bert.encoder.layer.\1."),

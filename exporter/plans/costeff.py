@@ -16,7 +16,9 @@ from exporter.plans.plan import Plan, PlannedGraph
 if TYPE_CHECKING:
     from exporter.graphs.family import Family
 
+HIGHWAY = "bert.encoder.highway."  # what the names of exits' tensors begin with
 DEFAULT_SEGMENTS = 4
+PLAIN = "backbone"  # the graph of the backbone beside a ratio 1 that is another model
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,9 @@ class PlannedPart(PlannedGraph):
 class CosteffPlan(Plan):
     """Slender models with exits; ratio 1 is the backbone, with exits where the checkpoint has some for it.
 
+    Where ratio 1 was trained together with its exits it is another model than the backbone, which is then a variant of
+    its own: what all others are compared with.
+
     ``exits``: the layers, counted from 1, at which segments end, of the ratios that are not to have the default.
     ``prefixes``: also one graph from the ids to each exit.
     """
@@ -52,7 +57,24 @@ class CosteffPlan(Plan):
         return self.exits.get(ratio) or default_exits(self.depth)
 
     def graphs(self) -> list[PlannedGraph]:
-        return [part for ratio in self.ratios for part in self._parts(ratio)]
+        parts = [part for ratio in self.ratios for part in self._parts(ratio)]
+        if not self.keeps_backbone:
+            return [*parts]
+        return [PlannedPart(PLAIN, 1, ENCODER, "the backbone", "encoder", 0, self.depth), *parts]
+
+    @cached_property
+    def keeps_backbone(self) -> bool:
+        """Whether the backbone is a variant of its own, as the checkpoint's ratio 1 answers by other tensors."""
+        if self.checkpoint is None or not self.trained(1):
+            return False
+        return not all(name.startswith(HIGHWAY) for name in self.checkpoint.names(1))
+
+    def roles(self, ratio: float) -> dict[str, str]:
+        return {part.role: part.name for part in self._parts(ratio)}
+
+    def variants(self) -> dict[str, dict[str, str]]:
+        plain = {f"{PLAIN}-{self.precision}": {ENCODER: PLAIN}} if self.keeps_backbone else {}
+        return {**plain, **super().variants()}
 
     def facts(self, graph: PlannedGraph) -> dict[str, object]:
         assert isinstance(graph, PlannedPart)

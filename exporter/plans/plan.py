@@ -70,6 +70,10 @@ class Plan(ABC):
         """Role -> graph name of one variant."""
         return {graph.role: graph.name for graph in self.graphs() if graph.ratio == ratio}
 
+    def variants(self) -> dict[str, dict[str, str]]:
+        """Name of every variant -> role -> graph name."""
+        return {self.variant(ratio): self.roles(ratio) for ratio in self.ratios}
+
     def keys(self) -> dict[str, str]:
         """Graph name -> hash of all it is made from."""
         if not (self.folder / "config.json").is_file():

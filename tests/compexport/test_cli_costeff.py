@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from compexport.api import Fit
 from compexport.errors import InputError
 from compexport.training import variator
 from engines.bundle import Bundle
-from exporter import trace
+from exporter import family, trace
 from exporter.backbone import load_backbone
 from exporter.checkpoint import save_checkpoint
 from exporter.methods.costeff import CosteffModel
@@ -55,7 +57,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, deep: Path) -> Path:
     tensors["classifier.bias"] = torch.tensor([3.0, 0.0])
     tensors |= {name: t for name, t in model.state_dict().items() if name.startswith("bert.pooler.")}
     folder = tmp_path_factory.mktemp("trained") / "model"
-    settings = {"shapes": {"2": model.shape.document()}, "pooler_dense": True}
+    settings = {"shapes": {"2": model.shape.document()}}
     save_checkpoint(folder, deep, "costeff", settings, {2: tensors})
     return folder
 
@@ -125,11 +127,29 @@ def test_exits_of_other_methods_and_untrained_models(cli: Cli, deep: Path, train
     assert "--exits: got the method variator, expected costeff" in cli("build", deep, "--exits", "2").error
     assert "--prefix: got the method variator, expected costeff" in cli("build", deep, "--prefix").error
     asked = cli("build", trained, "--ratio", "2,8", "--data", texts)
-    assert "exits can only be chosen for trained models: got ratio 8" in asked.error
+    assert (
+        "no trained slender model for ratio 8: got ratios [2]; fit them with `compexport train costeff" in asked.error
+    )
     assert (
         "--exits auto chooses on texts"
         in cli("build", deep, "--method", "costeff", "--untrained", "--exits", "auto").error
     )
+
+
+def test_exits_in_the_file_are_for_families_that_have_some(cli: Cli, deep: Path, tmp_path: Path) -> None:
+    (tmp_path / "compexport.toml").write_text("[build]\nratio = 2\nexits = [3]\nprefix = true\n")
+    assert "no trained plugins for ratio 2" in cli("build", deep).error
+    assert "--exits: got the method variator, expected costeff" in cli("build", deep, "--exits", "2").error
+
+
+def test_a_method_of_a_later_version(cli: Cli, trained: Path, tmp_path: Path) -> None:
+    later = Path(shutil.copytree(trained, tmp_path / "later"))
+    document = json.loads((later / "compexport.json").read_text())
+    (later / "compexport.json").write_text(json.dumps({**document, "method": "modular"}))
+    expected = "later: unknown method: got modular, expected variator or costeff; upgrade compexport"
+    assert cli("build", "later").error == expected
+    with pytest.raises(InputError, match="unknown method: got modular"):
+        family.build(later, [2], tmp_path / "bundle")
 
 
 def test_plugins_do_not_start_from_slender_models(trained: Path) -> None:

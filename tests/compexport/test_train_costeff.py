@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from calib.costeff.fit import CosteffResult
+from compexport import api, training
+from compexport.errors import InputError
 from exporter.backbone import load_backbone
 from exporter.checkpoint import find_checkpoint
 from exporter.methods.costeff import CosteffModel, SlenderShape
@@ -88,6 +91,28 @@ def test_a_killed_run_goes_on(cli: Cli, tiny: Callable[..., Path], data: Path, t
     assert not (tmp_path / "killed.unfinished").exists()
 
 
+def test_a_run_killed_before_it_was_tidied_up(
+    cli: Cli, tiny: Callable[..., Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = CosteffResult.save
+
+    def killed(self: CosteffResult, folder: Path) -> None:
+        saved(self, folder)
+        raise KeyboardInterrupt
+
+    out, fit = tmp_path / "out", api.Fit(steps=4, batch_size=8, max_length=16, precision="fp32")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(CosteffResult, "save", killed)
+        training.train(tiny(), data, ratios=[1], output=out, method="costeff", fit=fit)
+    written = {path.name: path.read_bytes() for path in out.iterdir()}
+    command = ["train", "costeff", tiny(), "--data", data, "--ratio", 1, "--batch-size", 8, "--max-length", 16]
+    command += ["--precision", "fp32", "-o", "out", "--resume"]
+    assert "had other settings" in cli(*command, "--steps", 5).error
+    done = cli(*command, "--steps", 4)
+    assert done.code == 0 and not (tmp_path / "out.unfinished").exists()
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == written
+
+
 @pytest.mark.slow
 def test_two_processes_train_together(cli: Cli, tiny: Callable[..., Path], data: Path, tmp_path: Path) -> None:
     command = ["train", "costeff", tiny(), "--data", data, "--ratio", "1,2", "--steps", 40, "--batch-size", 8]
@@ -114,6 +139,7 @@ def test_two_processes_train_together(cli: Cli, tiny: Callable[..., Path], data:
         (["--preset", "a7"], "unknown preset: got 'a7', expected one of a6, a4, a2"),
         (["--preset", "a2_l12_f256_e128"], "preset a2_l12_f256_e128: layers: got 12, expected 2"),
         (["--ratio", "4", "--preset", "a1_l2_f16_e8"], "preset a1_l2_f16_e8 has a ratio that is there already: got 4"),
+        (["--preset", "a4_l2_f64_e4"], "preset a4_l2_f64_e4: ratio 1, which is the full width: got a4_l2_f64_e4"),
         (["--ratio", "2,4", "--joint"], "--joint: got no ratio 1, expected --ratio 1, or 1,2,4"),
         (["--loss", "task"], "--loss: got costeff, expected the method variator"),
         (["--start", "x"], "--start: got costeff, expected the method variator"),
@@ -130,6 +156,12 @@ def test_refused(
     done = cli("train", "costeff", tiny(), "--data", data, *options)
     assert done.code == 2 and message in done.error
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_zero_is_a_value(tiny: Callable[..., Path], data: Path) -> None:
+    for name in ("heads_per_event", "importance_rows"):
+        with pytest.raises(InputError, match=f"{name}: got 0, expected more than 0"):
+            training.train(tiny(), data, method="costeff", slender=api.Slender(**{name: 0}))
 
 
 def test_models_and_places_that_will_not_do(cli: Cli, tiny: Callable[..., Path], data: Path, tmp_path: Path) -> None:

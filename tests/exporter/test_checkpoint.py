@@ -93,6 +93,18 @@ def test_adding_and_replacing_ratios(saved: Path, bert: Path, plugins: Callable[
     assert same(found.load(4), newer)
 
 
+def test_what_is_said_of_a_ratio_goes_when_it_is_replaced(
+    tmp_path: Path, bert: Path, plugins: Callable[[int], Tensors]
+) -> None:
+    folder = tmp_path / "out"
+    first = {"shapes": {"2": "a", "4": "b"}, "imported": {"2": "x"}, "training": {"4": "y"}}
+    save_checkpoint(folder, bert, "variator", first, {2: plugins(2), 4: plugins(4)})
+    found = save_checkpoint(folder, bert, "variator", {"shapes": {"2": "c"}, "training": {"2": "z"}}, {2: plugins(2)})
+    assert found.settings == {"shapes": {"2": "c", "4": "b"}, "training": {"2": "z", "4": "y"}}
+    found = save_checkpoint(folder, bert, "variator", {"shapes": {"4": "d"}}, {4: plugins(4)})
+    assert found.settings == {"shapes": {"2": "c", "4": "d"}, "training": {"2": "z"}}
+
+
 def test_in_place(tmp_path: Path, bert: Path, plugins: Callable[[int], Tensors]) -> None:
     model = Path(shutil.copytree(bert, tmp_path / "model"))
     before = contents(model)
@@ -127,7 +139,7 @@ def test_a_folder_with_something_else_is_refused(tmp_path: Path, bert: Path, plu
 def test_changed_weights_no_longer_fit(saved: Path, tmp_path: Path) -> None:
     other = models.make("tiny-bert", tmp_path / "other", seed=1)
     shutil.copy(other / "model.safetensors", saved / "model.safetensors")
-    assert "the plugins were fitted for other weights; fit them again" in refusal(saved)
+    assert "the variator tensors are of other weights; train them for this backbone" in refusal(saved)
 
 
 @pytest.mark.parametrize(

@@ -321,6 +321,9 @@ def test_other_problems_than_one_label(backbone: Backbones, problem: str) -> Non
     loaded.config.problem_type = problem
     with pytest.raises(InputError, match=f"exits need one label per text: got {problem}, expected single_label"):
         CosteffModel.from_backbone(loaded)
+    headless = copy.deepcopy(backbone("tiny-bert"))
+    headless.config.problem_type = problem  # of a head that is not there any more
+    assert CosteffModel.from_backbone(headless, num_labels=2).num_labels == 2
 
 
 # --- sizes

@@ -18,9 +18,12 @@ import onnx
 import pytest
 import torch
 
+from calib.data import Examples
+from calib.quality import evaluate
 from compexport.errors import InputError
 from engines.bundle import Bundle
-from engines.manifest import EXIT_OUTPUTS, Variant
+from engines.manifest import EXIT_OUTPUTS, Variant, backbones
+from engines.runtime import Runtime
 from exporter import family, trace
 from exporter.backbone import Backbone, load_backbone
 from exporter.checkpoint import find_checkpoint, save_checkpoint
@@ -321,7 +324,7 @@ def test_a_file_of_exits_holds_nothing_else(checkpoint: Path) -> None:
 def test_jointly_trained_exits_bring_their_own_head(
     backbone: Callable[..., Backbone], tmp_path: Path, traces: Traces, pooled: bool
 ) -> None:
-    """Ratio 1 with other weights than the backbone's is compared with itself, and is what it was when saved."""
+    """Ratio 1 with other weights than the backbone's is what it was when saved; the backbone stands beside it."""
     loaded = backbone(DEEP, CLASSIFIER)
     whole = random_model(loaded, SlenderShape.full(loaded), pooler_dense=pooled)
     save(tmp_path / "model", loaded, {1: whole})
@@ -330,7 +333,18 @@ def test_jointly_trained_exits_bring_their_own_head(
     with torch.no_grad():
         expected = torch.stack(whole(**feed).logits, 1).numpy()
     np.testing.assert_allclose(run(made.bundle, "costeff-r1-all", as_arrays(feed))["logits"], expected, atol=1e-5)
-    assert made.manifest.variants["costeff-r1-fp32"].extra_params > loaded.params / 2
+    variants = made.manifest.variants
+    assert list(variants) == ["backbone-fp32", "costeff-r1-fp32"] and backbones(variants)[0] == "backbone-fp32"
+    assert variants["costeff-r1-fp32"].extra_params > loaded.params / 2
+    plain = variants["backbone-fp32"]
+    assert (plain.params, plain.extra_params, plain.flops_ratio, plain.exits) == (loaded.params, 0, 1, None)
+    with torch.no_grad():
+        answers = loaded.model(**feed).logits.numpy()
+    np.testing.assert_allclose(run(made.bundle, "backbone", as_arrays(feed))["logits"], answers, atol=1e-5)
+    assert np.abs(answers - expected[:, -1]).max() > 1e-3
+    with Runtime.open(made.bundle) as runtime:
+        found = evaluate(runtime, Examples(models.TEXTS)).table
+    assert found["backbone_variant"] == "backbone-fp32" and found["variants"]["backbone-fp32"] == 1
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------
@@ -426,3 +440,17 @@ def test_names_of_a_plan(checkpoint: Path) -> None:
         "costeff-r2.5-all",
     ]
     assert plan.roles(2.5) == {"segment-0": "costeff-r2.5-s0", "all-exits": "costeff-r2.5-all"}
+    assert not plan.keeps_backbone and list(plan.variants()) == ["costeff-r1-fp32", "costeff-r2.5-fp32"]
+
+
+def test_the_backbone_is_kept_beside_another_model_of_ratio_1(
+    backbone: Callable[..., Backbone], tmp_path: Path
+) -> None:
+    loaded = backbone(DEEP, CLASSIFIER)
+    save(tmp_path / "joint", loaded, {1: random_model(loaded, SlenderShape.full(loaded))})
+    plan = CosteffPlan(tmp_path / "joint", (1,), find_checkpoint(tmp_path / "joint"), exits={1: (4,)})
+    assert plan.variants() == {
+        "backbone-fp32": {"encoder": "backbone"},
+        "costeff-r1-fp32": {"segment-0": "costeff-r1-s0", "all-exits": "costeff-r1-all"},
+    }
+    assert list(plan.keys()) == ["backbone", "costeff-r1-s0", "costeff-r1-all"]

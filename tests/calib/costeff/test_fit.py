@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from calib.costeff import course, stages
 from calib.costeff.fit import CosteffResult, Start, fit_costeff, open_start, run_description
-from calib.costeff.plan import plan
+from calib.costeff.importance import Importance
+from calib.costeff.losses import LABELS_SHARE, label_error
+from calib.costeff.plan import Stage, plan
 from calib.costeff.settings import CosteffSettings
+from calib.costeff.stages import Material, measure_importance
 from calib.data import Examples
 from calib.finetune import RECORD
 from calib.labels import label_ids
@@ -87,7 +93,6 @@ def test_what_is_written(learnt: tuple[CosteffResult, Path]) -> None:
         assert not slender.pooler_dense and not slender.highway_dense
         assert found.settings["training"][str(ratio)]["exits"] == done.record["exits"][str(ratio)]
     assert found.settings["shapes"]["1"] == SlenderShape.uniform(LAYERS, HEADS, FFN).document()
-    assert found.settings["pooler_dense"] is True
 
 
 def test_beside_a_frozen_backbone_only_exits_are_stored(learnt: tuple[CosteffResult, Path]) -> None:
@@ -127,13 +132,68 @@ def test_a_fine_tuned_model_is_not_fine_tuned_again(learnt: tuple[CosteffResult,
     assert found.settings["training"]["2.5"]["texts"] == 64
 
 
+def test_one_label_per_text(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """A head for several labels is refused where it would be used; where a new one takes its place it is no matter."""
+    folder = Path(shutil.copytree(tiny("tiny-bert", "sequence-classification"), tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    for names, finetuned in ((["x", "y"], False), (["bad", "good"], None)):
+        changes = {"problem_type": "multi_label_classification", "id2label": dict(enumerate(names))}
+        changes["label2id"] = {name: number for number, name in enumerate(names)}
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+        if finetuned is None:
+            with pytest.raises(InputError, match="need one label per text: got multi_label_classification"):
+                open_start(folder, TRAIN)
+        else:
+            start = open_start(folder, TRAIN)
+            assert start.finetuned is finetuned
+            assert CosteffModel.from_backbone(start.backbone, num_labels=2, pooler_dense=False).num_labels == 2
+
+
+def test_fine_tuning_warms_up_as_the_other_stages(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares: list[float] = []
+
+    def finetune(*_: Any, warm_up: float, **__: Any) -> None:
+        shares.append(warm_up)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(course.tuning, "finetune", finetune)
+    with pytest.raises(KeyboardInterrupt):
+        fitted(tiny(), tmp_path / "u", 1)
+    assert shares == [stages.WARM_UP_SHARE]
+
+
 def test_jointly_the_whole_model_is_trained(learnt: tuple[CosteffResult, Path], tmp_path: Path) -> None:
     done = fitted(learnt[1] / "out", tmp_path / "u", 1, settings=replace(QUICK, joint=True))
     assert list(done.record["stages"]) == ["2-assist"] and done.record["exits"]["1"] == done.record["assistant"]
-    assert not done.pooler_dense
     whole = CosteffModel.from_tensors(done.tensors[1], done.backbone, "test")
     query = "bert.encoder.layer.0.attention.self.query.weight"
     assert not torch.equal(whole.state_dict()[query], official_names(done.backbone, 2)[query])
+
+
+def test_the_teacher_has_a_say_in_what_leaves_first(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A student that is its teacher still has no gradients but those of the labels: it is trained before each event."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def watched(stage: Stage, student: CosteffModel, teacher: CosteffModel, material: Material) -> list[Importance]:
+        scores = measure_importance(stage, student, teacher, material)
+        with monkeypatch.context() as patch:  # the same gradients, of the labels alone
+            patch.setattr(stages, "hidden_error", lambda *_: 0.0)
+            patch.setattr(
+                stages, "answers_error", lambda ours, theirs, labels: LABELS_SHARE * label_error(ours, labels)
+            )
+            alone = measure_importance(stage, student, teacher, material)
+        seen[stage.name] = scores[0].neurons, alone[0].neurons
+        return scores
+
+    monkeypatch.setattr(course, "measure_importance", watched)
+    done = fitted(tiny(), tmp_path / "u", 2, settings=replace(QUICK, steps=60, learning_rate=3e-3))
+    assert seen and list(seen) == [name for name in done.record["stages"] if "event" in name]
+    for scores, alone in seen.values():
+        assert (scores - alone).abs().max() > 0.01 * alone.abs().max()
 
 
 STOPS = ["1-finetune: fit", "r2-3-event-2: importance", "r2-3-event-2: fit", "ratio 2: measure"]

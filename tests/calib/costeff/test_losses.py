@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from calib.costeff.losses import (
+    answers_error,
     exit_to_exit,
     first_exits_error,
     hidden_error,
-    importance_error,
     label_error,
     soft_cross_entropy,
 )
@@ -50,7 +50,7 @@ def test_every_exit_counts() -> None:
     hard = math.log(2) - math.log(0.75)
     assert float(first_exits_error([EVEN, SURE], SURE, labels)) == pytest.approx((sum(soft) + hard) / 2)
     wanted = 0.9 * sum(soft) + 0.1 * hard
-    assert float(importance_error([EVEN, SURE], [SURE, SURE], labels)) == pytest.approx(wanted)
+    assert float(answers_error([EVEN, SURE], [SURE, SURE], labels)) == pytest.approx(wanted)
 
 
 def test_exits_of_another_number_are_refused() -> None:

@@ -30,7 +30,9 @@ def test_the_official_recipe(preset: str, events: int, passes: tuple[int, int, i
     assert [one.epochs for one in stages[-2:]] == list(passes[1:])
     assert [one.rate for one in stages[:3]] == [2e-5] * 3
     assert [one.rate for one in stages[-2:]] == pytest.approx([3e-5, 2e-5])
-    assert slender[2].rate == pytest.approx(1e-5 * 1.12**3)
+    # A period of training, then the event that ends it: the first is at full width, at the rate of no event.
+    assert [one.rate for one in slender[:3]] == pytest.approx([1e-5, 1e-5 * 1.12, 1e-5 * 1.12**2])
+    assert slender[0].cost == stages[2].cost > slender[1].cost and slender[-1].shape == shape_named(BASE, preset)
 
 
 def test_each_stage_goes_on_from_another() -> None:

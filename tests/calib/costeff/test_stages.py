@@ -150,6 +150,19 @@ def test_every_head_and_neuron_is_scored(backbone: Backbone, material: Material)
     assert not changed(student, before) and not any(one.requires_grad for one in student.parameters())
 
 
+def test_states_tell_what_is_important_too(backbone: Backbone, material: Material) -> None:
+    """Exits that answer alike whatever they read: heads matter by what the teacher's states have of them."""
+    student, teacher = model(backbone, pooler_dense=False), model(backbone, pooler_dense=False)
+    with torch.no_grad():
+        for one in (student, teacher):
+            for name, parameter in one.named_parameters():
+                if "classifier" in name:
+                    parameter.zero_()
+        student.bert["encoder"]["layer"][0].output.dense.weight.mul_(2)  # type: ignore[index]
+    scores = measure_importance(stage("slenderise"), student, teacher, material)
+    assert all((one.heads > 0).all() for one in scores)
+
+
 def test_what_every_exit_gets_right(backbone: Backbone, material: Material) -> None:
     one = model(backbone)
     batch = material.collate(material.rows)

@@ -81,7 +81,6 @@ def test_a_checkpoint_alone(tmp_path: Path) -> None:
     settings = json.loads((out / DESCRIPTION).read_text())["settings"]
     assert settings == {
         "shapes": {ratio: {"heads": [2] * 4, "neurons": [20] * 4, "embedding": 7}},
-        "pooler_dense": False,
         "imported": {
             ratio: {
                 "file": "pytorch_model.bin",
@@ -132,6 +131,14 @@ def test_whole_ratios_have_no_fraction(tmp_path: Path) -> None:
     full = replace(SIZES, heads=(3,) * 4, neurons=(50,) * 4, rank=None)
     assert import_costeff(write(tmp_path / "assistant", full), None, tmp_path / "out").ratios == [1]
     assert (tmp_path / "out" / "costeff-r1.safetensors").is_file()
+
+
+def test_a_ratio_of_1_is_the_full_width(tmp_path: Path) -> None:
+    """A word table of lower rank leaves the layers whole: such a model would stand for the backbone."""
+    wide = write(tmp_path / "wide", replace(SIZES, heads=(3,) * 4, neurons=(50,) * 4, rank=7))
+    with pytest.raises(InputError, match="wide: ratio 1, which is the full width: got a3_l4_f50_e7, expected fewer"):
+        import_costeff(wide, None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_backbone_is_refused(tmp_path: Path) -> None:
