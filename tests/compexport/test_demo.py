@@ -14,7 +14,13 @@ from compexport.errors import DependencyError, InputError
 from compexport.present import Table
 from engines.manifest import Variant
 
-COMMON: dict[str, Any] = {"method": "variator", "precision": "fp32", "graphs": {}, "params": 1, "extra_params": 0}
+COMMON: dict[str, Any] = {
+    "method": "variator",
+    "precision": "fp32",
+    "graphs": {"encoder": "r1"},
+    "params": 1,
+    "extra_params": 0,
+}
 VARIANTS = {"r1": Variant(ratio=1, flops_ratio=1.0, **COMMON), "r4": Variant(ratio=4, flops_ratio=1.9, **COMMON)}
 BENCH = {
     "device": "cpu",

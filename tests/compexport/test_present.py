@@ -74,7 +74,7 @@ def test_ratio_is_never_shown_alone_as_a_gain() -> None:
     """Ratio, FLOPs ceiling, measured speed-up and quality are columns of one table."""
     from engines.manifest import Variant
 
-    common = {"method": "variator", "precision": "fp32", "graphs": {}, "params": 1, "extra_params": 0}
+    common = {"method": "variator", "precision": "fp32", "graphs": {"encoder": "r1"}, "params": 1, "extra_params": 0}
     variants = {
         "r1": Variant(ratio=1, flops_ratio=1.0, **common),
         "r4": Variant(ratio=4, flops_ratio=1.9, untrained=True, **common),
