@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calib import processes
-from calib.arithmetic import PRECISIONS, Precision, moved, plain_attention, to_device
+from calib.arithmetic import Precision, moved, plain_attention, to_device
 from calib.batches import Batch, batches_by_length, collate_for, tokenise
 from calib.clock import WARM_UP_SHARE, Clock
 from calib.data import Examples
 from calib.labels import SHOWN, label_ids
 from calib.learners import Learner
 from calib.progress import Progress, silent
-from calib.settings import require_learning_rate
+from calib.settings import require_meant
 from calib.trainer import Training
 from calib.unfinished import Unfinished
 from compexport.errors import InputError, describe
@@ -53,15 +53,7 @@ class FinetuneSettings:
 
     def checked(self) -> FinetuneSettings:
         """Itself, or InputError for a value that cannot be meant."""
-        require_learning_rate(self.learning_rate)
-        for name in ("steps", "epochs", "batch_size", "max_seconds"):
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise InputError(describe(name, got=value, expected="more than 0"))
-        if self.max_length < 4:
-            raise InputError(describe("max_length", got=self.max_length, expected="at least 4 tokens"))
-        if self.precision not in PRECISIONS:
-            raise InputError(describe("unknown precision", got=self.precision, expected=" or ".join(PRECISIONS)))
+        require_meant(self, ("steps", "epochs", "batch_size", "max_seconds"))
         return self
 
     def steps_for(self, rows: int) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from calib.arithmetic import PRECISIONS, Precision
 from compexport.errors import InputError, describe
@@ -14,10 +15,22 @@ Loss = Literal["hidden", "task", "task-hidden"]
 LOSSES = ("hidden", "task", "task-hidden")
 
 
-def require_learning_rate(value: float) -> None:
-    """InputError for a peak learning rate that no weights survive: Adam moves each by about so much in a step."""
-    if not 0 < value <= 1:
-        raise InputError(describe("learning_rate", got=value, expected="more than 0, at most 1"))
+def require_meant(settings: Any, positive: Sequence[str]) -> None:
+    """InputError for a value that cannot be meant, of those that all kinds of training have.
+
+    ``positive``: what must be a finite number above 0 unless it is None.
+    """
+    for name in positive:
+        value = getattr(settings, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise InputError(describe(name, got=value, expected="more than 0"))
+    # Adam moves each weight by about so much in a step: no weights survive more.
+    if not 0 < settings.learning_rate <= 1:
+        raise InputError(describe("learning_rate", got=settings.learning_rate, expected="more than 0, at most 1"))
+    if settings.max_length < 4:
+        raise InputError(describe("max_length", got=settings.max_length, expected="at least 4 tokens"))
+    if settings.precision not in PRECISIONS:
+        raise InputError(describe("unknown precision", got=settings.precision, expected=" or ".join(PRECISIONS)))
 
 
 @dataclass(frozen=True)
@@ -46,16 +59,7 @@ class FitSettings:
 
     def checked(self) -> FitSettings:
         """Itself, or InputError for a value that cannot be meant."""
-        for name in ("steps", "batch_size"):
-            if not getattr(self, name) > 0:
-                raise InputError(describe(name, got=getattr(self, name), expected="more than 0"))
-        require_learning_rate(self.learning_rate)
-        if self.max_length < 4:
-            raise InputError(describe("max_length", got=self.max_length, expected="at least 4 tokens"))
-        if self.max_seconds is not None and not self.max_seconds > 0:
-            raise InputError(describe("max_seconds", got=self.max_seconds, expected="more than 0"))
-        if self.precision not in PRECISIONS:
-            raise InputError(describe("unknown precision", got=self.precision, expected=" or ".join(PRECISIONS)))
+        require_meant(self, ("steps", "batch_size", "max_seconds"))
         if self.loss not in LOSSES:
             raise InputError(describe("unknown loss", got=repr(self.loss), expected=" or ".join(LOSSES)))
         return self

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from calib.arithmetic import PRECISIONS, Precision
-from calib.settings import require_learning_rate
-from compexport.errors import InputError, describe
+from calib.arithmetic import Precision
+from calib.settings import require_meant
 
 
 @dataclass(frozen=True)
@@ -38,13 +36,5 @@ class CosteffSettings:
 
     def checked(self) -> CosteffSettings:
         """Itself, or InputError for a value that cannot be meant."""
-        require_learning_rate(self.learning_rate)
-        for name in ("steps", "epochs", "batch_size", "max_seconds", "heads_per_event", "importance_rows"):
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise InputError(describe(name, got=value, expected="more than 0"))
-        if self.max_length < 4:
-            raise InputError(describe("max_length", got=self.max_length, expected="at least 4 tokens"))
-        if self.precision not in PRECISIONS:
-            raise InputError(describe("unknown precision", got=self.precision, expected=" or ".join(PRECISIONS)))
+        require_meant(self, ("steps", "epochs", "batch_size", "max_seconds", "heads_per_event", "importance_rows"))
         return self

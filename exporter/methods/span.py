@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from compexport.errors import InputError, describe
 from exporter import ops
 from exporter.backbone import Backbone
+from exporter.methods.stored import loaded_exactly
 
 EXTRA_SHARE = 0.01
 MAX_RANK = 64
@@ -92,13 +93,7 @@ class SpanPlugins(nn.Module):
         if "mixer.bias" not in tensors or not layers or len(ranks) != 1:
             raise InputError(describe(f"{origin}: no span", expected="tensors named mixer.… and low_rank.…"))
         plugins = cls(backbone, len(tensors["mixer.bias"]), min(layers), ranks.pop())
-        expected = {name: tuple(tensor.shape) for name, tensor in plugins.state_dict().items()}
-        for name in sorted(expected.keys() | tensors.keys()):
-            got = tuple(tensors[name].shape) if name in tensors else "nothing"
-            if got != expected.get(name):
-                raise InputError(describe(f"{origin}: {name}", got=got, expected=expected.get(name, "no such tensor")))
-        plugins.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-        return plugins.eval()
+        return loaded_exactly(plugins, tensors, origin)
 
     def merge(self, h: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """h [B,S,H], mask [B,S] of 0 and 1 in h's dtype -> [B,m,H] and the mask of groups [B,m]."""

@@ -19,6 +19,7 @@ from engines.manifest import Cost
 from exporter import ops
 from exporter.backbone import Backbone
 from exporter.methods.span import SpanPlugins, linears
+from exporter.methods.stored import loaded_exactly
 
 # "masked": padding never reaches a real token. "official": as the published code, pad tokens are merged like any other;
 # only on hosts that plugins were published for does it include the published row mask of the attention.
@@ -92,13 +93,7 @@ class VariatorPlugins(nn.Module):
         if first_bias is None or first_down is None or not (first_bias.numel() and first_bias.dim() == 1):
             raise InputError(describe(f"{origin}: no Variator plugins", expected="tensors named mux_layer.0.…"))
         plugins = cls(hidden, layers, first_bias.shape[0], first_down.shape[0], pad)
-        expected = {name: tuple(tensor.shape) for name, tensor in plugins.state_dict().items()}
-        for name in sorted(expected.keys() | tensors.keys()):
-            got = tuple(tensors[name].shape) if name in tensors else "nothing"
-            if got != expected.get(name):
-                raise InputError(describe(f"{origin}: {name}", got=got, expected=expected.get(name, "no such tensor")))
-        plugins.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-        return plugins.eval()
+        return loaded_exactly(plugins, tensors, origin)
 
 
 Plugins = VariatorPlugins | SpanPlugins
