@@ -84,7 +84,7 @@ def fit_variator(
     """
     started = time.monotonic()
     settings = (settings or FitSettings()).checked()
-    training, measured = _split(_as_examples(texts), None if held_out is None else _as_examples(held_out))
+    training, measured = with_held_out(_as_examples(texts), None if held_out is None else _as_examples(held_out))
     if not ratios or min(ratios) < 2:
         raise InputError(describe("ratios to fit", got=list(ratios), expected="whole numbers of 2 or more"))
     if settings.span is not None:
@@ -182,7 +182,7 @@ def _as_examples(texts: Examples | Sequence[str]) -> Examples:
     return examples
 
 
-def _split(training: Examples, held_out: Examples | None) -> tuple[Examples, Examples]:
+def with_held_out(training: Examples, held_out: Examples | None) -> tuple[Examples, Examples]:
     """Keep texts back for measuring where none are given; fewer than ten are used for both."""
     if held_out is not None:
         return training, held_out

@@ -283,7 +283,8 @@ def build_document(
         raise InputError(describe("--exits" if exits is not None else "--prefix", got=got, expected="costeff"))
     elif data is not None and not untrained and (missing := [ratio for ratio in wanted if ratio not in there]):
         texts = read_examples(data, "train", columns, progress)
-        fit = replace(fit, span=training.span_of(checkpoint))
+        if fit.span is None:
+            fit = replace(fit, span=training.span_of(checkpoint))
         training.fit_texts(model, texts, ratios=whole_ratios(missing), output=model, fit=fit, progress=progress)
     report = family.build(
         model,

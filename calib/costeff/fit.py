@@ -16,7 +16,7 @@ from calib.costeff.plan import ASSISTANT, plan, results
 from calib.costeff.settings import CosteffSettings
 from calib.costeff.stages import EXITS, Material, Rows, exit_accuracies
 from calib.data import Examples
-from calib.fit import held_out_rows
+from calib.fit import with_held_out
 from calib.labels import label_ids
 from calib.learners import head_fits
 from calib.progress import Progress, silent
@@ -97,7 +97,7 @@ def fit_costeff(
     CompexportError when numbers are no longer finite.
     """
     settings = settings.checked()
-    training, dev = _split(training, dev)
+    training, dev = with_held_out(training, dev)
     stages = plan(settings, start.facts, targets, finetuned=start.finetuned)
     course = Course(start.backbone, stages, settings, unfinished, len(training), progress)
     if start.finetuned:
@@ -128,15 +128,6 @@ def fit_costeff(
         "stages": course.records,
     }
     return CosteffResult(tuned, tensors, record, settings)
-
-
-def _split(training: Examples, dev: Examples | None) -> tuple[Examples, Examples]:
-    if dev is not None:
-        return training, dev
-    kept = held_out_rows(len(training))
-    if not kept:
-        return training, training
-    return training.take(index for index in range(len(training)) if index not in kept), training.take(kept)
 
 
 def _rows(backbone: Backbone, examples: Examples, settings: CosteffSettings) -> Rows:
