@@ -128,9 +128,9 @@ def points_and_exits(
     points: dict[str, Any] = {}
     entries = {}
     costs = [manifest.graphs[graph].cost for graph in whole_path(manifest.variants[backbone])]
+    right = _truth_ids(parts.reported, truth, labels)
+    chosen_right = _truth_ids(parts.chosen, chosen_truth, labels)
     for name, read in reported.items():
-        right = _truth_ids(parts.reported, truth, labels)
-        chosen_right = _truth_ids(parts.chosen, chosen_truth, labels)
         macs = float(np.mean([sum(cost.macs(length) for cost in costs) for length in read.tokens]))
         found, entries[name] = _calibrate(
             name,
