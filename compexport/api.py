@@ -71,12 +71,14 @@ class Slender:
 
     ``preset``: sizes of the paper by name (a6, a4, a2, a2-half, or a2_l12_f256_e128; several with commas), beside or
     in place of ratios. ``joint``: at ratio 1 train the whole model with its exits, and not the exits alone.
+    ``pooling``: "cls+mean", or "cls" where exits are to read the first token alone, as published.
     ``heads_per_event``: heads that leave each layer at a time. ``importance_rows``: rows by whose gradients heads and
     neurons are judged.
     """
 
     preset: str | None = None
     joint: bool = False
+    pooling: str | None = None
     heads_per_event: int | None = None
     importance_rows: int | None = None
 

@@ -121,6 +121,10 @@ def train(
     joint: Annotated[
         bool, typer.Option("--joint", help="costeff: at ratio 1 train the whole model, not the exits alone.")
     ] = False,
+    pooling: Annotated[
+        str | None,
+        typer.Option(metavar="WHAT", help="costeff: exits read cls (as published) or cls+mean [default: cls+mean]."),
+    ] = None,
     heads_per_event: Annotated[
         int | None,
         typer.Option(
@@ -224,6 +228,7 @@ def train(
     slender = api.Slender(
         preset=own("preset", preset, None),
         joint=own("joint", joint, False),
+        pooling=own("pooling", pooling, None),
         heads_per_event=own("heads_per_event", heads_per_event, None),
         importance_rows=own("importance_rows", importance_rows, None),
     )

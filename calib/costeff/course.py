@@ -136,11 +136,15 @@ class Course:
         torch.manual_seed(stage.seed)
         if stage.kind == "exits":
             # Nothing but the exits is trained: dense ones can make more of states that were not made for them.
-            made = CosteffModel.from_backbone(self.tuned, highway_dense=True, attention=_attention())
+            made = CosteffModel.from_backbone(self.tuned, highway_dense=True, **self._parts)
         else:
             labels = len(self.tuned.labels)
-            made = CosteffModel.from_backbone(self.start, num_labels=labels, pooler_dense=False, attention=_attention())
+            made = CosteffModel.from_backbone(self.start, num_labels=labels, pooler_dense=False, **self._parts)
         return made.to(training_device())
+
+    @property
+    def _parts(self) -> dict[str, Any]:
+        return {"mean": self.settings.pooling != "cls", "attention": _attention()}
 
     def _teacher(self, stage: Stage) -> CosteffModel | None:
         if stage.kind == "exits":

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from calib.arithmetic import Precision
 from calib.settings import require_meant
+from compexport.errors import InputError, describe
+
+Pooling = Literal["cls", "cls+mean"]
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,7 @@ class CosteffSettings:
 
     ``heads_per_event``: heads that leave every layer at a time; officially 1. ``importance_rows``: rows whose gradients
     tell which leave; officially all. ``joint``: at ratio 1 train the whole model with its exits, and not the exits
-    alone.
+    alone. ``pooling``: what exits read, the first token as published or the mean of all tokens beside it.
     """
 
     epochs: float = 2.0
@@ -31,10 +36,13 @@ class CosteffSettings:
     max_seconds: float | None = None
     precision: Precision = "auto"
     joint: bool = False
+    pooling: Pooling = "cls+mean"
     heads_per_event: int = 2
     importance_rows: int = 2048
 
     def checked(self) -> CosteffSettings:
         """Itself, or InputError for a value that cannot be meant."""
         require_meant(self, ("steps", "epochs", "batch_size", "max_seconds", "heads_per_event", "importance_rows"))
+        if self.pooling not in POOLINGS:
+            raise InputError(describe("pooling", got=self.pooling, expected=f"one of {', '.join(POOLINGS)}"))
         return self

@@ -19,7 +19,7 @@ def train(job: Job) -> dict[str, Any]:
     from calib.costeff.settings import CosteffSettings
 
     slender = job.slender
-    named = ("heads_per_event", "importance_rows")
+    named = ("pooling", "heads_per_event", "importance_rows")
     own = {name: getattr(slender, name) for name in named if getattr(slender, name) is not None}
     settings = CosteffSettings(joint=slender.joint, **own, **length(job.fit), **given(job.fit)).checked()
     ratios = _ratios(job)

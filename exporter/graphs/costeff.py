@@ -161,7 +161,7 @@ class CosteffFamily(Family):
         model, exits = self.models[ratio], self.exits[ratio]
         depth = self.backbone.num_layers
         extra = self._own[ratio] if exits else {}
-        heads = {"pooler_dense": model.pooler_dense, "highway_dense": model.highway_dense}
+        heads = {"pooler_dense": model.pooler_dense, "highway_dense": model.highway_dense, "mean": model.mean}
         full = cost(self._plain, exits=(depth,)).macs(REPORTED_LENGTH)
         return Variant(
             method=self.plan.method,
@@ -205,7 +205,7 @@ def _outputs(
     for layer in range(part.first + 1, part.last + 1):
         h = model.run_layers(h, mask, layer - 1, layer)
         last = layer == model.facts.layers
-        logits.append(final if last and final is not None else model.exit_logits(h, layer))
+        logits.append(final if last and final is not None else model.exit_logits(h, mask, layer))
     if part.kind == "encoder":
         return logits[-1:]
     if part.kind == ALL_EXITS:

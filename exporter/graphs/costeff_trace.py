@@ -74,9 +74,9 @@ class Template:
         return passes.with_constant_lookups(passes.with_tensors(self.graph, tensors))
 
 
-def structure(model: CosteffModel) -> tuple[bool, bool, bool]:
+def structure(model: CosteffModel) -> tuple[bool, ...]:
     """What makes two models of one host need a trace each."""
-    return model.shape.embedding is not None, model.pooler_dense, model.highway_dense
+    return model.shape.embedding is not None, model.pooler_dense, model.highway_dense, model.mean
 
 
 def template_of(model: CosteffModel, input_names: Sequence[str]) -> Template:
@@ -109,6 +109,7 @@ def _stand_in(model: CosteffModel) -> CosteffModel:
         model.num_labels,
         pooler_dense=model.pooler_dense,
         highway_dense=model.highway_dense,
+        mean=model.mean,
     )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -110,6 +110,7 @@ def _require_as_configured(model: CosteffModel, config: OfficialConfig, folder: 
     pairs: list[tuple[str, object, object]] = [
         ("num_labels", model.num_labels, len(config.labels)),
         ("emb_hidden_dim", shape.embedding or -1, config.rank or -1),
+        ("pooling_mode", "concat" if model.mean else "cls", "cls"),
         ("pooler_dense", (model.pooler_dense, model.highway_dense), (config.pooler_dense,) * 2),
     ]
     if len(set(shape.heads)) == 1:

@@ -22,6 +22,7 @@ from exporter.methods.slender import PRESETS, HostFacts, SlenderShape, rounded_r
 from exporter.methods.slender_weights import (
     factorised,
     official_names,
+    reads_mean,
     require_tables,
     shape_of,
     size_of,
@@ -63,8 +64,12 @@ class CosteffModel(nn.Module):
 
     Layers are counted from 1 where they are exits and from 0 where they are sliced, as everywhere. ``pooler_dense``:
     the final classifier reads a dense pooler, as the host's own does; ``highway_dense``: so do the exits before it.
-    Otherwise a head reads tanh of the first token. While training, the gradients of the L-i predictions above layer i
-    (from 0) reach it as their mean and not as their sum, unless ``gradient_equilibrium`` is switched off.
+    Otherwise a head reads tanh of the first token. ``mean``: heads read the mean of the real tokens beside the first
+    one, all but a final one with the host's own pooler; that is ours, for states whose first token says little before
+    the last layers. Whether they do shows in the shapes of their tensors.
+
+    While training, the gradients of the L-i predictions above layer i (from 0) reach it as their mean and not as their
+    sum, unless ``gradient_equilibrium`` is switched off.
     """
 
     def __init__(
@@ -75,13 +80,15 @@ class CosteffModel(nn.Module):
         *,
         pooler_dense: bool = False,
         highway_dense: bool = False,
+        mean: bool = False,
         attention: Attention = "eager",
     ) -> None:
         super().__init__()
         shape.require_fit(facts, "COST-EFF model")
         _require_labels(num_labels, "COST-EFF model")
         self.facts, self.shape, self.num_labels = facts, shape, num_labels
-        self.pooler_dense, self.highway_dense = pooler_dense, highway_dense
+        self.pooler_dense, self.highway_dense, self.mean = pooler_dense, highway_dense, mean
+        read = 2 * facts.hidden if mean else facts.hidden
         self.gradient_equilibrium = True
         widths = zip(shape.heads, shape.neurons, strict=True)
         self.bert = nn.ModuleDict(
@@ -91,7 +98,7 @@ class CosteffModel(nn.Module):
                     {
                         "layer": nn.ModuleList(Layer(facts, heads, neurons, attention) for heads, neurons in widths),
                         "highway": nn.ModuleList(
-                            Highway(facts, num_labels, highway_dense) for _ in range(facts.layers - 1)
+                            Highway(facts, num_labels, highway_dense, read) for _ in range(facts.layers - 1)
                         ),
                     }
                 ),
@@ -100,9 +107,9 @@ class CosteffModel(nn.Module):
         if facts.word_width != facts.hidden:
             self.bert["embeddings_project"] = nn.Linear(facts.word_width, facts.hidden)
         if pooler_dense:
-            self.bert["pooler"] = Pooler(facts)
+            self.bert["pooler"] = Pooler(facts, facts.hidden)
         self.dropout = nn.Dropout(facts.classifier_dropout)
-        self.classifier = nn.Linear(facts.hidden, num_labels)
+        self.classifier = nn.Linear(facts.hidden if pooler_dense else read, num_labels)
         self.apply(self._initialise)
 
     def _initialise(self, module: nn.Module) -> None:
@@ -122,6 +129,7 @@ class CosteffModel(nn.Module):
         *,
         pooler_dense: bool | None = None,
         highway_dense: bool = False,
+        mean: bool = False,
         attention: Attention = "eager",
     ) -> CosteffModel:
         """The backbone's weights; exits, and whatever head the backbone lacks, are fresh.
@@ -146,7 +154,8 @@ class CosteffModel(nn.Module):
             [range(neurons) for neurons in wanted.neurons],
             wanted.embedding,
         )
-        model = cls(facts, wanted, classes, pooler_dense=dense, highway_dense=highway_dense, attention=attention)
+        heads = {"pooler_dense": dense, "highway_dense": highway_dense, "mean": mean}
+        model = cls(facts, wanted, classes, **heads, attention=attention)
         if own and not dense:  # the backbone's classifier reads what its pooler makes, and nothing else
             kept = {n: t for n, t in kept.items() if not n.startswith(("bert.pooler.", "classifier."))}
         model.load_state_dict({**model.state_dict(), **kept})
@@ -164,14 +173,17 @@ class CosteffModel(nn.Module):
         shape = shape_of(tensors, facts, origin)
         num_labels = size_of(tensors, "classifier.weight", 0, origin)
         _require_labels(num_labels, origin)
-        require_tables(tensors, facts, shape, num_labels, origin)
+        pooled, mean = "bert.pooler.dense.weight" in tensors, reads_mean(tensors, facts, origin)
+        read = 2 * facts.hidden if mean and not pooled else facts.hidden
+        require_tables(tensors, facts, shape, [num_labels, read], origin)
         with torch.device("meta"):
             model = cls(
                 facts,
                 shape,
                 num_labels,
-                pooler_dense="bert.pooler.dense.weight" in tensors,
+                pooler_dense=pooled,
                 highway_dense=any(name.startswith(f"{HIGHWAY}0.pooler.") for name in tensors),
+                mean=mean,
                 attention=attention,
             )
         expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -198,9 +210,8 @@ class CosteffModel(nn.Module):
             h = self._layers[index](h, bias)
         return h
 
-    def exit_logits(self, h: Tensor, layer: int) -> Tensor:
-        """The prediction after ``layer``, counted from 1, of which h [B,S,H] is the output: [B,C]."""
-        first = h[:, 0]
+    def exit_logits(self, h: Tensor, attention_mask: Tensor, layer: int) -> Tensor:
+        """The prediction after ``layer``, counted from 1, of which h [B,S,H] is the output: [B,C]; mask [B,S]."""
         if layer == self.facts.layers:
             pooler = self.bert["pooler"] if self.pooler_dense else None
             classifier: nn.Module = self.classifier
@@ -208,7 +219,9 @@ class CosteffModel(nn.Module):
             highway: Any = self.bert["encoder"]["highway"][layer - 1]  # type: ignore[index]
             pooler = highway.pooler if self.highway_dense else None
             classifier = highway.classifier
-        pooled = torch.tanh(first) if pooler is None else pooler(first)
+        host_own = layer == self.facts.layers and self.pooler_dense
+        read = torch.cat((h[:, 0], mean_of(h, attention_mask)), dim=-1) if self.mean and not host_own else h[:, 0]
+        pooled = torch.tanh(read) if pooler is None else pooler(read)
         out: Tensor = classifier(self.dropout(pooled))
         return out
 
@@ -224,7 +237,7 @@ class CosteffModel(nn.Module):
             if balanced:
                 state = ScaledGradient.apply(state, 1 / (layers - index))
             states.append(state)
-            logits.append(self.exit_logits(state, index + 1))
+            logits.append(self.exit_logits(state, attention_mask, index + 1))
             h = ScaledGradient.apply(state, max(1, layers - index - 1)) if balanced else state
         return CosteffOutput(logits, states)
 
@@ -247,6 +260,12 @@ class CosteffModel(nn.Module):
         return self.shape.ratio(self.facts)
 
 
+def mean_of(h: Tensor, attention_mask: Tensor) -> Tensor:
+    """The mean [B,H] of h [B,S,H] over the tokens whose mask [B,S] is 1; 0 where a text has none."""
+    mask = attention_mask.to(h.dtype).unsqueeze(-1)
+    return (h * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
 def cost(model: CosteffModel, first: int = 0, last: int | None = None, exits: Iterable[int] | None = None) -> Cost:
     """MACs of one sequence through layers ``first`` to ``last`` - 1 and the heads ``exits``, counted from 1.
 
@@ -262,8 +281,10 @@ def cost(model: CosteffModel, first: int = 0, last: int | None = None, exits: It
         per_token += facts.word_width * facts.hidden if facts.word_width != facts.hidden else 0
     fixed = 0
     for layer in (last,) if exits is None else exits:
-        dense = model.pooler_dense if layer == facts.layers else model.highway_dense
-        fixed += facts.hidden * (model.num_labels + (facts.hidden if dense else 0))
+        last_one = layer == facts.layers
+        dense = model.pooler_dense if last_one else model.highway_dense
+        read = 2 * facts.hidden if model.mean and not (last_one and dense) else facts.hidden
+        fixed += facts.hidden * (read + model.num_labels) if dense else read * model.num_labels
     return Cost(fixed=fixed, per_token=per_token, per_pair=2 * facts.head_width * heads)
 
 

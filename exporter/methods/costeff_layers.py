@@ -130,23 +130,23 @@ class Embeddings(nn.Module):
 
 
 class Pooler(nn.Module):
-    """The dense layer that a head may read the first token through."""
+    """The dense layer that a head may read its ``width`` numbers through, to [B,H]."""
 
-    def __init__(self, facts: HostFacts) -> None:
+    def __init__(self, facts: HostFacts, width: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(facts.hidden, facts.hidden)
+        self.dense = nn.Linear(width, facts.hidden)
         self.activation = _activation(facts.pooler_activation)
 
-    def forward(self, first: Tensor) -> Tensor:
-        out: Tensor = self.activation(self.dense(first))
+    def forward(self, read: Tensor) -> Tensor:
+        out: Tensor = self.activation(self.dense(read))
         return out
 
 
 class Highway(nn.Module):
-    """The exit head after one layer."""
+    """The exit head after one layer, which reads ``width`` numbers of a text."""
 
-    def __init__(self, facts: HostFacts, num_labels: int, dense: bool) -> None:
+    def __init__(self, facts: HostFacts, num_labels: int, dense: bool, width: int) -> None:
         super().__init__()
         if dense:
-            self.pooler = Pooler(facts)
-        self.classifier = nn.Linear(facts.hidden, num_labels)
+            self.pooler = Pooler(facts, width)
+        self.classifier = nn.Linear(facts.hidden if dense else width, num_labels)

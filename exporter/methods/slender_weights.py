@@ -14,6 +14,7 @@ from torch import Tensor
 from compexport.errors import InputError, describe
 from exporter.backbone import Backbone
 from exporter.methods.slender import HostFacts, SlenderShape
+from exporter.plans.costeff import HIGHWAY
 
 WORDS = "bert.embeddings.word_embeddings.weight"
 WORDS_LEFT = "bert.embeddings.word_embeddings1.weight"
@@ -128,18 +129,18 @@ def shape_of(tensors: Mapping[str, Tensor], facts: HostFacts, origin: str) -> Sl
 
 
 def require_tables(
-    tensors: Mapping[str, Tensor], facts: HostFacts, shape: SlenderShape, num_labels: int, origin: str
+    tensors: Mapping[str, Tensor], facts: HostFacts, shape: SlenderShape, classifier: list[int], origin: str
 ) -> None:
     """InputError where the sizes that only the host's configuration names are not those of the tensors.
 
-    Before anything is made of such sizes, which can be any number.
+    Before anything is made of such sizes, which can be any number. ``classifier``: [C, what it reads].
     """
     base, width = "bert.embeddings.", facts.word_width
     words, rank = (WORDS, width) if shape.embedding is None else (WORDS_LEFT, shape.embedding)
     expected = {
         words: [facts.vocabulary, rank],
         f"{base}position_embeddings.weight": [facts.positions, width],
-        "classifier.weight": [num_labels, facts.hidden],
+        "classifier.weight": classifier,
     }
     if facts.types:
         expected[f"{base}token_type_embeddings.weight"] = [facts.types, width]
@@ -147,6 +148,13 @@ def require_tables(
         got = list(tensors[name].shape) if name in tensors else "nothing"
         if got != wanted:
             raise InputError(describe(f"{origin}: {name}", got=got, expected=wanted))
+
+
+def reads_mean(tensors: Mapping[str, Tensor], facts: HostFacts, origin: str) -> bool:
+    """Whether exits read the mean of the tokens beside the first one: then the first exit's matrix has 2 H columns."""
+    ways = [f"{HIGHWAY}0.pooler.dense.weight", f"{HIGHWAY}0.classifier.weight", "bert.pooler.dense.weight"]
+    first = next((name for name in ways if name in tensors), "classifier.weight")
+    return size_of(tensors, first, 1, origin) == 2 * facts.hidden
 
 
 def size_of(tensors: Mapping[str, Tensor], name: str, axis: int, origin: str) -> int:

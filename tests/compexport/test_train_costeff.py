@@ -164,6 +164,11 @@ def test_zero_is_a_value(tiny: Callable[..., Path], data: Path) -> None:
             training.train(tiny(), data, method="costeff", slender=api.Slender(**{name: 0}))
 
 
+def test_pooling_has_two_names(cli: Cli, tiny: Callable[..., Path], data: Path) -> None:
+    done = cli("train", "costeff", tiny(), "--data", data, "--ratio", "2", "--pooling", "max")
+    assert done.code == 2 and "pooling: got max, expected one of cls, cls+mean" in done.error
+
+
 def test_models_and_places_that_will_not_do(cli: Cli, tiny: Callable[..., Path], data: Path, tmp_path: Path) -> None:
     command = ["--data", data, "--ratio", "2", "--steps", 10**6]
     assert (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -84,9 +85,10 @@ def test_without_types_all_tokens_are_of_type_0(backbone: Backbones) -> None:
         assert torch.equal(model(feed["input_ids"], feed["attention_mask"]).logits[-1], loaded.model(**feed).logits)
 
 
-def test_segments_are_the_whole(backbone: Backbones) -> None:
+@pytest.mark.parametrize("mean", [False, True])
+def test_segments_are_the_whole(backbone: Backbones, mean: bool) -> None:
     loaded = backbone("tiny-bert-deep", "sequence-classification")
-    model, feed = random_model(loaded, NARROW, pooler_dense=True, highway_dense=True), feeds(loaded)
+    model, feed = random_model(loaded, NARROW, pooler_dense=True, highway_dense=True, mean=mean), feeds(loaded)
     mask = feed["attention_mask"]
     with torch.no_grad():
         whole = model(**feed)
@@ -94,11 +96,12 @@ def test_segments_are_the_whole(backbone: Backbones) -> None:
         for first, last in [(0, 1), (1, 3), (3, 4)]:
             h = model.run_layers(h, mask, first, last)
             assert torch.equal(h, whole.hidden_states[last])
-            assert torch.equal(model.exit_logits(h, last), whole.logits[last - 1])
+            assert torch.equal(model.exit_logits(h, mask, last), whole.logits[last - 1])
         # Rows may leave in between: those that stay answer the same.
         rows = torch.tensor([2, 0])
         rest = model.run_layers(whole.hidden_states[1][rows], mask[rows], 1, 4)
-        torch.testing.assert_close(model.exit_logits(rest, 4), whole.logits[3][rows], atol=1e-6, rtol=0)
+        again = model.exit_logits(rest, mask[rows], 4)
+        torch.testing.assert_close(again, whole.logits[3][rows], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("name", HOSTS)
@@ -198,12 +201,12 @@ def test_a_pooler_may_be_left_behind(backbone: Backbones) -> None:
 
 def test_round_trip_of_uneven_widths(backbone: Backbones) -> None:
     loaded = backbone("tiny-bert-deep", "sequence-classification")
-    for dense, highways in [(False, False), (True, False), (True, True)]:
-        model = random_model(loaded, NARROW, num_labels=3, pooler_dense=dense, highway_dense=highways)
+    for dense, highways, mean in itertools.product([False, True], repeat=3):
+        model = random_model(loaded, NARROW, num_labels=3, pooler_dense=dense, highway_dense=highways, mean=mean)
         tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         again = CosteffModel.from_tensors(tensors, loaded, "test")
         assert (again.shape, again.num_labels) == (NARROW, 3)
-        assert (again.pooler_dense, again.highway_dense) == (dense, highways)
+        assert (again.pooler_dense, again.highway_dense, again.mean) == (dense, highways, mean)
         with torch.no_grad():
             for a, b in zip(model(**feeds(loaded)).logits, again(**feeds(loaded)).logits, strict=True):
                 assert torch.equal(a, b)
@@ -380,6 +383,26 @@ def test_costs_of_segments_add_up(backbone: Backbones) -> None:
     layers = 10 * (4 * 32 * 8 * 50 + 2 * 8 * 50 * 50) + 94 * 2 * 32 * 50
     assert together.macs(50) == 10 * 32 * 50 + layers + 3 * (32 * 32 + 32 * 3)
     assert cost(model, exits=range(1, 5)).macs(9) - cost(model, exits=()).macs(9) == 4 * (32 * 32 + 32 * 3)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_exits_that_read_the_mean_too(backbone: Backbones, dense: bool) -> None:
+    loaded = backbone("tiny-bert-deep", "sequence-classification")
+    model, feed = random_model(loaded, NARROW, num_labels=3, pooler_dense=dense, mean=True), feeds(loaded)
+    with torch.no_grad():
+        found = model(**feed)
+        for row, length in enumerate((9, 5, 1)):
+            h = found.hidden_states[2][row, :length]
+            read = torch.cat((h[0], h.mean(0))).tanh()
+            classifier = model.get_submodule("bert.encoder.highway.1.classifier")
+            torch.testing.assert_close(classifier(read), found.logits[1][row], atol=1e-5, rtol=0)
+        # What stands in padded places does not count, nor how many there are.
+        wider = {name: torch.nn.functional.pad(tensor, (0, 3), value=0) for name, tensor in feed.items()}
+        for a, b in zip(model(**wider).logits, found.logits, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+    # The host's own pooler reads the first token alone, so the last exit can stay the host itself.
+    final = cost(model, exits=(4,)).fixed
+    assert final == (32 * 32 + 32 * 3 if dense else 64 * 3) and cost(model, exits=(1,)).fixed == 64 * 3
 
 
 # --- exits

@@ -194,7 +194,7 @@ def test_manifest(bundle: Path, checkpoint: Path) -> None:
         "all-exits": "costeff-r2.5-all",
         **{f"prefix-{layer}": f"costeff-r2.5-p{layer}" for layer in (1, 3, 4)},
     }
-    assert narrow.settings == {**NARROW.document(), "pooler_dense": False, "highway_dense": False}
+    assert narrow.settings == {**NARROW.document(), "pooler_dense": False, "highway_dense": False, "mean": False}
     exits = (DEPTH - 1) * (models.HIDDEN + 1) * 2
     assert whole.extra_params == exits and whole.params == loaded.params + exits
     assert narrow.extra_params == narrow.params < loaded.params
@@ -320,13 +320,15 @@ def test_a_file_of_exits_holds_nothing_else(checkpoint: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("pooled", [True, False], ids=["dense pooler", "no pooler"])
+@pytest.mark.parametrize(
+    ("pooled", "mean"), [(True, False), (False, False), (False, True)], ids=["dense pooler", "no pooler", "mean"]
+)
 def test_jointly_trained_exits_bring_their_own_head(
-    backbone: Callable[..., Backbone], tmp_path: Path, traces: Traces, pooled: bool
+    backbone: Callable[..., Backbone], tmp_path: Path, traces: Traces, pooled: bool, mean: bool
 ) -> None:
     """Ratio 1 with other weights than the backbone's is what it was when saved; the backbone stands beside it."""
     loaded = backbone(DEEP, CLASSIFIER)
-    whole = random_model(loaded, SlenderShape.full(loaded), pooler_dense=pooled)
+    whole = random_model(loaded, SlenderShape.full(loaded), pooler_dense=pooled, mean=mean)
     save(tmp_path / "model", loaded, {1: whole})
     made = family.build(tmp_path / "model", [], tmp_path / "bundle", exits={1: (2, 4)})
     feed = feeds(loaded)

@@ -90,7 +90,7 @@ def test_what_is_written(learnt: tuple[CosteffResult, Path]) -> None:
         assert slender.shape == wanted[str(ratio)] and slender.ratio == pytest.approx(ratio, rel=0.01)
         assert done.record["extra_params"][str(ratio)] == slender.params
         assert found.settings["shapes"][str(ratio)] == slender.shape.document()
-        assert not slender.pooler_dense and not slender.highway_dense
+        assert not slender.pooler_dense and not slender.highway_dense and slender.mean
         assert found.settings["training"][str(ratio)]["exits"] == done.record["exits"][str(ratio)]
     assert found.settings["shapes"]["1"] == SlenderShape.uniform(LAYERS, HEADS, FFN).document()
 
@@ -101,7 +101,7 @@ def test_beside_a_frozen_backbone_only_exits_are_stored(learnt: tuple[CosteffRes
     assert found is not None
     exits = found.load(1)
     assert exits and all(name.startswith("bert.encoder.highway.") for name in exits)
-    assert sum(one.numel() for one in exits.values()) == (LAYERS - 1) * (HIDDEN * HIDDEN + HIDDEN + 2 * HIDDEN + 2)
+    assert sum(one.numel() for one in exits.values()) == (LAYERS - 1) * (2 * HIDDEN * HIDDEN + HIDDEN + 2 * HIDDEN + 2)
     whole = CosteffModel.from_tensors({**official_names(backbone, 2), **exits}, backbone, "test").eval()
     ids, mask = torch.tensor([[2, 40, 50, 3]]), torch.ones(1, 4, dtype=torch.long)
     with torch.no_grad():
@@ -165,7 +165,7 @@ def test_fine_tuning_warms_up_as_the_other_stages(
 
 
 def test_jointly_the_whole_model_is_trained(learnt: tuple[CosteffResult, Path], tmp_path: Path) -> None:
-    done = fitted(learnt[1] / "out", tmp_path / "u", 1, settings=replace(QUICK, joint=True))
+    done = fitted(learnt[1] / "out", tmp_path / "u", 1, settings=replace(QUICK, joint=True, pooling="cls"))
     assert list(done.record["stages"]) == ["2-assist"] and done.record["exits"]["1"] == done.record["assistant"]
     whole = CosteffModel.from_tensors(done.tensors[1], done.backbone, "test")
     query = "bert.encoder.layer.0.attention.self.query.weight"
