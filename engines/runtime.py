@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from compexport.errors import CompexportError, InputError, describe
 from engines.answers import Answer, answers, needed_outputs
-from engines.anytime import Aftercare, chunk_end_s
+from engines.anytime import Aftercare, Margin, chunk_end_s
 from engines.bundle import Bundle
 from engines.cascade import LOGITS, Cascade, Deadline, ExitRun
 from engines.exit_rule import TO_THE_END, ExitRule
@@ -102,6 +102,7 @@ class Runtime:
         self.members = Members(bundle, self.backend, self.device, variants)
         self.correction = correction if correction is not None else Correction()
         self._aftercare = Aftercare()
+        self._margin = Margin()
         self._lock = threading.RLock()
         self._sessions: dict[str, OpenSession] = {}
         self._encoder: TextEncoder | None = None
@@ -244,11 +245,14 @@ class Runtime:
             for index, output in zip(chunk, answered, strict=True):
                 outputs[index] = output
         latency_ms = waited_ms + _ms_since(started)
+        met_budget = budget_ms is None or latency_ms <= budget_ms
+        if end_s is not None and self._went_on(how.engine, outputs):
+            self._margin.observe(late=not met_budget)
         return BatchResult(
             decision.variant,
             decision.predicted_ms,
             latency_ms,
-            budget_ms is None or latency_ms <= budget_ms,
+            met_budget,
             outputs,
             [one.truncated for one in encoded],
             decision,
@@ -435,10 +439,17 @@ class Runtime:
         def needs_ms(segment: int, rows: int) -> float:
             return forecast.segment_ms(how.engine, segment, rows, length).p99_ms * factor
 
-        end_s = how.end_s - self._aftercare.reserve_ms(sum(batch for batch, _ in shapes)) / 1000.0
         chunks = [forecast.first_and_whole_ms(how.engine, *shape) for shape in shapes]
         corrected = [(first_ms * factor, whole_ms * factor) for first_ms, whole_ms in chunks]
+        reserve_ms = self._aftercare.reserve_ms(sum(batch for batch, _ in shapes))
+        reserve_ms += self._margin.share * sum(whole_ms for _, whole_ms in corrected)
+        end_s = how.end_s - reserve_ms / 1000.0
         return Deadline(chunk_end_s(perf_counter(), end_s, corrected), needs_ms)
+
+    def _went_on(self, engine: str, outputs: Sequence[Answer]) -> bool:
+        """Whether some row passed the first exit: only such a request could have ended earlier."""
+        exits = self.bundle.manifest.variants[engine].exits
+        return exits is not None and any(output["exit"] > exits[0] for output in outputs)
 
     def _observe(self, variant: str, shape: tuple[int, int], engine_ms: float) -> None:
         """Outside the grid a prediction is a bound, so only running longer than it says something of the machine."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.anytime import Aftercare, chunk_end_s
+from engines.anytime import Aftercare, Margin, chunk_end_s
 
 
 def test_one_chunk_has_all_the_time() -> None:
@@ -56,3 +57,26 @@ def test_one_interruption_is_not_kept_for_every_request() -> None:
     for number in range(Aftercare.REMEMBERED):
         aftercare.observe(1, Aftercare.FIXED_MS + (500.0 if number == 64 else 2.0))
     assert aftercare.reserve_ms(1) == pytest.approx(Aftercare.FIXED_MS + 2.0)
+
+
+@pytest.mark.parametrize("jitter", [0.02, 0.1])
+def test_the_margin_makes_few_late_whatever_the_jitter(jitter: float) -> None:
+    """Runs that end at their deadline but for a random delay: late, without a margin, every other time."""
+    random, margin = np.random.default_rng(0), Margin()
+    late = []
+    for delay in random.normal(0.0, jitter, 20_000):
+        late.append(delay > margin.share)
+        margin.observe(late[-1])
+    assert np.mean(late[2000:]) == pytest.approx(Margin.LATE, abs=0.002)
+
+
+def test_the_margin_has_two_ends() -> None:
+    margin = Margin()
+    margin.observe(late=False)
+    assert margin.share == 0.0
+    for _ in range(100):
+        margin.observe(late=True)
+    assert margin.share == Margin.WIDEST
+    for _ in range(10_000):
+        margin.observe(late=False)
+    assert margin.share == 0.0

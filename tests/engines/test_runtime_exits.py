@@ -242,6 +242,32 @@ def test_the_correction_makes_the_clock_strict(open_runtime: Open) -> None:
     assert {why for _, why in exits_of(runtime, variant=R1, budget_ms=HOUR_MS)} == {"out of time"}
 
 
+@pytest.mark.parametrize(("share", "budget_ms", "why"), [(0.0, 1.5e5, "last"), (0.5, 1.5e5, "out of time")])
+def test_the_margin_makes_the_clock_strict(open_runtime: Open, share: float, budget_ms: float, why: str) -> None:
+    runtime = open_runtime(profile(later_ms=1e5))
+    runtime._margin.share = share
+    assert {one for _, one in exits_of(runtime, variant=R1, budget_ms=budget_ms)} == {why}
+
+
+def test_the_margin_learns_from_what_could_have_ended_earlier(
+    open_runtime: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime, seen = open_runtime(profile(later_ms=1e6)), []
+    monkeypatch.setattr(runtime._margin, "observe", lambda late: seen.append(late))
+    exits_of(runtime, variant=R1)
+    exits_of(runtime, variant=R1, budget_ms=1e3)  # stops at once
+    assert seen == []
+    exits_of(runtime, variant=R1, budget_ms=HOUR_MS)
+    assert seen == [False]
+    # As if the last segment, which was to take no time, had taken all there was.
+    runtime.members._bundle.save_profile(profile()["device"], profile())
+    slow = Runtime(runtime.bundle, threads=1)
+    monkeypatch.setattr(slow._margin, "observe", lambda late: seen.append(late))
+    monkeypatch.setattr(Deadline, "allows", lambda *_: True)
+    exits_of(slow, variant=R1, budget_ms=1e-3)
+    assert seen == [False, True]
+
+
 def test_runs_are_observed_as_a_whole(open_runtime: Open) -> None:
     runtime = open_runtime(profile())
     runtime.run_batch(TEXTS, variant=POINT)
