@@ -270,6 +270,63 @@ def training_table() -> list[str]:
     return [*table(header, [trainer, *rows]), "", about, "", *environment_line("training")]
 
 
+# --- slender models ---------------------------------------------------------------------------------------------------
+
+
+def _slender() -> dict[str, Result]:
+    """The results of the tasks on which slender models were trained."""
+    return {task: load(f"costeff_{task}") for task in TASKS if (RESULTS / f"costeff_{task}.json").exists()}
+
+
+def slender_table() -> list[str]:
+    """Every variant to its end and by its points that save by a factor."""
+    rows = [
+        (
+            f"{task}, n = {result['evaluate']['n']}",
+            _ratio(row["variant"]),
+            row["variant"].partition("@")[2] or "to the end",
+            f"{row['value']:.3f}",
+            f"{row['relative_quality']:.1%}",
+            f"{row['exits_speedup']:.2f}",
+            f"{row['flops_ratio'] or whole[row['variant']]:.1f}",
+        )
+        for task, result in _slender().items()
+        for whole in [{one["variant"]: one["flops_ratio"] for one in result["build"]["variants"]}]
+        for row in result["rows"]
+        if "drop-" not in row["variant"]
+    ]
+    header = [
+        "task, rows of dev",
+        "ratio",
+        "exits",
+        "accuracy",
+        "of the backbone's",
+        "saved by exits",
+        "MACs saved in all",
+    ]
+    return table(header, rows) if rows else ["Not measured yet: no figure."]
+
+
+def slender_notes() -> list[str]:
+    """How each family was trained, in numbers, and how good each of its exits is alone."""
+    lines = []
+    for task, result in _slender().items():
+        trained, recipe = result["train"], result["recipe"]
+        exits = "; ".join(
+            f"ratio {ratio}: {', '.join(f'{value:.3f}' for value in values)}"
+            for ratio, values in trained["exits"].items()
+        )
+        lines += [
+            f"{task}: {trained['texts']} texts of at most {recipe['length']} tokens, {trained['steps']} steps of"
+            f" {recipe['fit']['batch_size']} in {trained['seconds'] / 60:.0f} minutes on one busy core; the fine-tuned model's"
+            f" accuracy is {trained['teacher']:.3f}. Accuracy of each exit on all of dev, {exits}.",
+            "",
+            *environment_line(f"costeff_{task}"),
+            "",
+        ]
+    return lines[:-1]
+
+
 # --- exits ------------------------------------------------------------------------------------------------------------
 
 
@@ -381,6 +438,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "quality notes": quality_notes,
     "tasks": tasks_table,
     "tasks notes": tasks_notes,
+    "slender": slender_table,
+    "slender notes": slender_notes,
     "cascade": cascade_table,
     "anytime": anytime_table,
     "cascade notes": cascade_notes,
