@@ -295,16 +295,10 @@ def slender_table() -> list[str]:
         for row in result["rows"]
         if "drop-" not in row["variant"]
     ]
-    header = [
-        "task, rows of dev",
-        "ratio",
-        "exits",
-        "accuracy",
-        "of the backbone's",
-        "saved by exits",
-        "MACs saved in all",
-    ]
-    return table(header, rows) if rows else ["Not measured yet: no figure."]
+    if not rows:
+        return ["Not measured yet: no figure."]
+    header = ["task, rows of dev", "ratio", "exits", "accuracy", "of the backbone's", "MACs saved by exits", "in all"]
+    return table(header, rows)
 
 
 def slender_notes() -> list[str]:
@@ -318,8 +312,8 @@ def slender_notes() -> list[str]:
         )
         lines += [
             f"{task}: {trained['texts']} texts of at most {recipe['length']} tokens, {trained['steps']} steps of"
-            f" {recipe['fit']['batch_size']} in {trained['seconds'] / 60:.0f} minutes on one busy core; the fine-tuned model's"
-            f" accuracy is {trained['teacher']:.3f}. Accuracy of each exit on all of dev, {exits}.",
+            f" {recipe['fit']['batch_size']} in {trained['seconds'] / 60:.0f} minutes on one busy core; the fine-tuned"
+            f" model's accuracy is {trained['teacher']:.3f}. Accuracy of each exit on all of dev, {exits}.",
             "",
             *environment_line(f"costeff_{task}"),
             "",
