@@ -155,6 +155,14 @@ def stepping_for_ratio(of: OdeFacts | Sequence[int], ratio: float, form: Form = 
     return Stepping.even(groups, [round(count) for count in counts], form)
 
 
+def iterations_of_groups(layers: int, groups: int) -> list[int]:
+    """How many of ``layers`` iterations each group of an ALBERT runs: i belongs to group int(i / (layers / groups))."""
+    counts = [0] * groups
+    for iteration in range(layers):
+        counts[int(iteration / (layers / groups))] += 1
+    return counts
+
+
 def ratios_that_work(groups: Sequence[int]) -> list[float]:
     """The ratios, of at most three decimals, at which every group takes a whole number of steps; ascending."""
     ratios = (groups[0] / count for count in range(groups[0], 0, -1))
