@@ -35,7 +35,8 @@ from exporter.graphs.ode_decoding import decoder_feeds, decoder_outputs, stock_d
 from exporter.graphs.ode_trace import MASK, Pieces
 from exporter.graphs.ode_unroll import unrolled, unrolled_decoder, unrolled_with_exits
 from exporter.graphs.stock import stock_outputs
-from exporter.methods.ode import SteppedModel, cost, embedding_cost, head_cost, steps_cost, together
+from exporter.methods.ode import SteppedModel, cost, embedding_cost, facts_of, head_cost, steps_cost, together
+from exporter.methods.ode_checkpoint import load_exits
 from exporter.methods.ode_exits import ExitHeads
 from exporter.methods.ode_stepping import Stepping
 from exporter.plans import PlannedGraph
@@ -90,7 +91,9 @@ class OdeFamily(Family):
             what = f"{plan.folder}: exits classify whole texts"
             got = f"a model for {backbone.task}"
             raise InputError(describe(what, got=got, expected="sequence-classification"))
-        return cls(plan, backbone, {ratio: _heads(plan, backbone, ratio) for ratio in trained})
+        facts, classes = facts_of(backbone), len(backbone.labels)
+        heads = {ratio: load_exits(plan.checkpoint, facts, classes, ratio) for ratio in trained}
+        return cls(plan, backbone, {ratio: found for ratio, found in heads.items() if found is not None})
 
     # --- graphs
 
@@ -311,14 +314,6 @@ def feed_forward_matrices(model: onnx.ModelProto, hidden: int, neurons: int) -> 
     shapes = {tensor.name: sorted(tensor.dims) for tensor in model.graph.initializer}
     read = {name for node in model.graph.node if node.op_type in ("MatMul", "Gemm") for name in node.input[:2]}
     return sum(shapes.get(name) == sorted((hidden, neurons)) for name in read)
-
-
-def _heads(plan: OdePlan, backbone: Backbone, ratio: float) -> ExitHeads:
-    checkpoint = plan.checkpoint
-    assert checkpoint is not None
-    origin = f"{checkpoint.folder}, ratio {ratio}"
-    n, classes = plan.stepping(ratio).n, len(backbone.labels)
-    return ExitHeads.from_tensors(checkpoint.load(ratio), n, backbone.hidden_size, classes, origin)
 
 
 def _tensors(feed: parity.Arrays) -> dict[str, Tensor]:

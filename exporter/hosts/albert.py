@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from exporter.hosts.bert import CLASSES, answer, classify, inside, tag
 from exporter.hosts.host import Host, Repeated, Sharing
-from exporter.methods.ode_stepping import iterations_of_groups
+from exporter.sharing import iterations_of_groups
 
 
 def _counts(config: Any) -> list[int]:

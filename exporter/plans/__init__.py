@@ -5,9 +5,10 @@ from pathlib import Path
 from compexport.errors import InputError, describe
 from exporter.checkpoint import MethodCheckpoint
 from exporter.plans.costeff import CosteffPlan
-from exporter.plans.ode import OdePlan, shares_layers
+from exporter.plans.ode import OdePlan
 from exporter.plans.plan import Plan, PlannedGraph
 from exporter.plans.variator import VariatorPlan
+from exporter.sharing import may_share
 
 DEFAULT_METHOD = "variator"
 PLANS: dict[str, type[Plan]] = {plan.method: plan for plan in (VariatorPlan, CosteffPlan, OdePlan)}
@@ -18,7 +19,7 @@ def plan_of(folder: Path, method: str | None, checkpoint: MethodCheckpoint | Non
 
     InputError for a name that is no method's.
     """
-    fitting = OdePlan.method if shares_layers(folder) else DEFAULT_METHOD
+    fitting = OdePlan.method if may_share(folder) else DEFAULT_METHOD
     named = method or (checkpoint.method if checkpoint is not None else fitting)
     if named not in PLANS:
         what = f"{folder}: unknown method"

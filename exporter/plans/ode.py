@@ -6,32 +6,23 @@ trained model, n steps taken instead.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from compexport.errors import InputError, describe
 from engines.manifest import ALL_EXITS, DECODER, EMBED, ENCODER, HEAD, head_role, prefix_role, segment_role, step_role
 from exporter.checkpoint import MethodCheckpoint, plain_ratio
-from exporter.methods.ode_stepping import (
-    DEFAULT_FORM,
-    Form,
-    Stepping,
-    iterations_of_groups,
-    ratios_that_work,
-    stepping_for_ratio,
-)
+from exporter.methods.ode_stepping import Form, Stepping, described_stepping, ratios_that_work
 from exporter.plans.costeff import default_exits
 from exporter.plans.plan import Plan, PlannedGraph
+from exporter.sharing import DECODERS, groups_of_folder, model_type_of
 
 if TYPE_CHECKING:
     from exporter.graphs.family import Family
 
-ALBERT, DECODERS = "albert", ("gpt2",)
-HOSTS = (ALBERT, *DECODERS)
 USUAL_RATIOS = (2, 3, 4)
 
 Kind = Literal["whole", "segment", "prefix", "all-exits", "embed", "step", "head", "exit-head"]
@@ -72,21 +63,22 @@ class OdePlan(Plan):
 
     def require_trained(self) -> None:
         """Weights serve every ratio, so nothing is missing; InputError for exits where there are no heads for them."""
-        if self.exits is not None and not any(map(self.trained, self.ratios)):
-            hint = f"train them with `compexport train ode {self.folder} --exits --data D -o OUT`"
-            raise InputError(describe(f"{self.folder}: --exits needs exit heads", got="none", hint=hint))
+        if self.exits is None or any(map(self.exits_of, self.ratios)):
+            return
+        hint = f"train them with `compexport train ode {self.folder} --exits --data D -o OUT`"
+        got = "none for these steps" if any(map(self.trained, self.ratios)) else "none"
+        raise InputError(describe(f"{self.folder}: --exits needs exit heads", got=got, hint=hint))
 
     # --- steps
 
     @cached_property
     def groups(self) -> tuple[int, ...]:
         """Iterations of each group of shared layers; InputError as the loader raises it."""
-        return groups_of(self.folder, self.task)
+        return groups_of_folder(self.folder, self.task)
 
     @cached_property
     def _steppings(self) -> dict[float, Stepping]:
-        chosen = {ratio: self._stepping(ratio) for ratio in self.ratios}
-        return {ratio: stepping.require_fit(self.groups, f"ratio {ratio}") for ratio, stepping in chosen.items()}
+        return {ratio: self._stepping(ratio) for ratio in self.ratios}
 
     def stepping(self, ratio: float) -> Stepping:
         """The steps of one ratio; InputError where they do not fit the model."""
@@ -94,16 +86,8 @@ class OdePlan(Plan):
 
     def _stepping(self, ratio: float) -> Stepping:
         if ratio in self.steppings:
-            return self.steppings[ratio]
-        settings = self.checkpoint.settings if self.checkpoint is not None else {}
-        form = self.form or settings.get("form", DEFAULT_FORM)
-        lists = settings.get("steps", {}).get(str(ratio))
-        if ratio == 1:
-            return Stepping.full(self.groups, form)
-        if lists is None:
-            return stepping_for_ratio(self.groups, ratio, form)
-        assert self.checkpoint is not None
-        return Stepping.from_document(form, lists, f"{self.checkpoint.folder}: ratio {ratio}")
+            return self.steppings[ratio].require_fit(self.groups, f"steps of ratio {ratio:g}")
+        return described_stepping(self.checkpoint, self.groups, ratio, self.form)
 
     @property
     def step_form(self) -> Form:
@@ -119,13 +103,15 @@ class OdePlan(Plan):
     @cached_property
     def generates(self) -> bool:
         """Whether the model continues a text, and its graphs read a past."""
-        return config_of(self.folder).get("model_type") in DECODERS
+        return model_type_of(self.folder) in DECODERS
 
     def exits_of(self, ratio: float) -> tuple[int, ...] | None:
-        """Where the segments of ``ratio`` end, the last step included; None for one without exit heads."""
-        n = self.stepping(ratio).n
-        if not self.trained(ratio):
+        """Where the segments of ``ratio`` end, the last step included; None for one without exit heads for its steps."""
+        if not self.trained(ratio) or not self.stepping(ratio).same(
+            described_stepping(self.checkpoint, self.groups, ratio)
+        ):
             return None
+        n = self.stepping(ratio).n
         wanted = default_exits(n) if self.exits is None else self.exits
         kept = (*(step for step in wanted if step < n), n)
         return kept if len(kept) > 1 else None
@@ -160,8 +146,7 @@ class OdePlan(Plan):
         if part.kind == "step":
             return {**common, "form": self.step_form, "groups": self.groups}
         stepping = self.stepping(part.ratio)
-        # Steps of 1 are the same in either form.
-        form = None if stepping.is_full else stepping.form
+        form = None if stepping.is_full else stepping.form  # the same in either
         tensors = self.tensors_sha256(part.ratio) if part.kind != "whole" and self.trained(part.ratio) else None
         return {**common, "form": form, "steps": stepping.lists(), "tensors": tensors}
 
@@ -224,41 +209,9 @@ def _steps(first: int, last: int) -> str:
     return f"step {last}" if last - first == 1 else f"steps {first + 1} to {last}"
 
 
-# --- what a folder says without being loaded -----------------------------------------------------------------------
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    """``config.json`` as it stands; empty where it cannot be read, which the loader has a message for."""
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def shares_layers(folder: Path) -> bool:
-    """Whether the model in ``folder`` is of a kind that only this method fits."""
-    return config_of(folder).get("model_type") in HOSTS
-
-
-def groups_of(folder: Path, task: str | None = None) -> tuple[int, ...]:
-    """Iterations of each group of shared layers of the model in ``folder``; InputError as the loader raises it.
-
-    Loads it only where its configuration does not say how layers are shared.
-    """
-    config = config_of(folder)
-    if config.get("model_type") == ALBERT:
-        counts = iterations_of_groups(int(config.get("num_hidden_layers", 12)), int(config.get("num_hidden_groups", 1)))
-        return tuple(count for count in counts if count)
-    from exporter.backbone import load_backbone
-    from exporter.methods.ode import facts_of
-
-    return facts_of(load_backbone(folder, task)).groups
-
-
 def usual_ratios(folder: Path, checkpoint: MethodCheckpoint | None) -> list[float]:
     """The ratios to build where none are named: those trained for, or the usual ones that the model's steps allow."""
     if checkpoint is not None and checkpoint.settings.get("steps"):
         return sorted(map(plain_ratio, checkpoint.settings["steps"]))
-    possible = [ratio for ratio in ratios_that_work(groups_of(folder)) if ratio > 1]
+    possible = [ratio for ratio in ratios_that_work(groups_of_folder(folder)) if ratio > 1]
     return [ratio for ratio in possible if ratio in USUAL_RATIOS] or possible[:1]
