@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,31 +16,11 @@ import numpy.typing as npt
 from compexport.errors import InputError, describe
 from engines.answers import not_finite
 from engines.exit_rule import TO_THE_END, Array, ExitRule
-from engines.manifest import ENCODER, HIDDEN, PREVIOUS, ROWS, TensorSpec, Variant, segment_role
-from engines.session import Session
+from engines.manifest import ENCODER, HIDDEN, PREVIOUS, ROWS, Variant, segment_role
+from engines.session import Held, HoldingSession, Session
 
 MASK, LOGITS = "attention_mask", "logits"
 CONFIDENT, LAST, OUT_OF_TIME = "confident", "last", "out of time"
-
-Held = Any  # an array in the backend's own memory, of whatever type the backend uses
-
-
-class Segment(Protocol):
-    """What a cascade needs of a backend's session of one segment. Thread-safe."""
-
-    inputs: list[TensorSpec]
-    outputs: list[TensorSpec]
-
-    def run_held(
-        self, feeds: Mapping[str, Array], held: Mapping[str, Held], outputs: Sequence[str], hold: Sequence[str]
-    ) -> tuple[dict[str, Array], dict[str, Held]]:
-        """Run once on arrays of this process (``feeds``) and of the backend (``held``), unchecked.
-
-        Returns ``outputs`` as arrays, and those of ``hold`` where the backend computed them.
-        """
-
-    def close(self) -> None:
-        """Release the engine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +55,7 @@ class ExitRun:
 class Cascade(Session):
     """The segments of one variant with exits, open. ``run`` goes to the end, ``run_exits`` lets rows leave."""
 
-    def __init__(self, name: str, exits: Sequence[int], segments: Sequence[Segment]) -> None:
+    def __init__(self, name: str, exits: Sequence[int], segments: Sequence[HoldingSession]) -> None:
         """``exits``: the layer, from 1, at which each of ``segments`` ends."""
         if not exits or len(exits) != len(segments):
             raise InputError(describe(f"{name}: segments", got=len(segments), expected=f"one for each of {exits}"))
@@ -187,7 +166,7 @@ class _Run:
         self._feeds[ROWS] = self._rows
         return left[self._rows]
 
-    def _next_segment(self) -> tuple[Segment, Sequence[str]]:
+    def _next_segment(self) -> tuple[HoldingSession, Sequence[str]]:
         number, segments = len(self.segments), self._cascade._segments
         return segments[number], () if number == len(segments) - 1 else (HIDDEN,)
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from compexport.errors import BundleError, CompexportError, DependencyError, InputError, describe
 from engines.bundle import Bundle
@@ -260,7 +261,7 @@ class OrtSession(Session):
     def run_held(
         self, feeds: Mapping[str, Array], held: Mapping[str, Any], outputs: Sequence[str], hold: Sequence[str]
     ) -> tuple[dict[str, Array], dict[str, Any]]:
-        """As ``engines.cascade.Segment``; what is held are OrtValues."""
+        """As ``engines.session.HoldingSession``; what is held are OrtValues."""
         inner = self._open()
         binding = inner.io_binding()
         for name, array in feeds.items():
@@ -275,6 +276,12 @@ class OrtSession(Session):
         values = binding.get_outputs()
         here = {name: value.numpy() for name, value in zip(outputs, values, strict=False)}
         return here, dict(zip(hold, values[len(outputs) :], strict=True))
+
+    def take_rows(self, held: Any, rows: npt.NDArray[np.int64]) -> Any:
+        """As ``engines.session.GatheringSession``."""
+        import onnxruntime
+
+        return onnxruntime.OrtValue.ortvalue_from_numpy(held.numpy()[rows], self._memory, 0)
 
     def close(self) -> None:
         """A run that is in the engine ends as it would; the next one, a cascade's next segment too, is refused."""
