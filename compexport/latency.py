@@ -15,9 +15,10 @@ import numpy.typing as npt
 
 from compexport.errors import InputError, describe
 from compexport.present import Progress
-from engines.cascade import Cascade, whole_path
+from engines.cascade import Cascade
 from engines.exit_rule import TO_THE_END
 from engines.manifest import Manifest, TensorSpec, backbones
+from engines.paths import segment_macs
 from engines.points import is_segment, segment_name
 from engines.runtime import Runtime
 
@@ -64,12 +65,10 @@ def measure(
 
 def _calls(runtime: Runtime, batch: int, length: int) -> dict[str, Callable[[], object]]:
     """What is timed at (B, S): every variant to its end, and of one with exits every segment alone."""
-    manifest = runtime.bundle.manifest
     calls: dict[str, Callable[[], object]] = {}
     for name in runtime.members.engines:
-        graph = whole_path(manifest.variants[name])[0]
-        feeds = random_feeds(manifest.graphs[graph].inputs, batch, length)
         session = runtime.session(name)
+        feeds = random_feeds(session.inputs, batch, length)
         if isinstance(session, Cascade):
             calls[name] = partial(session.run_exits, feeds, TO_THE_END)
             calls |= {segment_name(name, number): call for number, call in enumerate(session.segment_calls(feeds))}
@@ -113,7 +112,7 @@ def realised(rows: Sequence[Row], manifest: Manifest) -> list[Row]:
 
 
 def _macs(manifest: Manifest, variant: str, length: int) -> int:
-    return sum(manifest.graphs[graph].cost.macs(length) for graph in whole_path(manifest.variants[variant]))
+    return sum(segment_macs(manifest, variant, length))
 
 
 def check_sizes(what: str, values: Sequence[float], largest: int | None = None) -> list[int]:

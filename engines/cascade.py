@@ -16,7 +16,7 @@ import numpy.typing as npt
 from compexport.errors import InputError, describe
 from engines.answers import not_finite
 from engines.exit_rule import TO_THE_END, Array, ExitRule
-from engines.manifest import ENCODER, HIDDEN, PREVIOUS, ROWS, Variant, segment_role
+from engines.manifest import HIDDEN, PREVIOUS, ROWS
 from engines.session import Held, HoldingSession, Session
 
 MASK, LOGITS = "attention_mask", "logits"
@@ -111,6 +111,10 @@ class Cascade(Session):
             run.next((LOGITS,))
         return calls
 
+    def every_exit(self) -> EveryExit:
+        """A session of what every exit says of every row; it lives as long as this cascade."""
+        return EveryExit(self)
+
     def close(self) -> None:
         for segment in self._segments:
             segment.close()
@@ -129,6 +133,22 @@ class Cascade(Session):
                 bad = left[~finite.reshape(len(left), -1).all(axis=1)]
                 what = f"{self.name}: {name} of the exit at layer {layer} hold"
                 raise not_finite(what, got=f"row {', '.join(map(str, bad[:5]))}")
+
+
+class EveryExit(Session):
+    """All exits of a cascade at once, [B, E, ...] by output, one segment after the other. Closing it closes nothing."""
+
+    def __init__(self, cascade: Cascade) -> None:
+        super().__init__(cascade.name, cascade.inputs, cascade.outputs)
+        self._cascade = cascade
+
+    def close(self) -> None:
+        """The segments are the cascade's."""
+
+    def _run(self, feeds: Mapping[str, Array], names: Sequence[str]) -> Sequence[Array]:
+        run = _Run(self._cascade, feeds)
+        found = [run.next(names) for _ in self._cascade.exits]
+        return [np.stack([outputs[name] for outputs in found], axis=1) for name in names]
 
 
 class _Run:
@@ -169,10 +189,3 @@ class _Run:
     def _next_segment(self) -> tuple[HoldingSession, Sequence[str]]:
         number, segments = len(self.segments), self._cascade._segments
         return segments[number], () if number == len(segments) - 1 else (HIDDEN,)
-
-
-def whole_path(variant: Variant) -> list[str]:
-    """The graphs that a row runs through when it never leaves early, in order."""
-    if variant.exits is None:
-        return [variant.graphs[ENCODER]]
-    return [variant.graphs[segment_role(number)] for number in range(len(variant.exits))]

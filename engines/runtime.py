@@ -41,6 +41,7 @@ WARM_UP_LENGTH = 8
 class OpenSession(Protocol):
     """What the runtime needs of ``engines.session.Session``."""
 
+    inputs: list[TensorSpec]
     outputs: list[TensorSpec]
 
     def run(
@@ -468,7 +469,7 @@ class Runtime:
         with self._lock:
             if self._closed:
                 raise CompexportError(describe("the runtime is closed", hint="load the bundle again"))
-            missing = [name for name in variants if name not in self._sessions]
+            missing = [name for name in self._with_kin(variants) if name not in self._sessions]
             if missing:
                 opened = self._backend.open_sessions(
                     self.bundle, missing, threads=self.threads, provider=self._provider
@@ -477,6 +478,13 @@ class Runtime:
                 # A new dict instead of an update: readers without the lock see either all or none of them.
                 self._sessions = {**self._sessions, **opened}
             return self._sessions
+
+    def _with_kin(self, variants: Sequence[str]) -> list[str]:
+        """``variants``, and those in use whose step engine is the same: its graphs are opened once, for all of them."""
+        members = self.bundle.manifest.variants
+        shared = {graph for name in variants if members[name].is_stepper for graph in members[name].graphs.values()}
+        kin = [name for name in self.members.engines if shared & set(members[name].graphs.values())]
+        return list(dict.fromkeys((*variants, *kin)))
 
     def _run_once(self, sessions: Mapping[str, OpenSession]) -> None:
         if self.bundle.manifest.tokenizer is None:

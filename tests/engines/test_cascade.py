@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from compexport.errors import CompexportError, InputError
 from engines.backends import ort
 from engines.bundle import Bundle
-from engines.cascade import Cascade, Deadline, whole_path
+from engines.cascade import Cascade, Deadline
 from engines.exit_rule import BATCH_MAXIMUM, STATISTICS, ExitRule
+from engines.paths import whole_path
 from tests.engines.exits import EXITS, LAYERS, NAMES, C, feeds, make_bundle, row
 
 NAME = NAMES[1.0]
