@@ -20,7 +20,6 @@ from engines.session import GatheringSession, Held
 IDS, MASK, POSITIONS, LOGITS = "input_ids", "attention_mask", "position_ids", "logits"
 MAX_NEW_TOKENS = 32
 WARM_UP_TOKENS = 4
-ROOM_BYTES = 1 << 28  # for the logits of one run that are to be looked at, all positions of all rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +55,7 @@ class Generator:
         """``name``: the variant's. The session belongs to the caller."""
         self.name = name
         self.generation = generation
+        self.vocabulary = _size(next(spec for spec in session.outputs if spec.name == LOGITS).shape[-1])
         self._session = session
         self._fed = {spec.name for spec in session.inputs}
         self._pasts = [spec for spec in session.inputs if spec.name.startswith(f"{PAST}.")]
@@ -170,7 +170,12 @@ class Generator:
 
 
 def _empty_shape(spec: TensorSpec, batch: int) -> list[int]:
-    """[B, heads, 0, head width] of one entry of a cache, whose second and last axis are numbers."""
+    """[B, heads, 0, head width] of one entry of a cache."""
     _, heads, _, width = spec.shape
-    assert isinstance(heads, int) and isinstance(width, int), spec
-    return [batch, heads, 0, width]
+    return [batch, _size(heads), 0, _size(width)]
+
+
+def _size(axis: int | str) -> int:
+    """The size of an axis that is the same in every run."""
+    assert isinstance(axis, int), axis
+    return axis
