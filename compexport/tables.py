@@ -118,7 +118,7 @@ def points_table(document: Mapping[str, Any]) -> Table:
         shown = [f"{point['value']:.4f}", f"{point['drop']:+.4f}", _thresholds(point["rule"]), left]
         rows.append((name, point["flops_ratio"], point["speedup"], *shown))
     columns = ("operating point", "FLOPs ceiling", "of it by exits", document["metric"], "drop", "threshold")
-    return Table("operating points", (*columns, "rows that leave at layer"), rows)
+    return Table("operating points", (*columns, "rows that leave at exit"), rows)
 
 
 def _thresholds(rule: Mapping[str, Any]) -> str:
@@ -158,7 +158,7 @@ def answer_text(output: Mapping[str, Any]) -> str:
         return f"{output['answer']!r} ({output['start']}-{output['end']})"
     if "labels" in output:
         return " ".join(map(str, output["labels"]))
-    left = f" (layer {output['exit']}, {output['why']})" if "exit" in output else ""
+    left = f" (exit {output['exit']}, {output['why']})" if "exit" in output else ""
     score = max(output.get("scores", {}).values(), default=None) if isinstance(output.get("scores"), dict) else None
     return f"{output.get('label')}" + (f" {score:.3f}" if score is not None else "") + left
 
@@ -264,7 +264,7 @@ def inspect_tables(manifest: Mapping[str, Any]) -> list[Table]:
         for name, engine in manifest["engines"].items()
     ]
     about = f"{backbone['name']} ({backbone['architecture']}, {backbone['params']:,} parameters), {manifest['task']}"
-    exits = ("exits after layers",) if with_exits else ()
+    exits = ("exits",) if with_exits else ()
     columns = ("variant", "ratio", "FLOPs ceiling", "precision", "extra parameters", *exits, "graphs")
     return [
         Table(about, columns, variants),

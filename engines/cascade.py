@@ -131,7 +131,7 @@ class Cascade(Session):
             finite = np.isfinite(values)
             if not finite.all():
                 bad = left[~finite.reshape(len(left), -1).all(axis=1)]
-                what = f"{self.name}: {name} of the exit at layer {layer} hold"
+                what = f"{self.name}: {name} of exit {layer} hold"
                 raise not_finite(what, got=f"row {', '.join(map(str, bad[:5]))}")
 
 

@@ -14,8 +14,10 @@ from compexport import latency
 from compexport.api import quiet
 from engines.backends import ort
 from engines.bundle import Bundle
+from engines.bundle_reader import identity
 from engines.cascade import Cascade
 from engines.exit_rule import STATISTICS, ExitRule
+from engines.members import Members
 from engines.paths import segment_macs, segment_paths, whole_path
 from engines.points import segment_name
 from engines.runtime import Runtime
@@ -66,6 +68,15 @@ def test_ratios_share_their_sessions(plain: Bundle, monkeypatch: pytest.MonkeyPa
         for name in NAMES.values():
             assert runtime("a film", variant=name).label in LABELS
     assert sorted(opened) == [f"ode-{role}.onnx" for role in ("embed", "head", "step-0", "step-1")]
+
+
+def test_a_ratio_means_the_graph_made_for_it(plain: Bundle) -> None:
+    made = {NAMES[ratio].replace("-step", ""): {"ratio": ratio, "graphs": {"encoder": "ode-head"}} for ratio in NAMES}
+    changed = {n: plain.manifest.variants[NAMES[int(f["ratio"])]].model_copy(update=f) for n, f in made.items()}  # type: ignore[call-overload]
+    both = plain.manifest.model_copy(update={"variants": {**plain.manifest.variants, **changed}})
+    bundle = Bundle(plain.path, both, identity(plain.path.lstat()))
+    assert Members(bundle, "ort", "cpu", None).of_ratio(2) == "ode-r2-fp32"
+    assert Members(bundle, "ort", "cpu", list(NAMES.values())).of_ratio(2) == NAMES[2]
 
 
 @pytest.mark.parametrize("ratio", NAMES)
