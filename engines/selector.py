@@ -39,8 +39,8 @@ class Decision:
 
     ``predicted_ms`` is the engine's p99 for this request on this device, times the live correction (None without a
     measurement). ``met_budget`` says that it fits into ``budget_ms - waited_ms``; always true without a budget.
-    ``stops_at``: the layer (of a variant with steps, the step) whose exit answers at the latest, where only a cascade that stops early fits; then
-    ``predicted_ms`` is that exit's. None for a variant that runs as it is meant to.
+    ``stops_at``: the layer (of a variant with steps, the step) whose exit answers at the latest, where only a cascade
+    that stops early fits; then ``predicted_ms`` is that exit's. None for a variant that runs as it is meant to.
     ``reason`` and ``candidates`` are put into words when they are read, as most requests never ask.
     """
 
