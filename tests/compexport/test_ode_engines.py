@@ -1,4 +1,4 @@
-"""Families of models that share layers, built and run: a decoder writes as PyTorch does, a step engine answers alike."""
+"""Built families of models that share layers: a decoder writes as PyTorch does, a step engine answers alike."""
 
 from __future__ import annotations
 
