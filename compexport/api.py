@@ -7,13 +7,15 @@ command prints return that command's JSON document as a dict.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from compexport.errors import BundleError, InputError, describe
 from compexport.present import Progress
+from compexport.stepping import Steps as Steps
 
 if TYPE_CHECKING:
     from calib.data import Examples
@@ -125,7 +127,7 @@ class Exits:
 
 # The defaults.
 COLUMNS, FIT, SLENDER, ROWS, SAVING = Columns(), Fit(), Slender(), Rows(), Saving()
-DEVICE, EXITS = Device(), Exits()
+DEVICE, EXITS, STEPS = Device(), Exits(), Steps()
 
 
 def quiet(message: str, done: float | None = None, total: float | None = None) -> None:
@@ -245,6 +247,7 @@ def build_document(
     method: str | None = None,
     exits: Sequence[float] | str | None = None,
     prefix: bool = False,
+    steps: Steps = STEPS,
     data: str | Path | None = None,
     columns: Columns = COLUMNS,
     fit: Fit = FIT,
@@ -254,12 +257,13 @@ def build_document(
 ) -> dict[str, Any]:
     """Trace, check and build; with ``data``, plugins that ``model`` lacks are fitted first and kept in its folder.
 
-    ``ratios`` defaults to those ``model`` was trained for, or 2, 4, 8. ``exits`` (method "costeff"): layers counted
-    from 1 at which segments end, or "auto", which ``data`` alone means too; ``prefix`` adds a graph from the ids to
-    each of them. Raises InputError for bad input, in which case nothing was written, and ParityError when a graph
-    differs from PyTorch, in which case no bundle was.
+    ``ratios`` defaults to those ``model`` was trained for, or 2, 4, 8 (method "ode": of 2, 3, 4 those that its layers
+    allow). ``exits``: layers (method "costeff") or steps ("ode") counted from 1 at which segments end; costeff also
+    "auto", which ``data`` alone means too. ``prefix`` adds a graph from the ids to each of them. ``steps``: method
+    "ode" alone, whose steps are chosen on ``data``. Raises InputError for bad input, in which case nothing was written,
+    and ParityError when a graph differs from PyTorch, in which case no bundle was.
     """
-    from compexport import training
+    from compexport import stepping, training
     from engines import backends
     from exporter import family
     from exporter.checkpoint import find_checkpoint
@@ -271,19 +275,23 @@ def build_document(
     checkpoint = find_checkpoint(model, method)
     planned = plan_of(Path(model), method, checkpoint)
     there = checkpoint.ratios if checkpoint is not None else []
-    if ratios is None:
+    if ratios is None and planned.method == "ode":
+        wanted = stepping.usual_ratios(model, checkpoint, steps.sizes)
+    elif ratios is None:
         wanted = there or list(DEFAULT_RATIOS)
     else:
         wanted = [*whole_ratios(ratios)] if planned.whole_ratios else checked_ratios(ratios)
     _require_free(output)
     backends.load(backend)
+    _require_meaning(planned.method, exits, prefix, steps)
+    read = None if data is None else partial(_calibration, data, columns, progress)
     options: dict[str, Any] = {}
     if planned.method == "costeff":
-        source = None if data is None or untrained else (data, columns)
-        options = {"exits": _exits(model, checkpoint, wanted, exits, source, progress), "prefixes": prefix}
-    elif exits is not None or prefix:
-        got = f"the method {planned.method}"
-        raise InputError(describe("--exits" if exits is not None else "--prefix", got=got, expected="costeff"))
+        found = _exits(model, checkpoint, wanted, exits, None if untrained else read, progress)
+        options = {"exits": found, "prefixes": prefix}
+    elif planned.method == "ode":
+        chosen = stepping.plan_options(model, checkpoint, wanted, steps, read, progress)
+        options = {**chosen, "exits": _exit_steps(exits), "prefixes": prefix}
     elif data is not None and not untrained and (missing := [ratio for ratio in wanted if ratio not in there]):
         texts = read_examples(data, "train", columns, progress)
         if fit.span is None:
@@ -318,11 +326,10 @@ def _exits(
     checkpoint: MethodCheckpoint | None,
     ratios: Sequence[float],
     wanted: Sequence[float] | str | None,
-    data: tuple[str | Path, Columns] | None,
+    read: Callable[[], Examples] | None,
     progress: Progress,
 ) -> dict[float, tuple[int, ...]]:
-    """Exits by ratio; none where the default is meant."""
-    from calib import data as reading
+    """Exits by ratio; none where the default is meant. ``read`` gives rows to choose them on."""
     from compexport.exits import AUTO, chosen_exits, given_exits
     from exporter.plans import PLANS
 
@@ -331,16 +338,48 @@ def _exits(
             raise InputError(describe("--exits", got=repr(wanted), expected="layers like 2,4,6, or auto"))
     elif wanted is not None:
         return given_exits(model, wanted, ratios)
-    if data is None:
+    if read is None:
         if wanted is None:
             return {}
         raise InputError(describe("--exits auto chooses on texts", expected="--data FILE, and a trained model"))
     PLANS["costeff"](Path(model), tuple(sorted({1, *ratios})), checkpoint).require_trained()
-    path, columns = data
-    # Not the rows that ``evaluate`` reports on.
-    only_dev = reading.has_split(path, "dev") and not reading.has_split(path, "train")
-    split = "dev" if only_dev else "train"
-    return chosen_exits(model, checkpoint, ratios, read_examples(path, split, columns, progress), progress)
+    return chosen_exits(model, checkpoint, ratios, read(), progress)
+
+
+def _calibration(data: str | Path, columns: Columns, progress: Progress) -> Examples:
+    """Rows to choose on: not those that ``evaluate`` reports on, where there are others."""
+    from calib import data as reading
+
+    only_dev = reading.has_split(data, "dev") and not reading.has_split(data, "train")
+    return read_examples(data, "dev" if only_dev else "train", columns, progress)
+
+
+def _exit_steps(wanted: Sequence[float] | str | None) -> tuple[int, ...] | None:
+    """``--exits`` of method ode: steps counted from 1, rising; those beyond a ratio's last are left out later."""
+    if wanted is None:
+        return None
+    if isinstance(wanted, str):
+        raise InputError(describe("--exits of the method ode", got=repr(wanted), expected="steps like 1,2,4"))
+    steps = [int(step) for step in wanted if math.isfinite(step) and step == int(step) and step >= 1]
+    if steps != list(wanted) or steps != sorted(set(steps)) or not steps:
+        got = ",".join(f"{step:g}" for step in wanted)
+        raise InputError(describe("--exits of the method ode are steps", got=got, expected="rising, like 1,2,4"))
+    return tuple(steps)
+
+
+def _require_meaning(method: str, exits: object, prefix: bool, steps: Steps) -> None:
+    """InputError for an option that means nothing to the method."""
+    ode, both = ("ode",), ("costeff", "ode")
+    asked = {
+        "exits": (exits is not None, both),
+        "prefix": (prefix, both),
+        "form": (steps.form is not None, ode),
+        "steps": (steps.sizes is not None, ode),
+        "step-engine": (steps.engine, ode),
+    }
+    for name, (given, methods) in asked.items():
+        if given and method not in methods:
+            raise InputError(describe(f"--{name}", got=f"the method {method}", expected=" or ".join(methods)))
 
 
 def read_examples(

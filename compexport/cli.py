@@ -74,8 +74,12 @@ Backend = Annotated[str, typer.Option(metavar="NAME", help="Engine backend: ort.
 Provider = Annotated[str, typer.Option(metavar="NAME", help="ONNX Runtime provider: cpu or cuda.")]
 Threads = Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads of an engine [default: all cores].")]
 Seed = Annotated[int, typer.Option(metavar="N", help="Makes a run repeatable.")]
-Steps = Annotated[
-    int | None, typer.Option(metavar="N", min=1, help="Training steps; ratios above twice the smallest skip some.")
+BuildSteps = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LIST",
+        help="ode: sizes of the steps, 3,3,2,2,1,1, with / between groups; variator: N, training steps.",
+    ),
 ]
 MaxSeconds = Annotated[float | None, typer.Option(metavar="S", help="Stop fitting after this many seconds.")]
 BudgetMs = Annotated[float | None, typer.Option(metavar="MS", help="Latency budget of the request in milliseconds.")]
@@ -104,6 +108,15 @@ def _root(
     ] = False,
 ) -> None:
     pass
+
+
+# Options of `build` that mean something to some methods only.
+BUILD_OPTIONS_OF = {
+    "exits": ("costeff", "ode"),
+    "prefix": ("costeff", "ode"),
+    "form": ("ode",),
+    "step_engine": ("ode",),
+}
 
 
 # --- the verbs -----------------------------------------------------------------------------------------------------
@@ -303,19 +316,31 @@ def build(
     backend: Backend = "ort",
     precision: Annotated[str, typer.Option(metavar="NAME", help="Arithmetic of the engines: fp32.")] = "fp32",
     method: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Method, where MODEL does not say: variator or costeff.")
+        str | None, typer.Option(metavar="NAME", help="Method, where MODEL does not say: variator, costeff or ode.")
     ] = None,
     exits: Annotated[
         str | None,
-        typer.Option(metavar="LIST", help="costeff: layers after which rows may leave, 3,6,9, or auto, on --data."),
+        typer.Option(
+            metavar="LIST", help="costeff: layers after which rows may leave, 3,6,9, or auto, on --data; ode: steps."
+        ),
     ] = None,
     prefix: Annotated[
-        bool, typer.Option("--prefix", help="costeff: also one graph from the text to each exit.")
+        bool, typer.Option("--prefix", help="costeff, ode: also one graph from the text to each exit.")
     ] = False,
     data: Data = None,
     text: TextColumn = None,
     text_pair: PairColumn = None,
-    steps: Steps = None,
+    steps: BuildSteps = None,
+    step_engine: Annotated[
+        bool, typer.Option("--step-engine", help="ode: also graphs of one step, which serve all ratios in a loop.")
+    ] = False,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="ode: block, sublayer, or auto: with the steps, on --data [default: MODEL's, or block].",
+        ),
+    ] = None,
     max_seconds: MaxSeconds = None,
     untrained: Annotated[
         bool, typer.Option("--untrained", help="Random tensors where none are trained, for latency work only.")
@@ -329,13 +354,15 @@ def build(
 
     Each ratio is traced, checked against PyTorch and built for the backend. A rebuild reuses what did not change.
     With --data, variator plugins that MODEL lacks are fitted first; for costeff, which `compexport train costeff`
-    trains, exits are chosen on it.
+    trains, exits are chosen on it. Of a model that shares its layers (ode), one set of weights serves every ratio.
     """
     from compexport import api, present, tables
+    from compexport.stepping import parsed_steps
 
-    # The file's exits are for the families that have some; others are built from the same file.
-    of_file = {name for name in ("exits", "prefix") if _from_file(context, name)}
-    foreign = of_file if of_file and api.build_method(model, method) != "costeff" else set()
+    # The file is one for families of all methods: what it says for others is left out.
+    of_file = {name for name in BUILD_OPTIONS_OF if _from_file(context, name)}
+    takes = api.build_method(model, method) if of_file or steps is not None else method
+    foreign = {name for name in of_file if takes not in BUILD_OPTIONS_OF[name]}
     with _screen(as_json) as screen, present.progress() as progress:
         document = api.build_document(
             model,
@@ -348,7 +375,12 @@ def build(
             prefix=_own(context, foreign, "prefix", prefix, False),
             data=data,
             columns=api.Columns(text=text, text_pair=text_pair),
-            fit=api.Fit(steps=steps, max_seconds=max_seconds, seed=seed),
+            steps=api.Steps(
+                form=_own(context, foreign, "form", form, None),
+                sizes=parsed_steps(steps) if steps is not None and takes == "ode" else None,
+                engine=_own(context, foreign, "step_engine", step_engine, False),
+            ),
+            fit=api.Fit(steps=_training_steps(steps) if takes != "ode" else None, max_seconds=max_seconds, seed=seed),
             untrained=untrained,
             command=_command_line(),
             progress=progress,
@@ -620,6 +652,15 @@ def _from_file(context: typer.Context, name: str) -> bool:
 def _own(context: typer.Context, foreign: set[str], name: str, value: Value, default: Value) -> Value:
     """An option's value; what the file, one for all methods, says for another method is not meant for this one."""
     return default if name in foreign and _from_file(context, name) else value
+
+
+def _training_steps(steps: str | None) -> int | None:
+    """``--steps`` where it is the length of a fit."""
+    if steps is None:
+        return None
+    if not steps.isdecimal() or int(steps) < 1:
+        raise InputError(describe("--steps of a fit", got=repr(steps), expected="a whole number, at least 1"))
+    return int(steps)
 
 
 def _layers(exits: str | None) -> list[float] | str | None:

@@ -24,7 +24,7 @@ FILE_NAME = "compexport.toml"
 # Options that make no sense in a file: they steer one call, or name the file itself.
 _NOT_IN_FILE = {"config", "as_json", "debug", "context"}
 # Options that take several numbers, "2,4,8" on the command line and [2, 4, 8] in the file.
-NUMBER_LISTS = {"ratio", "batch", "length", "exits", "threshold"}
+NUMBER_LISTS = {"ratio", "batch", "length", "exits", "threshold", "steps"}
 
 
 def find(given: Path | None) -> Path | None:
@@ -134,10 +134,10 @@ def _table_schema(command: Callable[..., Any]) -> dict[str, Any]:
 def _option_schema(name: str, hint: Any) -> dict[str, Any]:
     kind, parameter = get_args(hint)[:2]
     described = {"description": parameter.help} if parameter.help else {}
-    if name in NUMBER_LISTS:
+    kinds = {option for option in (get_args(kind) or (kind,)) if option is not type(None)}
+    if name in NUMBER_LISTS and str in kinds:  # the steps of a training are one number
         number = {"type": "number"}
         return {**described, "anyOf": [number, {"type": "string"}, {"type": "array", "items": number}]}
-    kinds = {option for option in (get_args(kind) or (kind,)) if option is not type(None)}
     if list[str] in kinds:
         text = {"type": "string"}
         return {**described, "anyOf": [text, {"type": "array", "items": text}]}

@@ -5,6 +5,7 @@ What is already in the bundle and was made from the same inputs is reused; with 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from exporter.plans import Plan, plan_of
 
 if TYPE_CHECKING:
     from exporter.graphs.family import Family
+
+_log = logging.getLogger(__name__)
 
 WEIGHTS = "graphs/weights.bin"
 
@@ -102,6 +105,8 @@ def build(
         **options,
     )
     plan.require_trained()
+    for line in plan.warnings():
+        _log.warning(line)
     runtime = backends.load(backend)
     keys = plan.keys()
     with BundleWriter(output) as writer:

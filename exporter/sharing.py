@@ -21,7 +21,12 @@ _ALBERT_LAYERS, _ALBERT_GROUPS = 12, 1
 
 
 def iterations_of_groups(iterations: int, groups: int) -> list[int]:
-    """How often ALBERT runs each group: iteration i belongs to group int(i / (iterations / groups))."""
+    """How often ALBERT runs each group: iteration i belongs to group int(i / (iterations / groups)).
+
+    InputError without any group.
+    """
+    if groups < 1:
+        raise InputError(describe("config.json: num_hidden_groups", got=groups, expected="at least 1"))
     counts = [0] * groups
     for iteration in range(iterations):
         counts[int(iteration / (iterations / groups))] += 1
@@ -61,7 +66,7 @@ def groups_of_folder(folder: Path, task: str | None = None) -> tuple[int, ...]:
             return tuple(count for count in counts if count)
         if raw.get("model_type") in MODEL_TYPES and raw.get(FIELD) is not None and "n_layer" in raw:
             return checked_groups(raw[FIELD], int(raw["n_layer"]), f"{folder}/config.json")
-    except (TypeError, ValueError, ZeroDivisionError):
+    except (TypeError, ValueError):
         pass  # the loader says what is wrong
     from exporter.backbone import load_backbone
     from exporter.methods.ode import facts_of

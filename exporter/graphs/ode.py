@@ -33,7 +33,7 @@ from exporter.graphs.costeff_trace import with_statistics
 from exporter.graphs.family import REPORTED_LENGTH, Family, Run
 from exporter.graphs.ode_decoding import decoder_feeds, decoder_outputs, stock_decoder_outputs
 from exporter.graphs.ode_trace import MASK, Pieces
-from exporter.graphs.ode_unroll import unrolled, unrolled_decoder, unrolled_with_exits
+from exporter.graphs.ode_unroll import step_matrices, unrolled, unrolled_decoder, unrolled_with_exits
 from exporter.graphs.stock import stock_outputs
 from exporter.methods.ode import SteppedModel, cost, embedding_cost, facts_of, head_cost, steps_cost, together
 from exporter.methods.ode_checkpoint import load_exits
@@ -108,7 +108,7 @@ class OdeFamily(Family):
         stepping = self.steps.stepping(part.ratio)
         if part.kind == "whole":
             join = unrolled_decoder if self.steps.generates else unrolled
-            return self._with_one_copy(join(self._pieces, stepping), stepping)
+            return self._with_one_copy(join(self._pieces, stepping))
         return self._cut(part, self._with_exits(part.ratio, self._pieces))
 
     def _piece(self, part: PlannedSteps, pieces: Pieces) -> onnx.ModelProto:
@@ -125,8 +125,7 @@ class OdeFamily(Family):
         if self._whole is None or self._whole[0] != ratio:
             stepping = self.steps.stepping(ratio)
             exits = {step: self._exit(ratio, step, pieces) for step in range(1, stepping.n + 1)}
-            joined = unrolled_with_exits(pieces, stepping, exits)
-            self._whole = ratio, self._with_one_copy(joined, stepping)
+            self._whole = ratio, self._with_one_copy(unrolled_with_exits(pieces, stepping, exits))
         return self._whole[1]
 
     def _cut(self, part: PlannedSteps, whole: onnx.ModelProto) -> onnx.ModelProto:
@@ -139,15 +138,14 @@ class OdeFamily(Family):
             return passes.part(whole, outputs)
         return passes.part_from(whole, f"{HIDDEN}.{part.first}", outputs)
 
-    def _with_one_copy(self, model: onnx.ModelProto, stepping: Stepping) -> onnx.ModelProto:
-        """``model``; ValueError if it holds more than one copy of a shared layer's feed-forward matrices."""
-        facts = self.eager.model.facts
-        expected = 2 * facts.inner * len(stepping.steps)
-        found = feed_forward_matrices(model, facts.hidden, facts.neurons)
-        if found > expected:
-            raise ValueError(
-                f"{found} matrices of {facts.hidden} by {facts.neurons} in {stepping.n} steps, not {expected}"
-            )
+    def _with_one_copy(self, model: onnx.ModelProto) -> onnx.ModelProto:
+        """``model``; ValueError if its steps multiply by more matrices than the shared layers have."""
+        encoder = self.eager.model.encoder
+        layers = encoder.host.layers(encoder.base)
+        own = {id(p) for layer in layers for p in layer.parameters() if p.dim() == 2}
+        found = step_matrices(model)
+        if len(found) > len(own):
+            raise ValueError(f"the steps multiply by {len(found)} matrices, but the layers have {len(own)}")
         return model
 
     # --- parity
@@ -307,13 +305,6 @@ class OdeFamily(Family):
         """One id, several or none, without those that the vocabulary has not (a configuration's defaults may be)."""
         ids = given if isinstance(given, list | tuple) else [given]
         return [int(one) for one in ids if one is not None and 0 <= one < self.eager.model.facts.vocabulary]
-
-
-def feed_forward_matrices(model: onnx.ModelProto, hidden: int, neurons: int) -> int:
-    """How many stored matrices between ``hidden`` and ``neurons`` numbers a graph multiplies by."""
-    shapes = {tensor.name: sorted(tensor.dims) for tensor in model.graph.initializer}
-    read = {name for node in model.graph.node if node.op_type in ("MatMul", "Gemm") for name in node.input[:2]}
-    return sum(shapes.get(name) == sorted((hidden, neurons)) for name in read)
 
 
 def _tensors(feed: parity.Arrays) -> dict[str, Tensor]:

@@ -18,6 +18,15 @@ from exporter.methods.ode_stepping import Stepping
 from exporter.passes import renamed_value
 from exporter.trace import BATCH, SEQUENCE, TOTAL
 
+STEPS = "step."  # what the names of nodes in steps begin with
+
+
+def step_matrices(model: onnx.ModelProto) -> dict[str, list[int]]:
+    """Name and shape of every stored matrix that a step of an unrolled graph multiplies by."""
+    shapes = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer if len(tensor.dims) == 2}
+    nodes = [node for node in model.graph.node if node.name.startswith(STEPS) and node.op_type in ("MatMul", "Gemm")]
+    return {name: shapes[name] for node in nodes for name in node.input if name in shapes}
+
 
 def unrolled(pieces: Pieces, stepping: Stepping) -> onnx.ModelProto:
     """The tokenizer's inputs -> the task's outputs.
@@ -78,7 +87,7 @@ def _step(
     chain: Chain, pieces: Pieces, stepping: Stepping, number: int, group: int, dt: float, wires: Mapping[str, str]
 ) -> dict[str, str]:
     sized = {} if dt == 1 else {STEP_SIZE: chain.constant(np.array([dt], np.float32), f"{STEP_SIZE}.{number}")}
-    return chain.add(_piece(pieces, stepping, group, dt), f"step.{number}/", {**wires, **sized})
+    return chain.add(_piece(pieces, stepping, group, dt), f"{STEPS}{number}/", {**wires, **sized})
 
 
 def _stacked(chain: Chain, name: str, columns: Sequence[str]) -> str:

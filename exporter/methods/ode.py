@@ -66,7 +66,7 @@ class SteppedCache:
 
     def require(self, stepping: Stepping) -> None:
         """InputError unless these keys are of the states that ``stepping`` has."""
-        if self.stepping != stepping:
+        if not self.stepping.same(stepping):
             raise InputError(
                 describe(
                     "a cache of other steps",

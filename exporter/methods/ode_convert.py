@@ -7,6 +7,7 @@ and the model computes what it did.
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from compexport.errors import InputError, describe
-from exporter.backbone import load_backbone, load_config
+from exporter.backbone import Backbone, load_backbone
 from exporter.checkpoint import copy_model
 from exporter.hosts.shared import repeats, tie
 from exporter.importers.folder import folder_near
@@ -26,6 +27,7 @@ from exporter.quiet import quiet_transformers
 from exporter.sharing import FIELD
 
 SOURCES = ("bert", "gpt2")
+_TOKENIZERS = {"bert": "BertTokenizer", "gpt2": "GPT2Tokenizer"}
 # ALBERT's part -> BERT's, inside a layer and around the layers; of a head, in the whole model.
 _LAYER = {
     "attention.query": "attention.self.query",
@@ -82,8 +84,8 @@ def shared_folder(folder: Path, output: Path, groups: int = 1, iterations: int |
     ``iterations``, a multiple of ``groups``, are by default as many as the source has layers. ``output`` appears whole
     or not at all. InputError for sources that do not fit, and as ``load_backbone``.
     """
-    source = _loaded(folder)
-    made = shared_from(source, groups, iterations)
+    backbone = load_backbone(folder)
+    made = shared_from(_with_its_head(backbone), groups, iterations)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(describe(f"{output}: already there", expected="a new folder"))
     with folder_near(output) as staging:
@@ -91,24 +93,37 @@ def shared_folder(folder: Path, output: Path, groups: int = 1, iterations: int |
         for path in [*staging.glob("model*.safetensors*"), *staging.glob("*.index.json"), staging / "config.json"]:
             path.unlink(missing_ok=True)
         save_model(made, staging)
+        _keep_tokenizer(backbone, staging)
         staging.chmod(0o755)
         output.parent.mkdir(parents=True, exist_ok=True)
         os.replace(staging, output)
 
 
-def _loaded(folder: Path) -> nn.Module:
+def _with_its_head(backbone: Backbone) -> nn.Module:
     """The model with the head that its folder names: also one for masked language, which no service has a use for."""
-    architecture = str((load_config(folder).architectures or ["Model"])[0])
-    backbone = load_backbone(folder)  # whether all is there
+    architecture = str((backbone.config.architectures or ["Model"])[0])
     if not architecture.endswith(("ForMaskedLM", "ForPreTraining")):
         return backbone.model
     from transformers import AutoModelForMaskedLM
 
     with quiet_transformers():
         model: nn.Module = AutoModelForMaskedLM.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, attn_implementation="eager"
+            backbone.folder,
+            local_files_only=True,
+            use_safetensors=True,
+            dtype=torch.float32,
+            attn_implementation="eager",
         )
     return model.eval().requires_grad_(False)
+
+
+def _keep_tokenizer(backbone: Backbone, folder: Path) -> None:
+    """The source's tokenizer, by name: transformers would take that of the new kind of model."""
+    (folder / "tokenizer.json").write_text(backbone.tokenizer_json, encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings.setdefault("tokenizer_class", _TOKENIZERS[backbone.config.model_type])
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def shared_from(model: nn.Module, groups: int = 1, iterations: int | None = None) -> nn.Module:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from compexport.errors import InputError, describe
 from engines.manifest import ALL_EXITS, DECODER, EMBED, ENCODER, HEAD, head_role, prefix_role, segment_role, step_role
 from exporter.checkpoint import MethodCheckpoint, plain_ratio
-from exporter.methods.ode_stepping import Form, Stepping, described_stepping, ratios_that_work
+from exporter.methods.ode_stepping import Form, Stepping, described_stepping, ratios_that_work, warnings_of
 from exporter.plans.costeff import default_exits
 from exporter.plans.plan import Plan, PlannedGraph
 from exporter.sharing import DECODERS, groups_of_folder, model_type_of
@@ -69,6 +69,9 @@ class OdePlan(Plan):
         got = "none for these steps" if any(map(self.trained, self.ratios)) else "none"
         raise InputError(describe(f"{self.folder}: --exits needs exit heads", got=got, hint=hint))
 
+    def warnings(self) -> list[str]:
+        return [line for ratio in self.ratios for line in warnings_of(self.stepping(ratio))]
+
     # --- steps
 
     @cached_property
@@ -106,10 +109,12 @@ class OdePlan(Plan):
         return model_type_of(self.folder) in DECODERS
 
     def exits_of(self, ratio: float) -> tuple[int, ...] | None:
-        """Where the segments of ``ratio`` end, the last step included; None for one without exit heads for its steps."""
-        if not self.trained(ratio) or not self.stepping(ratio).same(
-            described_stepping(self.checkpoint, self.groups, ratio)
-        ):
+        """Where the segments of ``ratio`` end, the last step included; None where no exit heads were trained for it.
+
+        Heads are of the steps that they were trained with, and of no others.
+        """
+        described = described_stepping(self.checkpoint, self.groups, ratio)
+        if not self.trained(ratio) or not self.stepping(ratio).same(described):
             return None
         n = self.stepping(ratio).n
         wanted = default_exits(n) if self.exits is None else self.exits

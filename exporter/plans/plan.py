@@ -46,6 +46,10 @@ class Plan(ABC):
     tensors: ClassVar[str]  # what is trained for each ratio, for messages
     instead: ClassVar[str] = "or pass --untrained for latency work"  # of training it
 
+    def warnings(self) -> list[str]:
+        """What a user should know of the plan before trusting what is built, one line each."""
+        return []
+
     def trained(self, ratio: float) -> bool:
         """Whether the checkpoint holds tensors for ``ratio``."""
         return self.checkpoint is not None and ratio in self.checkpoint.files

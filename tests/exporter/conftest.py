@@ -35,16 +35,31 @@ class Traces:
     def __init__(self) -> None:
         self.made: dict[tuple[Any, ...], onnx.ModelProto] = {}
         self.calls: list[tuple[Any, ...]] = []
-        self._trace = trace.onnx_from_module
+        self._trace = trace.onnx_from_inputs
 
     def __call__(self, module: Any, input_names: Sequence[str], output_names: Sequence[str]) -> onnx.ModelProto:
-        key = _identity(module)
+        return self._remembered(_identity(module), lambda: self._trace(module, trace.ids(*input_names), output_names))
+
+    def of_inputs(
+        self, module: Any, inputs: Sequence[trace.TracedInput], output_names: Sequence[str]
+    ) -> onnx.ModelProto:
+        """The same for ``trace.onnx_from_inputs``."""
+        plain = [(name, value) for name, value in vars(module).items() if isinstance(value, int | str)]
+        key = (*_identity(module), *plain, *inputs)
+        return self._remembered(key, lambda: self._trace(module, inputs, output_names))
+
+    def _remembered(self, key: tuple[Any, ...], make: Callable[[], onnx.ModelProto]) -> onnx.ModelProto:
         self.calls.append(key)
         if key not in self.made:
-            self.made[key] = self._trace(module, input_names, output_names)
+            self.made[key] = make()
         copy = onnx.ModelProto()
         copy.CopyFrom(self.made[key])
         return copy
+
+    def replace(self, patch: pytest.MonkeyPatch) -> None:
+        """Let the exporter use the memory."""
+        patch.setattr(trace, "onnx_from_module", self)
+        patch.setattr(trace, "onnx_from_inputs", self.of_inputs)
 
 
 def _identity(module: Any) -> tuple[Any, ...]:
@@ -53,7 +68,10 @@ def _identity(module: Any) -> tuple[Any, ...]:
         assert plugins is not None
         bound = hashlib.sha256(save(plugins.state_dict())).hexdigest() if isinstance(plugins, SpanPlugins) else ""
         return module.backbone.sha256, module.backbone.task, plugins.pad, plugins.ratio, bound
-    return type(module).__name__, hashlib.sha256(save(module.state_dict())).hexdigest()
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():  # some of which may share their memory
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return type(module).__name__, digest.hexdigest()
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +82,7 @@ def trace_memory() -> Traces:
 @pytest.fixture
 def traces(trace_memory: Traces, monkeypatch: pytest.MonkeyPatch) -> Traces:
     """Traces are remembered during this test; ``calls`` lists those that it asked for."""
-    monkeypatch.setattr(trace, "onnx_from_module", trace_memory)
+    trace_memory.replace(monkeypatch)
     trace_memory.calls.clear()
     return trace_memory
 
@@ -134,7 +152,7 @@ def built(
             folder = tmp_path_factory.mktemp("bundles") / "bundle"
             model = tiny(name, task) if pad == "masked" else official_of(name, task)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(trace, "onnx_from_module", trace_memory)
+                trace_memory.replace(patch)
                 family.build(model, RATIOS, folder, untrained=pad == "masked")
             made[name, task, pad] = folder
         return made[name, task, pad]

@@ -250,6 +250,19 @@ def test_steps_stay_in_their_group(loaded: Callable[..., Backbone], monkeypatch:
         encoder(**feed_of(backbone), stepping=Stepping("block", ((1.0, 2.0), (1.0,))))
 
 
+@pytest.mark.parametrize("name", ["tiny-albert", "tiny-gpt2-shared"])
+def test_a_layer_is_made_of_the_parts_that_its_host_names(name: str, loaded: Callable[..., Backbone]) -> None:
+    backbone = loaded(name, "text-generation" if "gpt2" in name else "feature-extraction")
+    host, layer, feed = backbone.host, backbone.layers[0], feed_of(backbone)
+    encoder = SteppedEncoder(backbone.model)
+    with torch.no_grad():
+        h = host.embed(backbone.encoder, feed["input_ids"], None)
+        bias = encoder.attention_bias(feed["attention_mask"], h)
+        attended = host.attend(layer, h, bias)
+        got = host.finish(layer, attended + host.feed_forward(layer, host.enter(layer, attended)))
+        assert torch.equal(got, encoder.step(h, bias, 0, 1.0))
+
+
 def test_fast_attention_is_the_same_one(tiny: Callable[..., Path]) -> None:
     for name, task in (("tiny-albert", "feature-extraction"), ("tiny-gpt2-shared", "text-generation")):
         eager, fast = (load_backbone(tiny(name, task), attention=kind) for kind in ("eager", "sdpa"))
@@ -309,12 +322,30 @@ def test_decoding_with_a_cache_is_decoding(ratio: float, form: Any, loaded: Call
         torch.testing.assert_close(model.decode(ids, mask, places, empty)[0][real], whole[real], atol=1e-5, rtol=1e-4)
 
 
+def test_greedy_tokens_are_those_of_transformers(loaded: Callable[..., Backbone]) -> None:
+    """With steps of 1; its own cache has an entry per layer, which tied layers must not share."""
+    backbone = loaded("tiny-gpt2-shared", "text-generation")
+    model, feed = SteppedModel(backbone), feed_of(backbone, batch=1)
+    ids, mask = feed["input_ids"], feed["attention_mask"]
+    generating: Any = backbone.model
+    with torch.no_grad():
+        expected = generating.generate(**feed, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=1)
+        logits, past = model.decode(ids, mask)
+        for _ in range(8):
+            newest = logits[:, -1:].argmax(-1)
+            ids, mask = torch.cat((ids, newest), dim=1), torch.cat((mask, torch.ones_like(newest)), dim=1)
+            logits, past = model.decode(newest, mask, None, past)
+    assert torch.equal(ids, expected)
+
+
 def test_a_cache_of_other_steps_is_refused(loaded: Callable[..., Backbone]) -> None:
     backbone = loaded("tiny-gpt2-shared", "text-generation")
     feed = feed_of(backbone)
     longer = {**feed, "attention_mask": torch.ones(3, 18)}
     with torch.no_grad():
         _, cache = SteppedModel(backbone, stepping_for_ratio((6,), 2)).decode(**feed)
+        _, whole = SteppedModel(backbone).decode(**feed)
+        SteppedModel(backbone, Stepping.full((6,), "sublayer")).decode(**longer, past=whole)  # the same in either form
         for other in (stepping_for_ratio((6,), 3), stepping_for_ratio((6,), 2, "sublayer")):
             with pytest.raises(InputError, match="a cache of other steps: got 3 steps, block form") as caught:
                 SteppedModel(backbone, other).decode(**longer, past=cache)

@@ -122,6 +122,19 @@ def test_a_folder_made_of_a_bert(tiny: Callable[..., Path], tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["shared"]
 
 
+def test_the_tokenizer_stays_that_of_the_source(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Of a folder with a vocabulary alone too, where transformers goes by the kind of model."""
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "bert").mkdir(exist_ok=True)
+        (tmp_path / "bert" / name).write_bytes((tiny() / name).read_bytes())
+    (tmp_path / "bert" / "vocab.txt").write_text("\n".join(models.wordpiece_vocabulary()))
+    shared_folder(tmp_path / "bert", tmp_path / "shared")
+    assert load_backbone(tmp_path / "shared").tokenizer_json == load_backbone(tmp_path / "bert").tokenizer_json
+    ours, theirs = (transformers.AutoTokenizer.from_pretrained(tmp_path / name) for name in ("shared", "bert"))
+    assert ours(models.TEXTS)["input_ids"] == theirs(models.TEXTS)["input_ids"]
+    assert ours.pad_token == theirs.pad_token
+
+
 def test_a_pretraining_head_comes_along(tmp_path: Path, tiny: Callable[..., Path]) -> None:
     config = transformers.BertConfig(**models.MODELS["tiny-bert"].config, vocab_size=300)
     with quiet_transformers():

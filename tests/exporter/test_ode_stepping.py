@@ -143,6 +143,8 @@ def test_albert_shares_its_iterations_out_as_transformers_does() -> None:
     assert sharing.iterations_of_groups(12, 1) == [12]
     assert sharing.iterations_of_groups(12, 5) == [3, 2, 3, 2, 2]
     assert sharing.iterations_of_groups(2, 3) == [1, 1, 0]
+    with pytest.raises(InputError, match="num_hidden_groups: got 0, expected at least 1"):
+        sharing.iterations_of_groups(2, 0)
 
 
 def test_folders_that_say_nothing(tmp_path: Path, tiny: Callable[..., Path]) -> None:
