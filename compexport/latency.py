@@ -87,9 +87,9 @@ def _decoder_calls(runtime: Runtime, name: str, batch: int, length: int) -> dict
     generator = runtime.generator(name)
     ids = np.random.default_rng(0).integers(_SMALLEST_ID, _LARGEST_ID, (batch, length), dtype=np.int64)
     mask = np.ones_like(ids)
-    _, cache = generator.read(ids, mask)
+    _, cache = generator.read_prompt(ids, mask)
     more = partial(generator.read, ids[:, :1], mask[:, :1], cache)
-    return {name: partial(generator.read, ids, mask), token_name(name): more}
+    return {name: partial(generator.read_prompt, ids, mask), token_name(name): more}
 
 
 def random_feeds(inputs: Sequence[TensorSpec], batch: int, length: int) -> dict[str, npt.NDArray[np.int64]]:

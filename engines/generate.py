@@ -20,6 +20,7 @@ from engines.session import GatheringSession, Held
 IDS, MASK, POSITIONS, LOGITS = "input_ids", "attention_mask", "position_ids", "logits"
 MAX_NEW_TOKENS = 32
 WARM_UP_TOKENS = 4
+ROOM_BYTES = 1 << 28  # for the logits of one run, which are of all positions where only the last counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,17 @@ class Generator:
         outputs, held = self._session.run_held(feeds, cache.held, (LOGITS,), list(self._presents.values()))
         return outputs[LOGITS], Cache(self.name, whole, {past: held[now] for past, now in self._presents.items()})
 
+    def read_prompt(self, ids: Tokens, mask: Tokens) -> tuple[Array, Cache]:
+        """Read prompts [B, S], padded on the left: logits [B, V] after their last token, and the cache with them.
+
+        In pieces, where the logits of all positions would take too much memory. Errors as ``read``.
+        """
+        piece = max(1, ROOM_BYTES // (4 * len(ids) * self.vocabulary))
+        logits, cache = self.read(ids[:, :piece], mask[:, :piece])
+        for start in range(piece, ids.shape[1], piece):
+            logits, cache = self.read(ids[:, start : start + piece], mask[:, start : start + piece], cache)
+        return logits[:, -1], cache
+
     def stream(
         self,
         ids: Tokens,
@@ -106,8 +118,8 @@ class Generator:
             raise InputError(describe(f"{self.name}: an empty prompt", expected="at least one token in every row"))
         sampler = Sampler(sampling, range(len(ids)) if rows is None else rows)
         limits = stop.limits(lengths, self.generation.max_positions)
-        logits, cache = self.read(ids, mask)
-        return self._written(logits[:, -1], cache, sampler, stop, limits)
+        last, cache = self.read_prompt(ids, mask)
+        return self._written(last, cache, sampler, stop, limits)
 
     def generate(
         self,

@@ -12,14 +12,12 @@ import numpy as np
 
 from compexport.errors import InputError, describe
 from engines.answers import Answer, Array, not_finite
-from engines.generate import MAX_NEW_TOKENS, Generator
+from engines.generate import MAX_NEW_TOKENS, ROOM_BYTES, Generator
 from engines.manifest import GENERATION, Generation
 from engines.points import is_part, token_name
 from engines.profile import Prediction, Profile
 from engines.sampling import GREEDY, Sampling
 from engines.text import EncodedText, TextEncoder
-
-ROOM_BYTES = 1 << 28  # for logits of all positions of one run
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,6 +106,15 @@ def test_cached_and_uncached_logits_agree(bundle: Bundle, ratio: int) -> None:
     assert entries == 2 * 4 // ratio, "a key and a value for every step"
 
 
+def test_long_prompts_are_read_in_pieces(half: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, mask = prompts(4)
+    at_once, whole = half.read_prompt(ids, mask)
+    monkeypatch.setattr("engines.generate.ROOM_BYTES", 4 * 4 * V * 2)
+    in_twos, cache = half.read_prompt(ids, mask)
+    np.testing.assert_allclose(in_twos, at_once, atol=2e-5)
+    assert np.array_equal(cache.mask, whole.mask) and ids.shape[1] > 4
+
+
 def test_padding_changes_nothing(half: Generator) -> None:
     ids, mask = prompts(4)
     logits, _ = half.read(ids, mask)
