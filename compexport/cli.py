@@ -68,7 +68,7 @@ PairColumn = Annotated[str | None, typer.Option(metavar="COLUMN", help="Column w
 LabelColumn = Annotated[str | None, typer.Option(metavar="COLUMN", help="Column with the label.")]
 Ratio = Annotated[str | None, typer.Option(metavar="LIST", help="Compression ratios: 2,4,8.")]
 TrainRatio = Annotated[
-    str | None, typer.Option(metavar="LIST", help="Compression ratios: 2,4,8; costeff: 1 and fractions too.")
+    str | None, typer.Option(metavar="LIST", help="Compression ratios: 2,4,8; costeff, ode: fractions too.")
 ]
 Backend = Annotated[str, typer.Option(metavar="NAME", help="Engine backend: ort.")]
 Provider = Annotated[str, typer.Option(metavar="NAME", help="ONNX Runtime provider: cpu or cuda.")]
@@ -109,7 +109,7 @@ def _root(
 @app.command()
 def train(
     context: typer.Context,
-    method: Annotated[str, typer.Argument(metavar="METHOD", help="variator, costeff, or finetune: see above.")],
+    method: Annotated[str, typer.Argument(metavar="METHOD", help="variator, costeff, ode, or finetune: see above.")],
     model: Model = Path(),
     *,
     data: Data = None,
@@ -135,6 +135,23 @@ def train(
         int | None,
         typer.Option(metavar="N", min=1, help="costeff: rows that tell which leave; officially all [default: 2048]."),
     ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="ode: classification, mlm or lm [default: what MODEL and data are for]."),
+    ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="ode: form of a step: block, sublayer, or auto, the better one."),
+    ] = None,
+    fewest_steps: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="ode: train with so many steps or more [default: half of all]."),
+    ] = None,
+    distance_weight: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="ode: weight of the distance from the states of all steps [default: 1]."),
+    ] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="ode: always train with all steps, for comparison.")] = False,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder of the result.")] = Path(
         "trained"
     ),
@@ -189,7 +206,7 @@ def train(
     config: Config = None,
     debug: Debug = False,
 ) -> None:
-    """Fit a method's plugins to MODEL, make it slender, or fine-tune it.
+    """Fit a method's plugins to MODEL, make it slender, teach it to be run in fewer steps, or fine-tune it.
 
     variator: plugins learn by distillation to reproduce what MODEL itself computes; no labels are needed. OUT is MODEL
     with one small file per ratio beside it; `compexport build OUT` makes the engines.
@@ -197,6 +214,9 @@ def train(
     costeff: MODEL is fine-tuned on the labels where it is not yet, and taught to classify after every layer; from that,
     models of fewer heads and neurons are made and taught, one per ratio. At ratio 1, MODEL stays as it is and only gets
     exits. OUT is the fine-tuned MODEL with one file per ratio beside it.
+
+    ode: MODEL applies one layer many times. It learns the labels of the data, or to fill in masked tokens, or to go on
+    with a text, and meanwhile to be run in fewer, larger steps. OUT is the trained model; one file serves every ratio.
 
     finetune: all of MODEL learns the labels of the data; OUT is a classifier.
 
@@ -232,6 +252,13 @@ def train(
         heads_per_event=own("heads_per_event", heads_per_event, None),
         importance_rows=own("importance_rows", importance_rows, None),
     )
+    shared = api.Shared(
+        objective=own("objective", objective, None),
+        form=own("form", form, None),
+        fewest_steps=own("fewest_steps", fewest_steps, None),
+        distance_weight=own("distance_weight", distance_weight, None),
+        plain=own("plain", plain, False),
+    )
     ratio = own("ratio", ratio, None)
     with _screen(as_json) as screen, present.progress() as progress:
         document = training.train(
@@ -244,6 +271,7 @@ def train(
             rows=api.Rows(limit, first),
             fit=fit,
             slender=slender,
+            shared=shared,
             saving=api.Saving(resume, save_every),
             progress=progress,
         )

@@ -1,0 +1,148 @@
+"""The stages of a run, one after the other: each from what another left, each gone on with where it was stopped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calib import processes
+from calib.arithmetic import moved, plain_attention
+from calib.batches import Batch
+from calib.clock import Clock
+from calib.finetune import parameter_groups
+from calib.ode.draws import Draws
+from calib.ode.lesson import Lesson, measured
+from calib.ode.settings import OdeSettings
+from calib.ode.start import Rows, Start
+from calib.progress import Progress
+from calib.trainer import Training
+from calib.unfinished import Unfinished
+from engines.atomic import staged_folder
+from exporter.methods.ode import Form, Stepping
+
+TRAIN = "train"
+
+
+@dataclass
+class Course:
+    """``shares``: how the run's steps and time are shared out among its stages, by name. ``records``: those done."""
+
+    settings: OdeSettings
+    shares: Mapping[str, float]
+    unfinished: Unfinished
+    progress: Progress
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def clock(self, stage: str, rows: int) -> Clock:
+        """The clock of a stage that begins now."""
+        share = self.shares[stage]
+        whole = sum(self.shares.values())
+        asked = self.settings.steps
+        steps = round(asked * share / whole) if asked is not None else round(self.settings.steps_for(rows) * share)
+        seconds = None
+        if self.settings.max_seconds is not None:
+            left = self.settings.max_seconds - sum(record["seconds"] for record in self.records.values())
+            open_ones = sum(one for name, one in self.shares.items() if name not in self.records)
+            seconds = max(left * share / open_ones, 0.001)
+        return Clock(time.monotonic(), max(1, steps), seconds)
+
+    def take(
+        self,
+        stage: str,
+        model: nn.Module,
+        start: Start,
+        rows: Rows,
+        loss: Callable[[nn.Module, Batch, int], Tensor],
+        *,
+        rate: float = 1.0,
+    ) -> dict[str, Any]:
+        """Train what of ``model`` requires gradients; ``rate``: of the peak learning rate. Its record."""
+        clock = self.clock(stage, len(rows))
+
+        def report(message: str, done: float | None = None, total: float | None = None) -> None:
+            self.progress(message if stage == TRAIN else f"{stage}: {message}", done, total)
+
+        steps = Training(
+            model=model,
+            groups=parameter_groups(model, rate * self.settings.learning_rate),
+            loss=loss,
+            rows=rows,
+            collate=start.collate,
+            clock=clock,
+            batch_size=self.settings.batch_size,
+            seed=self.settings.seed,
+            precision=self.settings.precision,
+            partial=True,
+            unfinished=self.unfinished.part(stage),
+            progress=report,
+        ).run()
+        return {"steps": steps, "seconds": round(time.monotonic() - clock.started, 2)}
+
+    # --- the model itself
+
+    def train(self, lesson: Lesson, start: Start, rows: Rows) -> None:
+        """Train the model to be run in any of the drawn numbers of steps, and leave it in ``unfinished.backbone``."""
+        draws = Draws.of(lesson.groups, self.settings)
+        seed, weight = self.settings.seed, self.settings.distance_weight
+
+        def loss(model: nn.Module, batch: Batch, step: int) -> Tensor:
+            asked = lesson.goal.asked(batch, seed + step * processes.count() + processes.rank())
+            return lesson.loss(model, asked, draws.at(step), weight)
+
+        record = self.take(TRAIN, lesson, start, rows, loss)
+        start.learner.requires_grad_(False).eval()
+        self.finish(TRAIN, record, lambda: self._write(start))
+
+    def _write(self, start: Start) -> None:
+        with staged_folder(self.unfinished.backbone) as staging:
+            start.learner.write(staging)
+
+    def finish(self, stage: str, record: dict[str, Any], write: Callable[[], None]) -> None:
+        """Keep what a stage made, and that it is done."""
+
+        def keep() -> None:
+            write()
+            self.unfinished.part(stage).finish(record)
+
+        processes.by_first(keep)
+        self.records[stage] = record
+
+    def is_done(self, stage: str) -> bool:
+        """Whether an interrupted run has taken the stage."""
+        record = self.unfinished.part(stage).finished()
+        if record is not None:
+            self.records[stage] = record
+        return record is not None
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What the model answers in the steps of each ratio; ``dropped``: as many iterations, and none of them larger."""
+
+    full: dict[str, float]
+    stepped: dict[Form, dict[float, dict[str, float]]]
+    dropped: dict[float, dict[str, float]]
+
+
+def quality(
+    lesson: Lesson, start: Start, rows: Rows, steppings: Mapping[float, Stepping], size: int, progress: Progress
+) -> Quality:
+    """Measure all of it on ``rows``, by the first process for all."""
+    forms: tuple[Form, ...] = ("block", "sublayer")
+
+    def one(steps: Sequence[tuple[int, float]], form: Form) -> dict[str, float]:
+        return measured(lesson, rows, start.collate, size, steps, form, progress)
+
+    def measure() -> Quality:
+        full = one(list(Stepping.full(lesson.groups)), "block")
+        stepped = {form: {ratio: one(list(each), form) for ratio, each in steppings.items()} for form in forms}
+        dropped = {ratio: one([(group, 1.0) for group, _ in each], "block") for ratio, each in steppings.items()}
+        return Quality(full, stepped, dropped)
+
+    with torch.random.fork_rng(), plain_attention(start.learner.model), moved(lesson):
+        return processes.by_first(measure)
