@@ -22,7 +22,12 @@ from pydantic import (
 FORMAT: Final = 1
 
 Task = Literal[
-    "feature-extraction", "sequence-classification", "token-classification", "question-answering", "label-words"
+    "feature-extraction",
+    "sequence-classification",
+    "token-classification",
+    "question-answering",
+    "label-words",
+    "text-generation",
 ]
 
 

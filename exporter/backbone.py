@@ -14,6 +14,7 @@ from torch import nn
 from compexport.errors import InputError, describe
 from engines.manifest import LabelWords, Task
 from exporter.hosts import Host, host_of
+from exporter.hosts.shared import repeats, tie
 from exporter.identity import LABEL_WORDS, VOCABULARIES, backbone_sha256
 from exporter.label_words import read_label_words
 from exporter.official import require_plain_model
@@ -24,6 +25,8 @@ TASKS: dict[str, Task] = {
     "ForTokenClassification": "token-classification",
     "ForQuestionAnswering": "question-answering",
     "ForConditionalGeneration": "label-words",  # without the words, its encoder: feature-extraction
+    "LMHeadModel": "text-generation",
+    "ForCausalLM": "text-generation",
     "Model": "feature-extraction",
 }
 # Relative positions have no end; texts are cut here where the tokenizer's settings name no limit.
@@ -44,7 +47,10 @@ class Pooling:
 
 @dataclass(frozen=True)
 class Backbone:
-    """A loaded model folder. ``model`` is the Hugging Face model, in eval mode, fp32, never modified by us."""
+    """A loaded model folder. ``model`` is the Hugging Face model, in eval mode, fp32, never modified by us.
+
+    (Layers of a decoder that are the same share their tensors, which changes nothing but the memory they take.)
+    """
 
     folder: Path
     model: nn.Module
@@ -108,7 +114,7 @@ def load_backbone(folder: str | Path, task: str | None = None, *, attention: str
     known = _known_task(task, host, folder) if task is not None else _task(config, host, folder)
     _require_safetensors(folder)
     labels, words = _labels(folder, known, config)
-    model = _load_model(folder, host.classes[known], known, attention)
+    model = _load_model(folder, host, known, attention)
     return Backbone(
         folder=folder,
         model=model,
@@ -195,14 +201,14 @@ def _require_safetensors(folder: Path) -> None:
     )
 
 
-def _load_model(folder: Path, class_name: str, task: Task, attention: str) -> nn.Module:
+def _load_model(folder: Path, host: Host, task: Task, attention: str) -> nn.Module:
     import transformers
 
     from exporter.quiet import quiet_transformers
 
     try:
         with quiet_transformers():
-            model, found = getattr(transformers, class_name).from_pretrained(
+            model, found = getattr(transformers, host.classes[task]).from_pretrained(
                 folder,
                 local_files_only=True,
                 use_safetensors=True,
@@ -213,7 +219,8 @@ def _load_model(folder: Path, class_name: str, task: Task, attention: str) -> nn
     except Exception as error:  # transformers raises many kinds for a cut or foreign file
         raise InputError(describe(f"{folder}: cannot load the model", got=_first_line(error))) from error
     # transformers fills what the file lacks with random numbers; only the base model's pooler is never read.
-    missing = sorted(k for k in found["missing_keys"] if task != "feature-extraction" or "pooler." not in k)
+    absent = _tied(folder, model, host, set(found["missing_keys"]))
+    missing = sorted(k for k in absent if task != "feature-extraction" or "pooler." not in k)
     if missing:
         got = f"no {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
         hint = "" if task == "feature-extraction" else f"fine-tune the model for {task} first"
@@ -222,6 +229,21 @@ def _load_model(folder: Path, class_name: str, task: Task, attention: str) -> nn
         model = model.get_encoder()  # nobody reads the decoder
     loaded: nn.Module = model.eval().requires_grad_(False)
     return loaded
+
+
+def _tied(folder: Path, model: Any, host: Host, missing: set[str]) -> set[str]:
+    """Tie layers that are the same; what is still ``missing``. InputError where they are not as the folder says."""
+    if host.sharing is None or not host.sharing.causal:
+        return missing
+    layers = host.layers(host.encoder(model))
+    prefix = next(name for name, module in model.named_modules() if module is layers)
+    try:
+        names = {index: f"{prefix}.{index}." for index in repeats(layers, model.config)}
+        absent = {index for index, start in names.items() if any(name.startswith(start) for name in missing)}
+        tie(layers, model.config, absent)
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from error
+    return {name for name in missing if not name.startswith(tuple(names.values()) or "\0")}
 
 
 def _pooling(folder: Path) -> Pooling | None:
@@ -272,7 +294,7 @@ def _max_length(folder: Path, config: Any, host: Host) -> int:
 
 def _input_names(config: Any) -> tuple[str, ...]:
     names = ("input_ids", "attention_mask")
-    uses_types = config.model_type in {"bert", "electra"} and config.type_vocab_size > 1
+    uses_types = config.model_type in {"albert", "bert", "electra"} and config.type_vocab_size > 1
     return (*names, "token_type_ids") if uses_types else names
 
 

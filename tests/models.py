@@ -87,6 +87,15 @@ def _byte_level() -> Any:
     return tokenizer
 
 
+def _byte_level_bare() -> Any:
+    """GPT-2's kind: the same pieces, and no token around a text; ``</s>`` is 2, ``<pad>`` 1."""
+    from tokenizers import processors
+
+    tokenizer = _byte_level()
+    tokenizer._tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    return tokenizer
+
+
 def _unigram() -> Any:
     """A T5 tokenizer: pieces with a score each, ``</s>`` at the end, no token types, sentinels as the last ids."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
@@ -168,6 +177,39 @@ MODELS = {
     # Pre-norm, with a norm at the end.
     "tiny-mbart": Tiny("MBart", {**_BART_SIZES, "decoder_start_token_id": 0}, _byte_level, BART_CLASSES),
 }
+# Models whose layers are one layer many times; method ``ode`` alone fits them.
+_ALBERT_SIZES = {
+    **_SIZES,
+    "num_hidden_layers": 6,
+    "embedding_size": 16,
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+}
+SHARED = {
+    "tiny-albert": Tiny("Albert", _ALBERT_SIZES, _wordpiece),
+    "tiny-albert-groups": Tiny(
+        "Albert",
+        {**_ALBERT_SIZES, "num_hidden_layers": 4, "num_hidden_groups": 2, "inner_group_num": 2},
+        _wordpiece,
+    ),
+    "tiny-gpt2-shared": Tiny(
+        "GPT2",
+        {
+            "initializer_range": 0.2,
+            "n_embd": HIDDEN,
+            "n_layer": 6,
+            "n_head": HEADS,
+            "n_inner": FFN,
+            "n_positions": MAX_LENGTH,
+            "shared_layers": [6],
+            "bos_token_id": 2,
+            "eos_token_id": 2,
+            "pad_token_id": 1,
+        },
+        _byte_level_bare,
+        {"text-generation": "LMHeadModel"},
+    ),
+}
 # The same architectures, deep enough for exits: between two layers there is one, between four there are three.
 DEEPER = {"tiny-bert-deep": Tiny("Bert", {**_SIZES, "num_hidden_layers": 4}, _wordpiece)}
 
@@ -182,7 +224,7 @@ def make(
     import torch
     import transformers
 
-    tiny = {**MODELS, **DEEPER}[name]
+    tiny = {**MODELS, **DEEPER, **SHARED}[name]
     tokenizer = tiny.tokenizer()
     config = getattr(transformers, f"{tiny.prefix}Config")(**{"vocab_size": tokenizer.get_vocab_size(), **tiny.config})
     if (labels := LABELS.get(task)) and task != "label-words":
@@ -191,13 +233,22 @@ def make(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = getattr(transformers, tiny.prefix + tiny.classes[task])(config)
-    model.save_pretrained(folder)
+    _save_model(model, folder)
     _save_tokenizer(tokenizer, folder)
     if task == "label-words":
         (folder / "label_words.json").write_text(json.dumps(LABEL_WORDS))
     if task == "feature-extraction" and pooling is not None:
         _save_pooling(folder, pooling)
     return folder
+
+
+def _save_model(model: Any, folder: Path) -> None:
+    if not hasattr(model.config, "shared_layers"):
+        model.save_pretrained(folder)
+        return
+    from exporter.methods.ode_convert import save_model
+
+    save_model(model, folder)
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:

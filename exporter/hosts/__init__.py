@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from compexport.errors import InputError, describe
-from exporter.hosts import bart, bert, t5
+from exporter.hosts import albert, bart, bert, gpt2, t5
 from exporter.hosts.host import Host
 
-HOSTS: dict[str, Host] = {**bert.HOSTS, **t5.HOSTS, **bart.HOSTS}
+HOSTS: dict[str, Host] = {**bert.HOSTS, **t5.HOSTS, **bart.HOSTS, **albert.HOSTS, **gpt2.HOSTS}
 
 
 def host_of(model_type: str, folder: Path) -> Host:
@@ -25,7 +25,6 @@ def host_of(model_type: str, folder: Path) -> Host:
                 f"{folder}: unsupported architecture",
                 got=repr(model_type),
                 expected=f"one of {', '.join(sorted(HOSTS))}",
-                hint="Variator fits encoders of these families",
             )
         ) from None
 

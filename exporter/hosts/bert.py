@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from engines.manifest import Task
 from exporter.hosts.host import Host
 
-_CLASSES: dict[Task, str] = {
+CLASSES: dict[Task, str] = {
     "sequence-classification": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
     "question-answering": "AutoModelForQuestionAnswering",
@@ -19,7 +19,7 @@ _CLASSES: dict[Task, str] = {
 }
 
 
-def _inside(base: str) -> Callable[[nn.Module], nn.Module]:
+def inside(base: str) -> Callable[[nn.Module], nn.Module]:
     """The encoder is the attribute ``base`` of a model with a head, and the model itself without one."""
     return lambda model: getattr(model, base, model)
 
@@ -70,17 +70,17 @@ def _distilbert_classify(model: Any, h: Tensor) -> Tensor:
     return out
 
 
-def _classify(model: Any, h: Tensor) -> Tensor:
+def classify(model: Any, h: Tensor) -> Tensor:
     out: Tensor = model.classifier(h)
     return out
 
 
-def _tag(model: Any, h: Tensor) -> Tensor:
+def tag(model: Any, h: Tensor) -> Tensor:
     out: Tensor = model.classifier(model.dropout(h))
     return out
 
 
-def _answer(model: Any, h: Tensor) -> Tensor:
+def answer(model: Any, h: Tensor) -> Tensor:
     out: Tensor = model.qa_outputs(h)
     return out
 
@@ -92,15 +92,15 @@ def _bert_like(
     position_offset: int = 0,
 ) -> Host:
     return Host(
-        encoder=_inside(base),
+        encoder=inside(base),
         layers=lambda encoder: encoder.encoder.layer,
         embed=embed,
         attention=lambda layer: layer.attention,
         attend=_bert_attend,
         feed_forward=_bert_feed_forward,
         finish=_bert_finish,
-        classes=_CLASSES,
-        heads={"sequence-classification": classify, "token-classification": _tag, "question-answering": _answer},
+        classes=CLASSES,
+        heads={"sequence-classification": classify, "token-classification": tag, "question-answering": answer},
         position_offset=position_offset,
     )
 
@@ -108,21 +108,21 @@ def _bert_like(
 HOSTS: dict[str, Host] = {
     "bert": _bert_like("bert", _bert_classify),
     # RoBERTa numbers positions from pad_token_id + 1, so the table holds two rows that no token uses.
-    "roberta": _bert_like("roberta", _classify, position_offset=2),
-    "electra": _bert_like("electra", _classify, _electra_embed),
+    "roberta": _bert_like("roberta", classify, position_offset=2),
+    "electra": _bert_like("electra", classify, _electra_embed),
     "distilbert": Host(
-        encoder=_inside("distilbert"),
+        encoder=inside("distilbert"),
         layers=lambda encoder: encoder.transformer.layer,
         embed=_distilbert_embed,
         attention=lambda layer: layer.attention,
         attend=_distilbert_attend,
         feed_forward=lambda layer, z: layer.ffn(z),
         finish=lambda layer, total: layer.output_layer_norm(total),
-        classes=_CLASSES,
+        classes=CLASSES,
         heads={
             "sequence-classification": _distilbert_classify,
-            "token-classification": _tag,
-            "question-answering": _answer,
+            "token-classification": tag,
+            "question-answering": answer,
         },
     ),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -33,6 +33,38 @@ class Decoder:
     heads: Callable[[Any], int]
 
 
+class Repeated(NamedTuple):
+    """One group of a model that shares layers: the layers of one iteration, and how often they are run."""
+
+    layers: tuple[nn.Module, ...]
+    iterations: int
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """What an architecture that may share its layers adds, so that an iteration can be a step of any size dt.
+
+    One layer, with its two sublayers scaled (dt = 1 is the layer itself)::
+
+        h = settle(layer, h + dt * attended(layer, h, bias, cache))
+        h = finish(layer, h + dt * feed_forward(layer, enter(layer, h)))
+
+    ``attended`` is the attention sublayer without residual and closing norm; where post-norm, ``settle`` is that norm.
+    ``cache`` is what the layer's attention calls ``update`` of, or None. ``embed(encoder, ids, types, positions)``
+    gives what the first iteration reads. ``groups(encoder, config)``: the groups in the order they are run.
+    ``stated(config)``: their iterations where the configuration tells, otherwise None; ``inner(config)``: the layers of
+    one iteration.
+    """
+
+    groups: Callable[[Any, Any], list[Repeated]]
+    stated: Callable[[Any], tuple[int, ...] | None]
+    embed: Callable[[Any, Tensor, Tensor | None, Tensor | None], Tensor]
+    attended: Callable[[Any, Tensor, Tensor, Any], Tensor]
+    settle: Callable[[Any, Tensor], Tensor] = _unchanged
+    inner: Callable[[Any], int] = lambda config: 1
+    causal: bool = False
+
+
 @dataclass(frozen=True)
 class Host:
     """The parts of one encoder architecture. Tensors: h, x, z [B,S,H]; mask is additive, [B,1,1,S].
@@ -47,8 +79,10 @@ class Host:
 
     ``attention`` is the part of a layer that holds attention's products, the first being the query's. ``classes``: the
     transformers class that loads each task. ``position_buckets`` gives what ``attention_bias`` needs and no input
-    changes; it is computed once, outside of any trace. ``skips_padded_rows``: with plugins of pad mode "official",
-    padded positions skip the attention sublayer, as in the network that such plugins were trained in.
+    changes; it is computed once, outside of any trace. ``sharing``: for architectures whose layers are run as steps,
+    which no method but ``ode`` fits; ``layers`` are then those that the file may hold. ``skips_padded_rows``: with
+    plugins of pad mode "official", padded positions skip the attention sublayer, as in the network that such plugins
+    were trained in.
     """
 
     encoder: Callable[[Any], nn.Module]
@@ -65,5 +99,6 @@ class Host:
     attention_bias: Callable[[Any, Tensor, Tensor | None], Tensor] = _mask_alone
     heads: Mapping[str, Callable[[Any, Tensor], Tensor]] = field(default_factory=dict)
     decoder: Decoder | None = None
+    sharing: Sharing | None = None
     position_offset: int = 0
     skips_padded_rows: bool = False

@@ -15,6 +15,7 @@ from typing import Any
 from compexport.errors import InputError, describe
 from exporter.backbone import Backbone
 from exporter.checkpoint import plain_ratio
+from exporter.hosts import HOSTS as ALL_HOSTS
 
 # Model types with a post-norm encoder of separate query, key and value matrices.
 HOSTS = ("bert", "roberta", "electra", "distilbert")
@@ -85,12 +86,14 @@ class HostFacts:
 
 def _require_host(config: Any, kind: str) -> None:
     if kind not in HOSTS:
+        shares = kind in ALL_HOSTS and ALL_HOSTS[kind].sharing is not None
+        instead = "build models that share their layers with --method ode" if shares else "use --method variator here"
         raise InputError(
             describe(
                 "COST-EFF does not fit this architecture",
                 got=repr(kind),
                 expected=f"one of {', '.join(HOSTS)}",
-                hint="it slenderises post-norm encoders; use --method variator here",
+                hint=f"it slenderises post-norm encoders; {instead}",
             )
         )
     position = getattr(config, "position_embedding_type", None)

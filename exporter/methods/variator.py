@@ -140,6 +140,7 @@ class VariatorEncoder(nn.Module):
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
+        require_own_layers(backbone)
         self.backbone = backbone
         self.encoder = backbone.encoder
         self.plugins: Plugins | None = None
@@ -227,6 +228,19 @@ class VariatorEncoder(nn.Module):
         pad_id = int(self.backbone.config.pad_token_id or 0)
         types = None if token_type_ids is None else nn.functional.pad(token_type_ids, missing)
         return nn.functional.pad(input_ids, missing, value=pad_id), nn.functional.pad(attention_mask, missing), types
+
+
+def require_own_layers(backbone: Backbone) -> None:
+    """InputError for a model whose layers are one layer many times: plugins are fitted to each layer apart."""
+    if backbone.host.sharing is not None:
+        raise InputError(
+            describe(
+                f"{backbone.folder}: variator does not fit a model that shares its layers",
+                got=repr(backbone.config.model_type),
+                expected="an encoder whose layers differ",
+                hint="build it with --method ode",
+            )
+        )
 
 
 class VariatorModel(nn.Module):

@@ -60,11 +60,11 @@ def test_folder_without_a_model(refused: Callable[..., str], tmp_path: Path) -> 
 
 def test_unsupported_architecture_names_the_supported_ones(refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "gpt").mkdir()
-    (tmp_path / "gpt" / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2Model"]}))
+    (tmp_path / "gpt" / "config.json").write_text(json.dumps({"model_type": "opt", "architectures": ["OPTModel"]}))
     line = refused("build", "gpt", "--ratio", "2", "--untrained")
     assert (
-        "unsupported architecture: got 'gpt2', expected one of bart, bert, distilbert, electra, mbart, roberta, t5"
-        in line
+        "unsupported architecture: got 'opt', expected one of albert, bart, bert, distilbert, electra, gpt2, mbart, "
+        "roberta, t5" in line
     )
 
 

@@ -1,0 +1,178 @@
+"""How far each run of a shared layer goes: lists of step sizes, and the facts of a model that they must fit.
+
+Needs no torch. Source: methods.md's reading of "Parameter-shared PLMs as a neural ODE" (arXiv 2310.12818), which is our
+reconstruction: the trained model is Euler's method with steps of 1, and here are fewer, larger ones.
+Letters: N iterations of the trained model, n steps taken instead, G groups, dt size of a step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from compexport.errors import InputError, describe
+from exporter.checkpoint import plain_ratio
+
+Form = Literal["block", "sublayer"]
+FORMS: tuple[Form, ...] = get_args(Form)
+DEFAULT_FORM: Form = "block"
+RISKY_STEP = 2.0  # from here on the weight 1 - dt of the old state is at or below -1
+_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class OdeFacts:
+    """What stepping must know of a model. ``groups``: N_1, …, N_G, iterations of each group in the order they run.
+
+    ``inner``: layers that one iteration runs, the same in every group. ``word_width``: width of the embeddings before
+    they are projected to ``hidden``; ``types`` 0 where there are no token types.
+    """
+
+    groups: tuple[int, ...]
+    inner: int
+    hidden: int
+    heads: int
+    neurons: int
+    word_width: int
+    vocabulary: int
+    positions: int
+    types: int
+    causal: bool
+
+    @property
+    def iterations(self) -> int:
+        """N, all groups together."""
+        return sum(self.groups)
+
+    @property
+    def head_width(self) -> int:
+        return self.hidden // self.heads
+
+
+@dataclass(frozen=True)
+class Stepping:
+    """The steps of one variant: of every group, in sequence, the sizes dt of its steps, and the form of a step."""
+
+    form: Form
+    steps: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise InputError(describe("form of a step", got=repr(self.form), expected=" or ".join(FORMS)))
+        if not self.steps or not all(self.steps):
+            raise InputError(describe("steps", got=self.lists(), expected="at least one for every group"))
+        for dt in (dt for group in self.steps for dt in group):
+            if not (math.isfinite(dt) and dt > 0):
+                raise InputError(describe("size of a step", got=dt, expected="a positive number"))
+
+    @classmethod
+    def even(cls, groups: Sequence[int], n: Sequence[int], form: Form = DEFAULT_FORM) -> Stepping:
+        """``n`` equal steps of each group, which together go as far as its ``groups`` iterations."""
+        if len(n) != len(groups) or any(count < 1 for count in n):
+            expected = f"at least one for each of {len(groups)} groups"
+            raise InputError(describe("numbers of steps", got=list(n), expected=expected))
+        return cls(form, tuple((total / count,) * count for total, count in zip(groups, n, strict=True)))
+
+    @classmethod
+    def full(cls, groups: Sequence[int], form: Form = DEFAULT_FORM) -> Stepping:
+        """As the model was trained: every iteration a step of 1."""
+        return cls.even(groups, groups, form)
+
+    @classmethod
+    def from_document(cls, form: Any, steps: Any, origin: str) -> Stepping:
+        """From the lists that JSON holds; InputError names ``origin`` otherwise."""
+        try:
+            lists = tuple(tuple(float(dt) for dt in group) for group in steps)
+        except (TypeError, ValueError) as error:
+            raise InputError(describe(f"{origin}: no steps", got=steps, expected="[[dt, …] per group]")) from error
+        try:
+            return cls(form, lists)
+        except InputError as error:
+            raise InputError(f"{origin}: {error}") from error
+
+    @property
+    def n(self) -> int:
+        """The number of steps, all groups together."""
+        return sum(map(len, self.steps))
+
+    @property
+    def total(self) -> float:
+        """How far the steps go together: N."""
+        return math.fsum(dt for group in self.steps for dt in group)
+
+    @property
+    def largest(self) -> float:
+        return max(map(max, self.steps))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every step is 1: the original model, whatever the form."""
+        return all(dt == 1 for group in self.steps for dt in group)
+
+    def __iter__(self) -> Iterator[tuple[int, float]]:
+        """Every step in sequence: (group, counted from 0; dt)."""
+        for group, sizes in enumerate(self.steps):
+            for dt in sizes:
+                yield group, dt
+
+    def lists(self) -> list[list[float]]:
+        """As JSON holds them."""
+        return [list(group) for group in self.steps]
+
+    def require_fit(self, groups: Sequence[int], origin: str = "steps") -> Stepping:
+        """Itself; InputError unless the steps of each group go as far as its iterations, and none across."""
+        if len(self.steps) != len(groups):
+            raise InputError(describe(f"{origin}: groups", got=len(self.steps), expected=len(groups)))
+        for number, (sizes, total) in enumerate(zip(self.steps, groups, strict=True), start=1):
+            if abs(math.fsum(sizes) - total) > _TOLERANCE:
+                which = f" of group {number}" if len(groups) > 1 else ""
+                got = f"{math.fsum(sizes):g} ({', '.join(f'{dt:g}' for dt in sizes)})"
+                hint = f"its {total} iterations are {total} steps of 1"
+                raise InputError(describe(f"{origin}: sum of the steps{which}", got=got, expected=total, hint=hint))
+        return self
+
+
+def stepping_for_ratio(of: OdeFacts | Sequence[int], ratio: float, form: Form = DEFAULT_FORM) -> Stepping:
+    """Equal steps, ``ratio`` times fewer in each group than the model has iterations.
+
+    ``of``: a model's facts or its groups. InputError for a ratio that leaves no whole number of steps somewhere; it
+    lists those that do.
+    """
+    groups = of.groups if isinstance(of, OdeFacts) else tuple(of)
+    counts = [total / ratio for total in groups]
+    if ratio < 1 or any(count < 1 - _TOLERANCE or abs(count - round(count)) > _TOLERANCE for count in counts):
+        iterations = " + ".join(map(str, groups))
+        raise InputError(
+            describe(
+                f"no whole number of steps at ratio {ratio:g}",
+                got=f"{iterations} iterations",
+                expected=f"a ratio among {', '.join(f'{one:g}' for one in ratios_that_work(groups))}",
+                hint="or a list of your own with --steps",
+            )
+        )
+    return Stepping.even(groups, [round(count) for count in counts], form)
+
+
+def ratios_that_work(groups: Sequence[int]) -> list[float]:
+    """The ratios, of at most three decimals, at which every group takes a whole number of steps; ascending."""
+    ratios = (groups[0] / count for count in range(groups[0], 0, -1))
+    whole = (ratio for ratio in ratios if all(abs(n / ratio - round(n / ratio)) < _TOLERANCE for n in groups))
+    return [plain_ratio(ratio) for ratio in whole if abs(ratio * 1000 - round(ratio * 1000)) < _TOLERANCE]
+
+
+def warnings_of(stepping: Stepping) -> list[str]:
+    """What a user should know of the steps before trusting them, one line each."""
+    if stepping.largest < RISKY_STEP:
+        return []
+    reason = (
+        f"the old state enters with weight {1 - stepping.largest:g}"
+        if stepping.form == "block"
+        else "each sublayer is counted that many times"
+    )
+    return [
+        f"{stepping.n} steps instead of {stepping.total:g}: a step of {stepping.largest:g} is at least {RISKY_STEP:g}, "
+        f"where {reason} and answers may be far off; train with `compexport train ode`, and measure with "
+        "`compexport evaluate`"
+    ]
