@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final, Literal
@@ -29,6 +30,7 @@ Task = Literal[
     "label-words",
     "text-generation",
 ]
+GENERATION: Final = "text-generation"
 
 
 # The places in a template; every other brace stands for itself.
@@ -37,10 +39,15 @@ TEXT, TEXT_PAIR = "{text}", "{text_pair}"
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
 # Roles of a variant's graphs, and the tensors that only graphs with exits have.
-ENCODER, ALL_EXITS = "encoder", "all-exits"
+ENCODER, DECODER, ALL_EXITS = "encoder", "decoder", "all-exits"
+# Those of a step engine: the graphs are the same for every number of steps, and the caller runs the loop.
+EMBED, STEP, HEAD = "embed", "step", "head"
 # A segment's output hidden states are the next one's input, under another name: in one graph, names are unique.
 HIDDEN, PREVIOUS, ROWS = "hidden", "previous", "rows"
 EXIT_OUTPUTS = ("logits", "entropy", "max_probability", "margin")
+# The size of one step, which a step engine's graph reads; and what a decoder keeps of each step, key and value.
+STEP_SIZE = "dt"
+PAST, PRESENT = "past_key_values", "present"
 
 
 # "@" and "/" follow a variant's name in those of its points and segments (``engines.points``).
@@ -55,6 +62,21 @@ def segment_role(index: int) -> str:
 def prefix_role(layer: int) -> str:
     """The role of the graph that runs from the ids to the exit after ``layer``, counted from 1."""
     return f"prefix-{layer}"
+
+
+def step_role(group: int, groups: int) -> str:
+    """The role of the graph of one step of shared layer number ``group``, from 0; of an only one, without number."""
+    return STEP if groups == 1 else f"{STEP}-{group}"
+
+
+def head_role(step: int) -> str:
+    """The role of a step engine's exit head after ``step``, counted from 1."""
+    return f"{HEAD}-{step}"
+
+
+def cache_name(prefix: str, step: int, kind: Literal["key", "value"]) -> str:
+    """The name of a decoder's cache entry: ``prefix`` PAST (input) or PRESENT (output), ``step`` counted from 0."""
+    return f"{prefix}.{step}.{kind}"
 
 
 class Record(BaseModel):
@@ -141,11 +163,14 @@ class Graph(Record):
 class Variant(Record):
     """One member of the family. ``graphs`` maps a role to a graph.
 
-    Without ``exits`` the role is "encoder". With them: "segment-0", "segment-1", …, one per entry of ``exits``, to be
-    run one after the other; "all-exits", every layer's at once; "prefix-6" for those exits that were asked for alone.
+    Without ``exits`` the role is "encoder", or "decoder" of a model that generates text. With them: "segment-0",
+    "segment-1", …, one per entry of ``exits``, to be run one after the other; "all-exits", every layer's at once;
+    "prefix-6" for those exits that were asked for alone.
+    A step engine has the roles "embed", "step" ("step-0", "step-1", … where ``steps`` has several groups) and "head",
+    and with ``exits`` "head-2", … for each of them.
     """
 
-    later_fields: ClassVar[tuple[str, ...]] = ("exits",)
+    later_fields: ClassVar[tuple[str, ...]] = ("exits", "steps")
 
     method: str
     ratio: float = Field(ge=1)
@@ -157,32 +182,77 @@ class Variant(Record):
     untrained: bool = False
     exits: list[int] | None = Field(
         default=None,
-        description="layers, counted from 1, after which a segment ends; the last is the depth. Absent without exits",
+        description="layers, or of a variant with steps the steps, counted from 1, after which a segment ends; the "
+        "last is the depth. Absent without exits",
+    )
+    steps: list[list[float]] | None = Field(
+        default=None,
+        description="the size of every step, per group of shared layers. Absent where no layer is shared",
     )
     settings: dict[str, Any] = {}
 
+    @property
+    def is_stepper(self) -> bool:
+        """Whether the graphs are those of a step engine, to be run in a loop."""
+        return EMBED in self.graphs
+
+    @property
+    def step_count(self) -> int | None:
+        """The steps of all groups together; None where no layer is shared."""
+        return None if self.steps is None else sum(map(len, self.steps))
+
+    @field_validator("steps")
+    @classmethod
+    def _steps_forward(cls, steps: list[list[float]] | None) -> list[list[float]] | None:
+        sizes = [size for group in steps or [] for size in group]
+        if steps is not None and not (steps and all(steps) and all(0 < size < math.inf for size in sizes)):
+            raise ValueError(f"at least one positive number in each group, not {steps}")
+        return steps
+
     @model_validator(mode="after")
-    def _one_segment_per_exit(self) -> Variant:
+    def _roles(self) -> Variant:
+        if self.exits is not None and (not self.exits or self.exits[0] < 1 or sorted(set(self.exits)) != self.exits):
+            raise ValueError(f"exits: layers from 1 on, each once, in order, not {self.exits}")
+        if self.is_stepper:
+            self._require_step_roles()
+        else:
+            self._require_segment_roles()
+        return self
+
+    def _require_step_roles(self) -> None:
+        if self.steps is None:
+            raise ValueError(f"graphs: the role {EMBED} belongs to a variant with steps")
+        groups = len(self.steps)
+        expected = {EMBED, HEAD, *(step_role(group, groups) for group in range(groups))}
+        expected |= {head_role(step) for step in self.exits or ()}
+        if set(self.graphs) != expected:
+            raise ValueError(f"graphs: a step engine of these steps has the roles {', '.join(sorted(expected))}")
+
+    def _require_segment_roles(self) -> None:
         segments = {role for role in self.graphs if role.startswith("segment-")}
         if segments != {segment_role(index) for index in range(len(self.exits or ()))}:
             raise ValueError("graphs: one segment for each of exits, segment-0 first")
         if self.exits is None:
-            if set(self.graphs) != {ENCODER}:
-                raise ValueError(f"graphs: a variant without exits has the role {ENCODER} alone")
-            return self
-        if not self.exits or self.exits[0] < 1 or sorted(set(self.exits)) != self.exits:
-            raise ValueError(f"exits: layers from 1 on, each once, in order, not {self.exits}")
+            if set(self.graphs) not in ({ENCODER}, {DECODER}):
+                raise ValueError(f"graphs: a variant without exits has the role {ENCODER} or {DECODER} alone")
+            return
         if ALL_EXITS not in self.graphs:
             raise ValueError(f"graphs: a variant with exits has the role {ALL_EXITS}")
         unknown = set(self.graphs) - segments - {ALL_EXITS} - {prefix_role(layer) for layer in self.exits}
         if unknown:
             raise ValueError(f"graphs: a variant with exits {self.exits} has no role {min(unknown)}")
-        return self
 
 
 def backbones(variants: Mapping[str, Variant]) -> list[str]:
-    """The variants of ratio 1, the backbone itself first: beside it may stand a model trained with its exits."""
-    return sorted((name for name in variants if variants[name].ratio == 1), key=lambda n: variants[n].exits is not None)
+    """The variants of ratio 1, the backbone itself first: beside it may stand a model trained with its exits.
+
+    A step engine that computes the same comes after the graph made for it.
+    """
+
+    def later(name: str) -> tuple[bool, bool]:
+        return variants[name].exits is not None, variants[name].is_stepper
+
+    return sorted((name for name in variants if variants[name].ratio == 1), key=later)
 
 
 class Engine(Record):
@@ -227,6 +297,15 @@ class LabelWords(Record):
         return template
 
 
+class Generation(Record):
+    """What generating text needs to know of the model: where to begin, where to stop, how far it reaches."""
+
+    eos_ids: list[int] = Field(description="a row ends with any of these; empty where only the length ends it")
+    bos_id: int | None = Field(description="what an empty prompt begins with; null where the model has none")
+    pad_id: int = Field(description="stands where the mask is 0")
+    max_positions: int = Field(ge=1, description="tokens of a prompt and what follows it, at most")
+
+
 class Backbone(Record):
     """The model the family was made from."""
 
@@ -242,7 +321,7 @@ class Backbone(Record):
 class Manifest(Record):
     """The whole of ``manifest.json``."""
 
-    later_fields: ClassVar[tuple[str, ...]] = ("label_words",)
+    later_fields: ClassVar[tuple[str, ...]] = ("label_words", "generation")
 
     format: Literal[1] = FORMAT
     backbone: Backbone
@@ -252,6 +331,7 @@ class Manifest(Record):
     pooling: str | None = None
     tokenizer: Tokenizer | None = None
     label_words: LabelWords | None = None
+    generation: Generation | None = None
     variants: dict[str, Variant]
     graphs: dict[str, Graph]
     engines: dict[str, Engine] = {}
@@ -270,6 +350,15 @@ class Manifest(Record):
             raise ValueError(f"label_words: one word and one id for each of {len(self.labels)} labels")
         return self
 
+    @model_validator(mode="after")
+    def _generators_generate(self) -> Manifest:
+        if (self.task == GENERATION) != (self.generation is not None):
+            raise ValueError(f"generation belongs to the task {GENERATION}, and to no other")
+        for name, variant in self.variants.items():
+            if (self.task == GENERATION) != (DECODER in variant.graphs):
+                raise ValueError(f"{name}: the role {DECODER} belongs to the task {GENERATION}, and to no other")
+        return self
+
     @field_validator("variants")
     @classmethod
     def _plain_names(cls, variants: dict[str, Variant]) -> dict[str, Variant]:
@@ -283,8 +372,11 @@ class Manifest(Record):
         for name, variant in self.variants.items():
             if variant.exits is not None and self.task != "sequence-classification":
                 raise ValueError(f"{name}: exits belong to the task sequence-classification, not to {self.task}")
-            if variant.exits is not None and variant.exits[-1] != self.backbone.layers:
-                raise ValueError(f"{name}: the last of exits {variant.exits} is not the last layer")
+            depth, unit = variant.step_count, "step"
+            if depth is None:
+                depth, unit = self.backbone.layers, "layer"
+            if variant.exits is not None and variant.exits[-1] != depth:
+                raise ValueError(f"{name}: the last of exits {variant.exits} is not the last {unit}")
         return self
 
 

@@ -9,14 +9,7 @@ from torch import Tensor, nn
 
 from exporter.hosts.bert import CLASSES, answer, classify, inside, tag
 from exporter.hosts.host import Host, Repeated, Sharing
-
-
-def iterations_of_groups(layers: int, groups: int) -> list[int]:
-    """How many of ``layers`` iterations each group runs: iteration i belongs to group int(i / (layers / groups))."""
-    counts = [0] * groups
-    for iteration in range(layers):
-        counts[int(iteration / (layers / groups))] += 1
-    return counts
+from exporter.sharing import iterations_of_groups
 
 
 def _counts(config: Any) -> list[int]:

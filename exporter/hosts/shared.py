@@ -1,7 +1,7 @@
 """Decoders whose layers are one block many times: which of them are the same, and tying those to one set of weights.
 
-A run of layers is a group. ``shared_layers`` of ``config.json`` (ours) lists how many layers each group has; the file
-then holds the first layer of each. Without it, layers in a row that hold equal tensors are a group.
+A run of layers is a group: stated by the configuration (``exporter.sharing``), or otherwise layers in a row that hold
+equal tensors.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from torch import nn
 
 from compexport.errors import InputError, describe
 from exporter.hosts.host import Repeated
-
-FIELD = "shared_layers"
+from exporter.sharing import FIELD, checked_groups
 
 
 def stated_groups(config: Any, origin: str = "config.json") -> tuple[int, ...] | None:
@@ -28,15 +27,6 @@ def stated_groups(config: Any, origin: str = "config.json") -> tuple[int, ...] |
     if stated is None:
         return None
     return checked_groups(stated, int(config.num_hidden_layers), origin)
-
-
-def checked_groups(stated: Any, layers: int, origin: str) -> tuple[int, ...]:
-    """``stated`` if it shares out ``layers``; InputError otherwise."""
-    whole = isinstance(stated, list | tuple) and all(type(count) is int and count > 0 for count in stated)
-    if not whole or sum(stated) != layers:
-        expected = f"numbers of layers, {layers} together"
-        raise InputError(describe(f"{origin}: {FIELD}", got=stated, expected=expected))
-    return tuple(stated)
 
 
 def repeated_layers(layers: nn.ModuleList, config: Any) -> list[Repeated]:

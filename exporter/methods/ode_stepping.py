@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from compexport.errors import InputError, describe
-from exporter.checkpoint import plain_ratio
+from exporter.checkpoint import MethodCheckpoint, plain_ratio
 
 Form = Literal["block", "sublayer"]
 FORMS: tuple[Form, ...] = get_args(Form)
 DEFAULT_FORM: Form = "block"
 RISKY_STEP = 2.0  # from here on the weight 1 - dt of the old state is at or below -1
 _TOLERANCE = 1e-6
+_RATIO_TOLERANCE = 0.01  # a name may write 12 / 7 with two decimals
 
 
 @dataclass(frozen=True)
@@ -176,3 +177,24 @@ def warnings_of(stepping: Stepping) -> list[str]:
         f"where {reason} and answers may be far off; train with `compexport train ode`, and measure with "
         "`compexport evaluate`"
     ]
+
+
+def described_stepping(
+    checkpoint: MethodCheckpoint | None, groups: Sequence[int], ratio: float, form: Form | None = None
+) -> Stepping:
+    """The steps of one ratio: those that the checkpoint lists for it, otherwise even ones.
+
+    ``form`` is by default the checkpoint's, without one the block form; asked for another form than the listed steps
+    were chosen in, they are even. InputError where the list does not fit the model or the ratio.
+    """
+    settings = checkpoint.settings if checkpoint is not None else {}
+    own: Form = settings.get("form", DEFAULT_FORM)
+    listed = settings.get("steps", {}).get(str(plain_ratio(ratio)))
+    if checkpoint is None or listed is None or form not in (None, own) or ratio == 1:
+        return stepping_for_ratio(groups, ratio, form or own)
+    origin = f"{checkpoint.folder}: steps of ratio {ratio:g}"
+    found = Stepping.from_document(own, listed, origin).require_fit(groups, origin)
+    if abs(found.total / found.n - ratio) > _RATIO_TOLERANCE:
+        hint = f"they are ratio {found.total / found.n:g}"
+        raise InputError(describe(origin, got=f"{found.n} steps of {found.total:g}", hint=hint))
+    return found

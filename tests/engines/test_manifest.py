@@ -1,4 +1,4 @@
-"""What a manifest may say of exits, and that it says nothing of them where there are none."""
+"""What a manifest may say of exits, steps and generation, and that it says nothing of them where there are none."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from engines.manifest import Manifest, Variant
+from engines.manifest import Generation, Manifest, Variant, backbones, cache_name, head_role, step_role
 
 GRAPHS = {"segment-0": "a", "segment-1": "b", "all-exits": "c"}
 
@@ -26,13 +26,16 @@ def variant(**changes: Any) -> Variant:
     return Variant(**{**facts, **changes})
 
 
-def manifest(name: str = "v", task: str = "sequence-classification", **changes: Any) -> Manifest:
+def manifest(
+    name: str = "v", task: str = "sequence-classification", generation: Generation | None = None, **changes: Any
+) -> Manifest:
     names = ("name", "architecture", "model_type", "sha256")
     sizes = {"params": 10, "hidden_size": 4, "layers": 4}
     return Manifest(
         backbone={**dict.fromkeys(names, "x"), **sizes},  # type: ignore[arg-type]
         method="costeff",
         task=task,  # type: ignore[arg-type]
+        generation=generation,
         variants={name: variant(**changes)},
         graphs={},
         files={},
@@ -63,8 +66,8 @@ def test_exits_are_written_where_there_are_some() -> None:
         ({"graphs": {"segment-0": "a", "segment-1": "b"}}, "has the role all-exits"),
         ({"graphs": {**GRAPHS, "prefix-3": "d"}}, r"with exits \[2, 4\] has no role prefix-3"),
         ({"graphs": {**GRAPHS, "encoder": "d"}}, r"with exits \[2, 4\] has no role encoder"),
-        ({"exits": None, "graphs": {"all-exits": "a"}}, "without exits has the role encoder alone"),
-        ({"exits": None, "graphs": {}}, "without exits has the role encoder alone"),
+        ({"exits": None, "graphs": {"all-exits": "a"}}, "without exits has the role encoder or decoder alone"),
+        ({"exits": None, "graphs": {}}, "without exits has the role encoder or decoder alone"),
         ({"task": "question-answering"}, "v: exits belong to the task sequence-classification"),
         ({"exits": [2, 3]}, r"the last of exits \[2, 3\] is not the last layer"),
         ({"exits": [2, 5]}, r"the last of exits \[2, 5\] is not the last layer"),
@@ -83,3 +86,62 @@ def test_prefixes_end_at_exits() -> None:
 def test_names_that_would_be_taken_for_something_else(name: str) -> None:
     with pytest.raises(ValidationError, match="a variant's name has at most 100 of"):
         manifest(name)
+
+
+# --- steps and generation -------------------------------------------------------------------------------------------
+
+STEPPER = {"embed": "a", "step": "b", "head": "c"}
+TWO_GROUPS = {"embed": "a", "step-0": "b", "step-1": "c", "head": "d"}
+GENERATION = Generation(eos_ids=[7], bos_id=None, pad_id=0, max_positions=64)
+
+
+def test_steps_are_written_where_there_are_some() -> None:
+    assert "steps" not in variant().model_dump()
+    stepped = variant(exits=None, graphs={"encoder": "a"}, steps=[[2, 1.5], [0.5]])
+    assert stepped.model_dump()["steps"] == [[2, 1.5], [0.5]]
+    assert stepped.step_count == 3 and not stepped.is_stepper
+    assert "generation" not in manifest().model_dump()
+
+
+def test_a_step_engine_has_a_graph_for_each_group() -> None:
+    assert variant(exits=None, graphs=STEPPER, steps=[[2, 2]]).is_stepper
+    assert variant(exits=None, graphs=TWO_GROUPS, steps=[[2], [2]]).is_stepper
+    with_exits = {**STEPPER, head_role(1): "d", head_role(2): "e"}
+    assert manifest(exits=[1, 2], graphs=with_exits, steps=[[2, 2]]).variants["v"].exits == [1, 2]
+    assert [step_role(0, 1), step_role(1, 2)] == ["step", "step-1"]
+
+
+def test_a_decoder_generates() -> None:
+    facts: dict[str, Any] = {"exits": None, "graphs": {"decoder": "a"}, "steps": [[2, 2]]}
+    found = manifest(task="text-generation", generation=GENERATION, **facts)
+    assert found.model_dump()["generation"]["eos_ids"] == [7]
+    assert cache_name("present", 1, "key") == "present.1.key"
+
+
+def test_the_backbones_begin_with_the_one_that_is_no_step_engine() -> None:
+    stepper = variant(ratio=1, exits=None, graphs=STEPPER, steps=[[1, 1]])
+    unrolled = variant(ratio=1, exits=None, graphs={"encoder": "a"}, steps=[[1, 1]])
+    assert backbones({"a": variant(ratio=1), "b": stepper, "c": unrolled}) == ["c", "b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": []}, "at least one positive number in each group"),
+        ({"steps": [[1], []]}, "at least one positive number in each group"),
+        ({"steps": [[1, -1]]}, "at least one positive number in each group"),
+        ({"steps": [[float("inf")]]}, "at least one positive number in each group"),
+        ({"exits": None, "graphs": STEPPER}, "the role embed belongs to a variant with steps"),
+        ({"exits": None, "graphs": STEPPER, "steps": [[1], [1]]}, "has the roles embed, head, step-0, step-1"),
+        ({"exits": None, "graphs": TWO_GROUPS, "steps": [[1, 1]]}, r"has the roles embed, head, step \["),
+        ({"exits": [1, 2], "graphs": STEPPER, "steps": [[1, 1]]}, "has the roles embed, head, head-1, head-2, step"),
+        ({"exits": [2, 4], "steps": [[1, 1, 1]]}, r"the last of exits \[2, 4\] is not the last step"),
+        ({"task": "text-generation"}, "generation belongs to the task text-generation"),
+        ({"generation": GENERATION}, "generation belongs to the task text-generation"),
+        ({"task": "text-generation", "generation": GENERATION}, "the role decoder belongs to the task"),
+        ({"exits": None, "graphs": {"decoder": "a"}}, "the role decoder belongs to the task text-generation"),
+    ],
+)
+def test_wrong_steps_and_roles(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        manifest(**changes)
