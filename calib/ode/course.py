@@ -26,6 +26,9 @@ from engines.atomic import staged_folder
 from exporter.methods.ode import Form, Stepping
 
 TRAIN = "train"
+# Of the training, in which the weight of the distance rises. States that are all one are also all alike: a model that
+# has not learnt anything yet is drawn there, and does not come back.
+RAMP = 0.5
 
 
 @dataclass
@@ -57,12 +60,19 @@ class Course:
         model: nn.Module,
         start: Start,
         rows: Rows,
-        loss: Callable[[nn.Module, Batch, int], Tensor],
+        loss: Callable[[nn.Module, Batch, int, float], Tensor],
         *,
         rate: float = 1.0,
     ) -> dict[str, Any]:
-        """Train what of ``model`` requires gradients; ``rate``: of the peak learning rate. Its record."""
+        """Train what of ``model`` requires gradients, and return the stage's record.
+
+        ``loss`` is told the number of the step and the share of the stage that is done; ``rate``: of the peak learning
+        rate.
+        """
         clock = self.clock(stage, len(rows))
+
+        def loss_of(model: nn.Module, batch: Batch, step: int) -> Tensor:
+            return loss(model, batch, step, clock.share(step))
 
         def report(message: str, done: float | None = None, total: float | None = None) -> None:
             self.progress(message if stage == TRAIN else f"{stage}: {message}", done, total)
@@ -70,7 +80,7 @@ class Course:
         steps = Training(
             model=model,
             groups=parameter_groups(model, rate * self.settings.learning_rate),
-            loss=loss,
+            loss=loss_of,
             rows=rows,
             collate=start.collate,
             clock=clock,
@@ -90,9 +100,9 @@ class Course:
         draws = Draws.of(lesson.groups, self.settings)
         seed, weight = self.settings.seed, self.settings.distance_weight
 
-        def loss(model: nn.Module, batch: Batch, step: int) -> Tensor:
+        def loss(model: nn.Module, batch: Batch, step: int, share: float) -> Tensor:
             asked = lesson.goal.asked(batch, seed + step * processes.count() + processes.rank())
-            return lesson.loss(model, asked, draws.at(step), weight)
+            return lesson.loss(model, asked, draws.at(step), weight * min(1.0, share / RAMP))
 
         record = self.take(TRAIN, lesson, start, rows, loss)
         start.learner.requires_grad_(False).eval()
