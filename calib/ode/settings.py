@@ -27,6 +27,10 @@ class OdeSettings:
     ``lowest``: of each batch the number of steps is drawn between this and N; None: half of N, rounded up.
     ``distance_weight`` is that of the distance between the final states at n and at N. ``plain``: ordinary training,
     always N iterations.
+
+    ``share``: the model shares no layers yet and is made to, with so many groups of them, each run its share of
+    ``iterations``. ``from_scratch``: random weights of the model's configuration. ``exit_heads``: afterwards, at each
+    ratio, classifiers after every step.
     """
 
     objective: Objective | None = None
@@ -34,6 +38,10 @@ class OdeSettings:
     lowest: int | None = None
     distance_weight: float = 1.0
     plain: bool = False
+    share: int | None = None
+    iterations: int | None = None
+    from_scratch: bool = False
+    exit_heads: bool = False
     epochs: float = 3.0
     steps: int | None = None
     batch_size: int = 32
@@ -45,13 +53,18 @@ class OdeSettings:
 
     def checked(self) -> OdeSettings:
         """Itself, or InputError for a value that cannot be meant."""
-        require_meant(self, ("steps", "epochs", "batch_size", "max_seconds", "lowest"))
+        require_meant(self, ("steps", "epochs", "batch_size", "max_seconds", "lowest", "share", "iterations"))
         if self.objective is not None and self.objective not in OBJECTIVES:
             raise InputError(describe("objective", got=self.objective, expected=f"one of {', '.join(OBJECTIVES)}"))
         if self.form not in TRAINED_FORMS:
             raise InputError(describe("form", got=self.form, expected=f"one of {', '.join(TRAINED_FORMS)}"))
         if not 0 <= self.distance_weight < float("inf"):
             raise InputError(describe("distance_weight", got=self.distance_weight, expected="0 or more"))
+        if self.iterations is not None and self.share is None:
+            raise InputError(describe("--iterations", got=self.iterations, expected="--share beside it"))
+        if self.from_scratch and self.share is not None:
+            hint = "a configuration says itself how its layers are shared"
+            raise InputError(describe("--share with --from-scratch", expected="one of them", hint=hint))
         if self.plain and self.lowest is not None:
             raise InputError(describe("--plain with --fewest-steps", expected="one of them"))
         return self
