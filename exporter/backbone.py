@@ -219,7 +219,7 @@ def _load_model(folder: Path, host: Host, task: Task, attention: str) -> nn.Modu
     except Exception as error:  # transformers raises many kinds for a cut or foreign file
         raise InputError(describe(f"{folder}: cannot load the model", got=_first_line(error))) from error
     # transformers fills what the file lacks with random numbers; only the base model's pooler is never read.
-    absent = _tied(folder, model, host, set(found["missing_keys"]))
+    absent = _tie(folder, model, host, set(found["missing_keys"]))
     missing = sorted(k for k in absent if task != "feature-extraction" or "pooler." not in k)
     if missing:
         got = f"no {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
@@ -231,19 +231,21 @@ def _load_model(folder: Path, host: Host, task: Task, attention: str) -> nn.Modu
     return loaded
 
 
-def _tied(folder: Path, model: Any, host: Host, missing: set[str]) -> set[str]:
-    """Tie layers that are the same; what is still ``missing``. InputError where they are not as the folder says."""
+def _tie(folder: Path, model: Any, host: Host, missing: set[str]) -> set[str]:
+    """Tie a decoder's layers that are the same; what is still ``missing``. InputError where they are not as stated."""
     if host.sharing is None or not host.sharing.causal:
         return missing
     layers = host.layers(host.encoder(model))
     prefix = next(name for name, module in model.named_modules() if module is layers)
     try:
-        names = {index: f"{prefix}.{index}." for index in repeats(layers, model.config)}
-        absent = {index for index, start in names.items() if any(name.startswith(start) for name in missing)}
-        tie(layers, model.config, absent)
+        places = {index: f"{prefix}.{index}." for index in repeats(layers, model.config)}
+        absent = {index for index, place in places.items() if any(name.startswith(place) for name in missing)}
+        left = {name for name in missing if not name.startswith(tuple(places.values()) or "\0")}
+        if not left:
+            tie(layers, model.config, absent)
     except InputError as error:
         raise InputError(f"{folder}: {error}") from error
-    return {name for name in missing if not name.startswith(tuple(names.values()) or "\0")}
+    return left
 
 
 def _pooling(folder: Path) -> Pooling | None:

@@ -186,7 +186,7 @@ def _create(
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
     try:
-        _copy_model(backbone_folder, staging)
+        copy_model(backbone_folder, staging)
         _write_tensors(staging, method, settings, tensors)
         staging.chmod(0o755)
         os.replace(staging, folder)
@@ -195,7 +195,7 @@ def _create(
         raise
 
 
-def _copy_model(source: Path, target: Path) -> None:
+def copy_model(source: Path, target: Path) -> None:
     """The files of a model's folder and the modules of sentence-transformers; whoever works there has more in it."""
     for path in sorted(source.iterdir()):
         if path.is_file() and not _no_part_of_a_model(path.name):

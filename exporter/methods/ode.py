@@ -253,16 +253,21 @@ class SteppedModel(nn.Module):
 
 
 def _scaled(update: Tensor, dt: float | Tensor) -> Tensor:
-    """dt * update, in fp32; at dt = 1 the update itself, without a product."""
-    return update if _is_one(dt) else (dt * update.float()).to(update.dtype)
+    """dt * update, in fp32 at least; at dt = 1 the update itself, without a product."""
+    return update if _is_one(dt) else (dt * _wide(update)).to(update.dtype)
 
 
 def _combined(h: Tensor, iterated: Tensor, dt: float | Tensor) -> Tensor:
-    """(1 - dt) h + dt F(h), in fp32: the terms cancel for dt > 1. At dt = 1 F(h) alone.
+    """(1 - dt) h + dt F(h), in fp32 at least: the terms cancel for dt > 1. At dt = 1 F(h) alone.
 
     Written as ``h + dt (F(h) - h)`` it would not be exact at 1.
     """
-    return iterated if _is_one(dt) else ((1 - dt) * h.float() + dt * iterated.float()).to(h.dtype)
+    return iterated if _is_one(dt) else ((1 - dt) * _wide(h) + dt * _wide(iterated)).to(h.dtype)
+
+
+def _wide(states: Tensor) -> Tensor:
+    """In fp32 at least."""
+    return states.float() if states.dtype in (torch.float16, torch.bfloat16) else states
 
 
 def _is_one(dt: float | Tensor) -> bool:
