@@ -91,6 +91,10 @@ class Shared:
     step: "block", "sublayer", or "auto" to train both and keep the better. ``fewest_steps``: of each batch the number
     of steps is drawn between this and the model's iterations. ``distance_weight``: of the distance between the final
     states of these and of all iterations. ``plain``: ordinary training, for comparison.
+
+    ``share``: make the model share its layers first, with so many groups of them, ``iterations`` in all.
+    ``from_scratch``: take the model's configuration and tokenizer alone. ``exit_heads``: for each ratio, classifiers
+    after every step.
     """
 
     objective: str | None = None
@@ -98,6 +102,10 @@ class Shared:
     fewest_steps: int | None = None
     distance_weight: float | None = None
     plain: bool = False
+    share: int | None = None
+    iterations: int | None = None
+    from_scratch: bool = False
+    exit_heads: bool = False
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,10 @@ def train(
     ] = None,
     form: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="ode: form of a step: block, sublayer, or auto, the better one."),
+        typer.Option(
+            metavar="NAME",
+            help="ode: form of a step: block, sublayer, or auto: train both, keep the better [default: auto].",
+        ),
     ] = None,
     fewest_steps: Annotated[
         int | None,
@@ -152,6 +155,22 @@ def train(
         typer.Option(metavar="X", help="ode: weight of the distance from the states of all steps [default: 1]."),
     ] = None,
     plain: Annotated[bool, typer.Option("--plain", help="ode: always train with all steps, for comparison.")] = False,
+    share: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="ode: make MODEL, a BERT or GPT-2, share its layers, in N groups (1)."),
+    ] = None,
+    iterations: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="ode: with --share, run layers N times in all [default: as many as MODEL]."
+        ),
+    ] = None,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="ode: random weights, of MODEL's configuration and tokenizer.")
+    ] = False,
+    exit_heads: Annotated[
+        bool, typer.Option("--exit-heads", help="ode: afterwards, classifiers after every step of each ratio.")
+    ] = False,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder of the result.")] = Path(
         "trained"
     ),
@@ -216,7 +235,9 @@ def train(
     exits. OUT is the fine-tuned MODEL with one file per ratio beside it.
 
     ode: MODEL applies one layer many times. It learns the labels of the data, or to fill in masked tokens, or to go on
-    with a text, and meanwhile to be run in fewer, larger steps. OUT is the trained model; one file serves every ratio.
+    with a text, and meanwhile to be run in fewer, larger steps. With --share, MODEL may be one that applies different
+    layers: first they become one, which learns to compute what they did. OUT is the trained model; one set of weights
+    serves every ratio.
 
     finetune: all of MODEL learns the labels of the data; OUT is a classifier.
 
@@ -258,6 +279,10 @@ def train(
         fewest_steps=own("fewest_steps", fewest_steps, None),
         distance_weight=own("distance_weight", distance_weight, None),
         plain=own("plain", plain, False),
+        share=own("share", share, None),
+        iterations=own("iterations", iterations, None),
+        from_scratch=own("from_scratch", from_scratch, False),
+        exit_heads=own("exit_heads", exit_heads, False),
     )
     ratio = own("ratio", ratio, None)
     with _screen(as_json) as screen, present.progress() as progress:

@@ -5,27 +5,32 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from calib import processes
-from calib.arithmetic import moved, plain_attention
+from calib.arithmetic import training_device
 from calib.batches import Batch
 from calib.clock import Clock
+from calib.costeff.losses import first_exits_error
 from calib.finetune import parameter_groups
 from calib.ode.draws import Draws
+from calib.ode.exits import ExitLesson
 from calib.ode.lesson import Lesson, measured
 from calib.ode.settings import OdeSettings
+from calib.ode.sharing import Sharing
 from calib.ode.start import Rows, Start
 from calib.progress import Progress
 from calib.trainer import Training
 from calib.unfinished import Unfinished
 from engines.atomic import staged_folder
-from exporter.methods.ode import Form, Stepping
+from exporter.methods.ode import FORMS, Form, Stepping
 
-TRAIN = "train"
+SHARE, TRAIN, EXITS = "share", "train", "exits"  # the stages; of exits there is one for each ratio
+EXITS_RATE = 1e-3  # learning rate, at least: whatever the model's own, heads start from nothing
 # Of the training, in which the weight of the distance rises. States that are all one are also all alike: a model that
 # has not learnt anything yet is drawn there, and does not come back.
 RAMP = 0.5
@@ -93,33 +98,9 @@ class Course:
         ).run()
         return {"steps": steps, "seconds": round(time.monotonic() - clock.started, 2)}
 
-    # --- the model itself
-
-    def train(self, lesson: Lesson, start: Start, rows: Rows) -> None:
-        """Train the model to be run in any of the drawn numbers of steps, and leave it in ``unfinished.backbone``."""
-        draws = Draws.of(lesson.groups, self.settings)
-        seed, weight = self.settings.seed, self.settings.distance_weight
-
-        def loss(model: nn.Module, batch: Batch, step: int, share: float) -> Tensor:
-            asked = lesson.goal.asked(batch, seed + step * processes.count() + processes.rank())
-            return lesson.loss(model, asked, draws.at(step), weight * min(1.0, share / RAMP))
-
-        record = self.take(TRAIN, lesson, start, rows, loss)
-        start.learner.requires_grad_(False).eval()
-        self.finish(TRAIN, record, lambda: self._write(start))
-
-    def _write(self, start: Start) -> None:
-        with staged_folder(self.unfinished.backbone) as staging:
-            start.learner.write(staging)
-
-    def finish(self, stage: str, record: dict[str, Any], write: Callable[[], None]) -> None:
+    def finish(self, stage: str, record: dict[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
         """Keep what a stage made, and that it is done."""
-
-        def keep() -> None:
-            write()
-            self.unfinished.part(stage).finish(record)
-
-        processes.by_first(keep)
+        processes.by_first(lambda: self.unfinished.part(stage).finish(record, tensors))
         self.records[stage] = record
 
     def is_done(self, stage: str) -> bool:
@@ -128,6 +109,69 @@ class Course:
         if record is not None:
             self.records[stage] = record
         return record is not None
+
+    # --- the stages
+
+    def share(self, sharing: Sharing, start: Start, rows: Rows) -> None:
+        """Teach the student what its teacher does, unless an interrupted run has."""
+        student, seed = sharing.student, self.settings.seed
+        if not self.is_done(SHARE):
+
+            def loss(model: nn.Module, batch: Batch, step: int, share: float) -> Tensor:
+                out: Tensor = model(**student.goal.asked(batch, _draw(seed, step)))
+                return out
+
+            record = self.take(SHARE, sharing, start, rows, loss)
+            self.finish(SHARE, record, dict(student.named_parameters()))
+        tensors = self.unfinished.part(SHARE).result()
+        with torch.no_grad():
+            for name, one in student.named_parameters():
+                one.copy_(tensors[name])
+
+    def train(self, lesson: Lesson, start: Start, rows: Rows) -> None:
+        """Train the model to be run in any of the drawn numbers of steps, and leave it in ``unfinished.backbone``."""
+        draws = Draws.of(lesson.groups, self.settings)
+        seed, weight = self.settings.seed, self.settings.distance_weight
+
+        def loss(model: nn.Module, batch: Batch, step: int, share: float) -> Tensor:
+            asked = lesson.goal.asked(batch, _draw(seed, step))
+            return lesson.loss(model, asked, draws.at(step), weight * min(1.0, share / RAMP))
+
+        lesson.requires_grad_(True)
+        record = self.take(TRAIN, lesson, start, rows, loss)
+        lesson.requires_grad_(False).eval()
+        processes.by_first(lambda: _write(start, self.unfinished.backbone))
+        self.finish(TRAIN, record)
+
+    def exits(self, lesson: Lesson, start: Start, rows: Rows, ratio: float, stepping: Stepping) -> ExitLesson:
+        """Teach heads after every step of one ratio, unless an interrupted run has."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.settings.seed)
+            exits = ExitLesson(lesson, stepping, len(start.learner.labels))
+        stage = f"{EXITS}-r{ratio}"
+        if not self.is_done(stage):
+
+            def loss(model: nn.Module, batch: Batch, step: int, share: float) -> Tensor:
+                labels = batch["labels"]
+                early, final = model(**batch)
+                return first_exits_error(early, final.detach(), labels)
+
+            exits.to(training_device())
+            rate = max(1.0, EXITS_RATE / self.settings.learning_rate)
+            record = self.take(stage, exits, start, rows, loss, rate=rate)
+            self.finish(stage, record, exits.heads.state_dict())
+        exits.heads.load_state_dict(self.unfinished.part(stage).result())
+        return exits
+
+
+def _draw(seed: int, step: int) -> int:
+    """A number for the random choices of one step in one process."""
+    return seed + step * processes.count() + processes.rank()
+
+
+def _write(start: Start, folder: Path) -> None:
+    with staged_folder(folder) as staging:
+        start.learner.write(staging)
 
 
 @dataclass(frozen=True)
@@ -143,16 +187,14 @@ def quality(
     lesson: Lesson, start: Start, rows: Rows, steppings: Mapping[float, Stepping], size: int, progress: Progress
 ) -> Quality:
     """Measure all of it on ``rows``, by the first process for all."""
-    forms: tuple[Form, ...] = ("block", "sublayer")
 
     def one(steps: Sequence[tuple[int, float]], form: Form) -> dict[str, float]:
         return measured(lesson, rows, start.collate, size, steps, form, progress)
 
     def measure() -> Quality:
         full = one(list(Stepping.full(lesson.groups)), "block")
-        stepped = {form: {ratio: one(list(each), form) for ratio, each in steppings.items()} for form in forms}
+        stepped = {form: {ratio: one(list(each), form) for ratio, each in steppings.items()} for form in FORMS}
         dropped = {ratio: one([(group, 1.0) for group, _ in each], "block") for ratio, each in steppings.items()}
         return Quality(full, stepped, dropped)
 
-    with torch.random.fork_rng(), plain_attention(start.learner.model), moved(lesson):
-        return processes.by_first(measure)
+    return processes.by_first(measure)

@@ -37,10 +37,14 @@ class Lesson(nn.Module):
         What they are compared with is computed without dropout, and not trained by the comparison.
         """
         states = self.encoder(**batch, stepping=stepping).last_hidden_state
-        logits = self.goal.logits(self.encoder.host, self.model, states, labels)
+        logits = self.logits(states, labels)
         if not compared:
             return logits, None
         return logits, state_distance(states, self._target(batch), batch["attention_mask"])
+
+    def logits(self, states: Tensor, labels: Tensor) -> Tensor:
+        """The head's answers to the final states [B,S,H], those that have a label."""
+        return self.goal.logits(self.encoder.host, self.model, states, labels)
 
     @torch.no_grad()
     def _target(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -67,7 +71,7 @@ class Lesson(nn.Module):
         bias = self.encoder.attention_bias(mask, h)
         for group, dt in steps:
             h = self.encoder.step(h, bias, group, dt, form)
-        return self.goal.logits(self.encoder.host, self.model, self.encoder.close(h), batch["labels"])
+        return self.logits(self.encoder.close(h), batch["labels"])
 
 
 def measured(

@@ -34,7 +34,7 @@ class OdeSettings:
     """
 
     objective: Objective | None = None
-    form: TrainedForm = "block"
+    form: TrainedForm = "auto"
     lowest: int | None = None
     distance_weight: float = 1.0
     plain: bool = False

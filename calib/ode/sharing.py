@@ -11,7 +11,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from calib.batches import Batch
+from calib.costeff.losses import soft_cross_entropy
 from calib.ode.lesson import Lesson
 from calib.ode.losses import state_distance
 from exporter.methods.ode_convert import shares
@@ -49,20 +49,14 @@ class Sharing(nn.Module):
 
     def forward(self, labels: Tensor, **batch: Tensor) -> Tensor:
         """The loss of one batch: how far states, and answers, are from the teacher's."""
-        ours, logits = _run(self.student, labels, batch)
+        ours = self.student.encoder(**batch, keep_states=True)
         with torch.no_grad():
-            theirs, wanted = _run(self.teacher, labels, batch)
-        mask = batch["attention_mask"]
-        distances = [state_distance(ours[mine], theirs[yours], mask) for yours, mine in self.matched]
+            theirs = self.teacher.encoder(**batch, keep_states=True)
+        mask, states = batch["attention_mask"], [one.hidden_states for one in (theirs, ours)]
+        distances = [state_distance(states[1][mine], states[0][yours], mask) for yours, mine in self.matched]
         loss = torch.stack(distances).mean()
-        return loss + _soft_cross_entropy(logits, wanted) if self.answers else loss
-
-
-def _run(lesson: Lesson, labels: Tensor, batch: Batch) -> tuple[tuple[Tensor, ...], Tensor]:
-    found = lesson.encoder(**batch, keep_states=True)
-    return found.hidden_states, lesson.goal.logits(lesson.encoder.host, lesson.model, found.last_hidden_state, labels)
-
-
-def _soft_cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
-    """Cross-entropy of logits [...,C] against the teacher's probabilities, mean over all that is asked."""
-    return -(teacher.float().softmax(-1) * student.float().log_softmax(-1)).sum(-1).mean()
+        if not self.answers:
+            return loss
+        with torch.no_grad():
+            wanted = self.teacher.logits(theirs.last_hidden_state, labels)
+        return loss + soft_cross_entropy(self.student.logits(ours.last_hidden_state, labels), wanted)

@@ -18,7 +18,10 @@ from calib.learners import Learner, open_learner
 from calib.ode.objectives import Classify, Continue, Goal, Unmask
 from calib.ode.settings import Objective
 from compexport.errors import InputError, describe
+from engines.atomic import staged_folder
 from exporter.backbone import Backbone, load_backbone, load_config
+from exporter.checkpoint import copy_model
+from exporter.hosts.shared import FIELD, stated_groups, tie
 from exporter.methods.ode import shared_host
 from exporter.methods.ode_convert import save_model
 from exporter.quiet import quiet_transformers
@@ -109,6 +112,35 @@ def open_start(folder: Path, examples: Examples, objective: Objective, seed: int
         torch.manual_seed(seed)
         model = _with_mask_head(folder)
     return Start(LanguageModel(backbone, model), _unmask(backbone), objective)
+
+
+def knows_answers(folder: Path, start: Start) -> bool:
+    """Whether the head of ``start``, which was opened from ``folder``, is the folder's own and not a fresh one."""
+    if start.objective == "mlm":
+        return str((load_config(folder).architectures or ["Model"])[0]).endswith("ForMaskedLM")
+    return start.learner.model is start.learner.backbone.model
+
+
+def random_folder(folder: Path, output: Path, objective: Objective, seed: int) -> None:
+    """A model of the configuration in ``folder`` with random weights, by ``seed``, as the folder ``output``."""
+    import transformers
+
+    config = load_config(folder)
+    host = shared_host(config)
+    kinds = {"classification": "AutoModel", "mlm": "AutoModelForMaskedLM", "lm": "AutoModelForCausalLM"}
+    with torch.random.fork_rng(), quiet_transformers():
+        torch.manual_seed(seed)
+        model: Any = getattr(transformers, kinds[objective]).from_config(config, dtype=torch.float32)
+    if host.sharing is not None and host.sharing.causal:
+        if stated_groups(config) is None:
+            got, expected = f"no {FIELD} in config.json", "how many layers each group has"
+            raise InputError(describe(f"{folder}: which layers are the same", got=got, expected=expected))
+        tie(host.layers(host.encoder(model)), config, missing=range(int(config.num_hidden_layers)))
+    with staged_folder(output) as staging:
+        copy_model(folder, staging)
+        for path in [*staging.glob("model*.safetensors*"), staging / "config.json"]:
+            path.unlink(missing_ok=True)
+        save_model(model, staging)
 
 
 def _with_mask_head(folder: Path) -> Any:

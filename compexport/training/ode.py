@@ -16,13 +16,9 @@ def train(job: Job) -> dict[str, Any]:
     from calib.ode.settings import OdeSettings
 
     shared = job.shared
-    own = {
-        name: getattr(shared, name)
-        for name in ("objective", "form", "distance_weight")
-        if getattr(shared, name) is not None
-    }
-    settings = OdeSettings(lowest=shared.fewest_steps, plain=shared.plain, **own, **length(job.fit), **given(job.fit))
-    settings = settings.checked()
+    named = ("objective", "form", "distance_weight", "plain", "share", "iterations", "from_scratch", "exit_heads")
+    own = {name: getattr(shared, name) for name in named if getattr(shared, name) is not None}
+    settings = OdeSettings(lowest=shared.fewest_steps, **own, **length(job.fit), **given(job.fit)).checked()
     ratios = _ratios(job)
     if job.output.resolve() == job.model.resolve():
         raise InputError(describe(f"{job.output}: is the model itself", expected="another folder"))
@@ -42,10 +38,10 @@ def train(job: Job) -> dict[str, Any]:
 
 
 def _ratios(job: Job) -> list[float] | None:
-    """The ratios that were asked for, of which 1 is the model itself; None where the model is to say."""
+    """The ratios that were asked for; None where the model is to say. Of ratio 1 only exits can be trained."""
     if job.ratios is None:
         return None
-    ratios = [ratio for ratio in checked_ratios(job.ratios) if ratio != 1]
+    ratios = [ratio for ratio in checked_ratios(job.ratios) if ratio != 1 or job.shared.exit_heads]
     if not ratios:
         raise InputError(describe("--ratio", got=1, expected="ratios above 1, like 2,3,4: 1 is the model itself"))
     return ratios
