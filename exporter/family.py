@@ -160,6 +160,7 @@ def _write(
         pooling=str(family.backbone.pooling) if family.backbone.pooling else None,
         tokenizer=family.tokenizer("tokenizer.json"),
         label_words=family.backbone.label_words,
+        generation=family.generation(),
         variants=family.variants(),
         graphs=graphs,
         engines={f"{name}-{runtime.NAME}-cpu": engine for name, engine in engines.items()},

@@ -175,10 +175,10 @@ def _part(template: onnx.ModelProto, starts: Mapping[str, str], outputs: Mapping
 def _with_rows(model: onnx.ModelProto, template: onnx.ModelProto, state: str) -> onnx.ModelProto:
     """Inputs of a later part in the place of the traced ones; its outputs have one row for each of ``rows``."""
     traced = {value.name: value for value in (*template.graph.input, *template.graph.output)}
-    inputs = [onnx.ValueInfoProto() for _ in range(3)]
-    for value, source, name in zip(inputs, (state, MASK, MASK), (PREVIOUS, MASK, ROWS), strict=True):
-        value.CopyFrom(traced[source])
-        value.name = name
+    inputs = [
+        renamed_value(traced[source], name)
+        for source, name in zip((state, MASK, MASK), (PREVIOUS, MASK, ROWS), strict=True)
+    ]
     del inputs[2].type.tensor_type.shape.dim[1:]
     for value in (inputs[2], *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = KEPT
@@ -218,6 +218,14 @@ def with_tensors(template: onnx.ModelProto, tensors: Mapping[str, np.ndarray]) -
     model = _structure(template)
     _take_initializers(model, template, tensors)
     return model
+
+
+def renamed_value(value: onnx.ValueInfoProto, name: str) -> onnx.ValueInfoProto:
+    """A copy of an input's or output's type and shape under another name."""
+    copy = onnx.ValueInfoProto()
+    copy.CopyFrom(value)
+    copy.name = name
+    return copy
 
 
 def _attribute(node: onnx.NodeProto, name: str) -> int:

@@ -14,7 +14,8 @@ from typing import Any
 from compexport.errors import InputError, describe
 
 FIELD = "shared_layers"
-MODEL_TYPES = ("albert", "gpt2")  # whose layers may be shared
+DECODERS = ("gpt2",)
+MODEL_TYPES = ("albert", *DECODERS)  # whose layers may be shared
 # What transformers takes where ALBERT's config.json is silent.
 _ALBERT_LAYERS, _ALBERT_GROUPS = 12, 1
 
@@ -38,7 +39,12 @@ def checked_groups(stated: Any, layers: int, origin: str) -> tuple[int, ...]:
 
 def may_share(folder: Path) -> bool:
     """Whether the model in ``folder`` is of a kind whose layers may be shared; False where that cannot be read."""
-    return _raw(folder).get("model_type") in MODEL_TYPES
+    return model_type_of(folder) in MODEL_TYPES
+
+
+def model_type_of(folder: Path) -> str:
+    """The kind of the model in ``folder``; empty where that cannot be read."""
+    return str(_raw(folder).get("model_type", ""))
 
 
 def groups_of_folder(folder: Path, task: str | None = None) -> tuple[int, ...]:

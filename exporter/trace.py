@@ -11,6 +11,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import onnx
 import torch
@@ -21,21 +22,48 @@ from exporter import ops
 # From opset 20 Gelu is one operator, which runtimes run faster than its five-node expansion.
 OPSET = 20
 BATCH, SEQUENCE = "batch", "sequence"
+PAST, TOTAL = "past", "total"
+# Sizes to trace with, neither 0, 1 nor equal: the tracer would take any of those for a constant.
+SIZES = {BATCH: 3, SEQUENCE: 24, PAST: 7, TOTAL: 24 + 7}
+
+
+@dataclass(frozen=True)
+class TracedInput:
+    """One input of a trace. ``axes``: name of each dynamic axis; equal names are one size, the others are constants."""
+
+    name: str
+    dtype: torch.dtype
+    axes: tuple[str | int, ...]
+
+    def example(self) -> torch.Tensor:
+        return torch.ones([SIZES[axis] if isinstance(axis, str) else axis for axis in self.axes], dtype=self.dtype)
+
+    @property
+    def dynamic(self) -> dict[int, str]:
+        return {index: axis for index, axis in enumerate(self.axes) if isinstance(axis, str)}
+
+
+def ids(*names: str) -> list[TracedInput]:
+    """Inputs int64 [batch, sequence]."""
+    return [TracedInput(name, torch.long, (BATCH, SEQUENCE)) for name in names]
 
 
 def onnx_from_module(module: nn.Module, input_names: Sequence[str], output_names: Sequence[str]) -> onnx.ModelProto:
     """Trace ``module`` over int64 inputs [batch, sequence], both dynamic; weights stay inside the model."""
-    # Sizes that are neither 0, 1 nor equal: the tracer would take any of those for a constant.
-    example = torch.ones(3, 24, dtype=torch.long)
-    axes = {0: BATCH, 1: SEQUENCE}
+    return onnx_from_inputs(module, ids(*input_names), output_names)
+
+
+def onnx_from_inputs(module: nn.Module, inputs: Sequence[TracedInput], output_names: Sequence[str]) -> onnx.ModelProto:
+    """Trace ``module`` over any ``inputs``; weights stay inside the model. Sizes of outputs that the tracer computes
+    from several axes get a name of its choice."""
     with torch.no_grad(), quiet_export():
         program = torch.onnx.export(
             module,
-            tuple(example.clone() for _ in input_names),
+            tuple(one.example() for one in inputs),
             dynamo=True,
             custom_translation_table=ops.translation_table(),
-            dynamic_shapes=dict.fromkeys(input_names, axes),
-            input_names=list(input_names),
+            dynamic_shapes={one.name: one.dynamic for one in inputs},
+            input_names=[one.name for one in inputs],
             output_names=list(output_names),
             opset_version=OPSET,
             verbose=False,

@@ -22,7 +22,7 @@ from calib.progress import Progress, silent
 from exporter.backbone import Backbone
 from exporter.methods.ode import FORMS, Form, SteppedEncoder, Stepping, stepping_for_ratio
 
-ROWS = 256  # texts, at most, that are looked at
+ROWS = 128  # texts, at most, that are looked at, and as many of their tokens
 _BATCH = 32
 _RAMPS = (0.25, 0.5, 2.0, 4.0)  # the last step's size over the first one's
 # A list must be better than equal steps by this share of their error: less is the texts' chance.
@@ -73,14 +73,13 @@ def stepping_on(
     *,
     progress: Progress = silent,
 ) -> Choice:
-    """The steps of ``ratio`` that suit ``examples`` best, of which at most ``ROWS`` are looked at.
+    """The steps of ``ratio`` that suit ``examples`` best: at most ``ROWS`` of them, cut at as many tokens.
 
     Raises InputError for a ratio that leaves no whole number of steps, and for a model that shares nothing.
     """
-    rows = tokenise(backbone, examples.sample(ROWS, seed=0), backbone.max_length)
+    rows = tokenise(backbone, examples.sample(ROWS, seed=0), min(ROWS, backbone.max_length))
     batches = batches_by_length(rows, _BATCH, collate_for(backbone))
-    progress(f"choosing the steps of ratio {ratio:g} on {len(rows)} texts")
-    return choose_stepping(SteppedEncoder(backbone.model), batches, ratio, forms)
+    return choose_stepping(SteppedEncoder(backbone.model), batches, ratio, forms, progress=progress)
 
 
 @torch.no_grad()
@@ -90,6 +89,8 @@ def choose_stepping(
     ratio: float,
     forms: Sequence[Form] = FORMS,
     candidates: Mapping[str, Lists] | None = None,
+    *,
+    progress: Progress = silent,
 ) -> Choice:
     """The candidate whose final states are nearest those of steps of 1, over all real tokens of ``batches``.
 
@@ -104,12 +105,12 @@ def choose_stepping(
     if candidates is None:
         candidates = candidate_lists(groups, [len(sizes) for sizes in even], bends)
     lists = {"even": even, **{name: steps for name, steps in candidates.items() if steps != even}}
-    tried = [
-        Tried(name, stepping, _error(encoder, batches, whole, stepping))
-        for name, steps in lists.items()
-        for form in forms
-        for stepping in (Stepping(form, steps).require_fit(groups, name),)
-    ]
+    tried: list[Tried] = []
+    for name, steps in lists.items():
+        for form in forms:
+            progress(f"trying steps of ratio {ratio:g}", len(tried), len(lists) * len(forms))
+            stepping = Stepping(form, steps).require_fit(groups, name)
+            tried.append(Tried(name, stepping, _error(encoder, batches, whole, stepping)))
     return Choice(_best(tried), tuple(sorted(tried, key=lambda one: one.error)))
 
 

@@ -5,7 +5,7 @@ Letters: B batch, S sequence length, H hidden size, L layers, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -65,7 +65,7 @@ class Template:
     graph: onnx.ModelProto
     places: dict[str, tuple[str, str]]
 
-    def graph_of(self, model: CosteffModel) -> onnx.ModelProto:
+    def graph_of(self, model: nn.Module) -> onnx.ModelProto:
         """The graph of a model of the same structure, whatever its widths."""
         stored = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
         tensors = {
@@ -83,9 +83,15 @@ def template_of(model: CosteffModel, input_names: Sequence[str]) -> Template:
     """Trace a narrow stand-in for ``model``. Its tensors are random, so each is recognised by its values."""
     module = TracedExits(_stand_in(model)).eval()
     graph = trace.onnx_from_module(module, input_names, module.output_names)
+    places = located(graph, module.model.state_dict())
+    return Template(passes.with_inferred_widths(graph), places)
+
+
+def located(graph: onnx.ModelProto, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
+    """Where a trace stores which of ``tensors``, all different: initialiser -> (name, form)."""
     known = {
         _content(made(tensor.numpy())): (name, form)
-        for name, tensor in module.model.state_dict().items()
+        for name, tensor in tensors.items()
         for form, made in FORMS.items()
         if form == "whole" or tensor.dim() == 2
     }
@@ -96,7 +102,7 @@ def template_of(model: CosteffModel, input_names: Sequence[str]) -> Template:
             places[initializer.name] = known[_content(values)]
         elif values.size > 1 and values.dtype == np.float32:
             raise ValueError(f"{initializer.name} is made from tensors while tracing: it would be the same for all")
-    return Template(passes.with_inferred_widths(graph), places)
+    return places
 
 
 def _stand_in(model: CosteffModel) -> CosteffModel:

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 
 from engines.manifest import Backbone as BackboneRecord
-from engines.manifest import Cost, Engine, Graph, Parity, Tokenizer, Variant
+from engines.manifest import Cost, Engine, Generation, Graph, Parity, Tokenizer, Variant
 from exporter import parity, trace
 from exporter.backbone import Backbone
 from exporter.plans import Plan, PlannedGraph
@@ -147,6 +147,10 @@ class Family(ABC):
             pad_id=int(self.backbone.config.pad_token_id or 0),
             inputs=list(self.backbone.input_names),
         )
+
+    def generation(self) -> Generation | None:
+        """What generating text needs to know; None for models that do something else."""
+        return None
 
 
 def _always(outputs: list[np.ndarray]) -> Run:

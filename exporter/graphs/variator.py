@@ -17,6 +17,7 @@ from engines.manifest import Cost, Variant
 from exporter import parity, passes, trace
 from exporter.backbone import Backbone, load_backbone
 from exporter.graphs.family import REPORTED_LENGTH, Family, Run
+from exporter.graphs.stock import stock_outputs
 from exporter.methods import variator
 from exporter.methods.span import SpanPlugins
 from exporter.methods.variator import Plugins, VariatorModel, VariatorPlugins, plugins_from_tensors
@@ -147,23 +148,8 @@ def _eager(model: VariatorModel, plugins: Plugins | None, feed: parity.Arrays) -
     tensors = {name: torch.from_numpy(array) for name, array in feed.items()}
     with torch.inference_mode():
         if plugins is None:
-            return [t.numpy() for t in _stock_outputs(model.backbone, tensors)]
+            return [t.numpy() for t in stock_outputs(model.backbone, tensors)]
         model.variator.attach(plugins)
         outputs = [t.numpy() for t in model(**tensors)]
         model.variator.detach()
         return outputs
-
-
-def _stock_outputs(backbone: Backbone, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """The outputs of the Hugging Face model as it is, pooled where the folder says so."""
-    if backbone.label_words is not None:
-        prefix = torch.tensor([backbone.label_words.decoder_input_ids] * len(tensors["input_ids"]))
-        logits = backbone.model(**tensors, decoder_input_ids=prefix).logits
-        return (logits[:, -1, backbone.label_words.word_ids],)
-    outputs = backbone.model(**tensors)
-    if backbone.task == "feature-extraction":
-        hidden = outputs.last_hidden_state
-        if backbone.pooling is None:
-            return (hidden,)
-        return hidden, variator.pool(hidden, tensors["attention_mask"], backbone)
-    return tuple(outputs[name] for name in variator.output_names(backbone))

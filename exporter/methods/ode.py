@@ -340,28 +340,40 @@ def cost(backbone: Backbone, stepping: Stepping) -> Cost:
 
     Attention is counted over all pairs of tokens, also where the mask is causal: that is what a graph computes.
     """
+    return together(embedding_cost(backbone), steps_cost(facts_of(backbone), stepping.n), head_cost(backbone))
+
+
+def steps_cost(facts: OdeFacts, n: int) -> Cost:
+    """MACs of ``n`` steps of whatever size."""
+    runs = n * facts.inner
+    per_token = 4 * facts.hidden * facts.hidden + 2 * facts.hidden * facts.neurons
+    return Cost(per_token=runs * per_token, per_pair=runs * 2 * facts.hidden)
+
+
+def embedding_cost(backbone: Backbone) -> Cost:
+    """MACs before the first step: ALBERT's projection of the embeddings."""
     facts = facts_of(backbone)
-    runs = stepping.n * facts.inner
-    fixed, per_token = _outside(backbone, facts)
-    return Cost(
-        fixed=fixed,
-        per_token=runs * (4 * facts.hidden * facts.hidden + 2 * facts.hidden * facts.neurons) + per_token,
-        per_pair=runs * 2 * facts.hidden,
-    )
+    return Cost(per_token=facts.word_width * facts.hidden if backbone.config.model_type == "albert" else 0)
 
 
-def _outside(backbone: Backbone, facts: OdeFacts) -> tuple[int, int]:
-    """MACs around the iterations, (per sequence, per token): the embeddings' projection and the task's head."""
-    before = facts.word_width * facts.hidden if backbone.config.model_type == "albert" else 0
+def head_cost(backbone: Backbone) -> Cost:
+    """MACs of the task's head."""
+    facts = facts_of(backbone)
     if backbone.task == "sequence-classification":
-        return facts.hidden * (facts.hidden + len(backbone.labels)), before
+        return Cost(fixed=facts.hidden * (facts.hidden + len(backbone.labels)))
     per_token = {
         "feature-extraction": 0,
         "token-classification": facts.hidden * len(backbone.labels),
         "question-answering": 2 * facts.hidden,
         "text-generation": facts.hidden * facts.vocabulary,
     }
-    return 0, before + per_token[backbone.task]
+    return Cost(per_token=per_token[backbone.task])
+
+
+def together(*costs: Cost) -> Cost:
+    """The sum of costs without groups of tokens."""
+    names = ("fixed", "per_token", "per_pair")
+    return Cost(**{name: sum(getattr(one, name) for one in costs) for name in names})
 
 
 __all__ = [
@@ -377,10 +389,14 @@ __all__ = [
     "SteppedStates",
     "Stepping",
     "cost",
+    "embedding_cost",
     "facts_of",
+    "head_cost",
     "output_names",
     "ratios_that_work",
     "shared_host",
     "stepping_for_ratio",
+    "steps_cost",
+    "together",
     "warnings_of",
 ]

@@ -112,6 +112,10 @@ class Stepping:
         """Whether every step is 1: the original model, whatever the form."""
         return all(dt == 1 for group in self.steps for dt in group)
 
+    def same(self, other: Stepping) -> bool:
+        """Whether both compute the same: steps of 1 do in either form."""
+        return self.steps == other.steps and (self.form == other.form or self.is_full)
+
     def __iter__(self) -> Iterator[tuple[int, float]]:
         """Every step in sequence: (group, counted from 0; dt)."""
         for group, sizes in enumerate(self.steps):

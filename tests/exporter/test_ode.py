@@ -250,6 +250,19 @@ def test_steps_stay_in_their_group(loaded: Callable[..., Backbone], monkeypatch:
         encoder(**feed_of(backbone), stepping=Stepping("block", ((1.0, 2.0), (1.0,))))
 
 
+@pytest.mark.parametrize("name", ["tiny-albert", "tiny-gpt2-shared"])
+def test_a_layer_is_made_of_the_parts_that_its_host_names(name: str, loaded: Callable[..., Backbone]) -> None:
+    backbone = loaded(name, "text-generation" if "gpt2" in name else "feature-extraction")
+    host, layer, feed = backbone.host, backbone.layers[0], feed_of(backbone)
+    encoder = SteppedEncoder(backbone.model)
+    with torch.no_grad():
+        h = host.embed(backbone.encoder, feed["input_ids"], None)
+        bias = encoder.attention_bias(feed["attention_mask"], h)
+        attended = host.attend(layer, h, bias)
+        got = host.finish(layer, attended + host.feed_forward(layer, host.enter(layer, attended)))
+        assert torch.equal(got, encoder.step(h, bias, 0, 1.0))
+
+
 def test_fast_attention_is_the_same_one(tiny: Callable[..., Path]) -> None:
     for name, task in (("tiny-albert", "feature-extraction"), ("tiny-gpt2-shared", "text-generation")):
         eager, fast = (load_backbone(tiny(name, task), attention=kind) for kind in ("eager", "sdpa"))
