@@ -31,9 +31,9 @@ from exporter.methods.ode import FORMS, Form, Stepping
 
 SHARE, TRAIN, EXITS = "share", "train", "exits"  # the stages; of exits there is one for each ratio
 EXITS_RATE = 1e-3  # learning rate, at least: whatever the model's own, heads start from nothing
-# Of the training, in which the weight of the distance rises. States that are all one are also all alike: a model that
-# has not learnt anything yet is drawn there, and does not come back.
-RAMP = 0.5
+# Of the training of a model that has not learnt its answers yet, which is ordinary. States that are all one are all
+# alike: where the task says little yet, the distance alone would lead there, and nothing would lead back.
+LEAD_IN = 0.3
 
 
 @dataclass
@@ -128,14 +128,18 @@ class Course:
             for name, one in student.named_parameters():
                 one.copy_(tensors[name])
 
-    def train(self, lesson: Lesson, start: Start, rows: Rows) -> None:
-        """Train the model to be run in any of the drawn numbers of steps, and leave it in ``unfinished.backbone``."""
+    def train(self, lesson: Lesson, start: Start, rows: Rows, *, fresh: bool) -> None:
+        """Train the model to be run in any of the drawn numbers of steps, and leave it in ``unfinished.backbone``.
+
+        ``fresh``: it does not know any answers yet.
+        """
         draws = Draws.of(lesson.groups, self.settings)
         seed, weight = self.settings.seed, self.settings.distance_weight
 
         def loss(model: nn.Module, batch: Batch, step: int, share: float) -> Tensor:
             asked = lesson.goal.asked(batch, _draw(seed, step))
-            return lesson.loss(model, asked, draws.at(step), weight * min(1.0, share / RAMP))
+            drawn = Stepping.full(lesson.groups) if fresh and share < LEAD_IN else draws.at(step)
+            return lesson.loss(model, asked, drawn, weight)
 
         lesson.requires_grad_(True)
         record = self.take(TRAIN, lesson, start, rows, loss)

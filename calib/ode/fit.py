@@ -89,7 +89,7 @@ def fit_ode(
         if run.teacher is not None and not course.is_done(TRAIN):
             _share(run, rows)
         if not course.is_done(TRAIN):
-            course.train(lesson, start, rows)
+            course.train(lesson, start, rows, fresh=not run.answers or settings.from_scratch)
         found = quality(lesson, start, measured, run.steppings, settings.batch_size, progress)
         form = chosen_form(found, settings, metric)
         steppings = {ratio: Stepping(form, one.steps) for ratio, one in run.steppings.items()}
@@ -122,7 +122,10 @@ def fit_ode(
 
 @dataclass(frozen=True)
 class _Run:
-    """What a run works with. ``teacher``: what the model was made of, where it did not share its layers before."""
+    """What a run works with. ``teacher``: what the model was made of, where it did not share its layers before.
+
+    ``answers``: the model's head is its own, and not a fresh one.
+    """
 
     course: Course
     start: Start
