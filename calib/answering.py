@@ -12,9 +12,10 @@ from calib.data import Examples
 from calib.exits_search import Exits
 from calib.progress import Progress
 from engines.answers import label_names, not_finite
-from engines.cascade import LOGITS, whole_path
+from engines.cascade import LOGITS, Cascade
 from engines.manifest import ALL_EXITS
-from engines.runtime import Runtime
+from engines.paths import segment_macs
+from engines.runtime import OpenSession, Runtime
 
 BATCH = 32  # texts per request
 
@@ -76,19 +77,16 @@ def _batches(inputs: Sequence[str | tuple[str, str]]) -> list[list[int]]:
 def _read_exits(
     runtime: Runtime, variant: str, examples: Examples, statistic: str, report: Callable[[int], None]
 ) -> Read:
-    """Run the all-exits engine of ``variant`` over ``examples``; the truth is the last exit's own answer, for now.
+    """Run all exits of ``variant`` over ``examples``; the truth is the last exit's own answer, for now.
 
     Only the exits that the variant has are kept. ``report`` is told how many examples are done. Raises CompexportError
     for logits that are not finite.
     """
     manifest = runtime.bundle.manifest
-    entry = manifest.variants[variant]
-    assert entry.exits is not None
-    columns = [layer - 1 for layer in entry.exits]
     inputs, batches = examples.inputs, _batches(examples.inputs)
     parts: dict[str, list[Any]] = {LOGITS: [], statistic: []}
     tokens: list[int] = []
-    session = runtime.open_role(variant, ALL_EXITS)
+    session, columns = _all_exits(runtime, variant)
     try:
         for chosen in batches:
             outputs, lengths = runtime.run_raw(session, [inputs[index] for index in chosen], list(parts))
@@ -102,9 +100,19 @@ def _read_exits(
         session.close()
     back = np.argsort([index for chosen in batches for index in chosen])
     logits, statistics = (np.concatenate(parts[name])[back] for name in (LOGITS, statistic))
-    costs = [manifest.graphs[graph].cost for graph in whole_path(entry)]
     in_order = np.array(tokens)[back].tolist()
-    macs = np.cumsum([[cost.macs(length) for cost in costs] for length in in_order], axis=1, dtype=np.float64)
+    macs = np.cumsum([segment_macs(manifest, variant, length) for length in in_order], axis=1, dtype=np.float64)
     labels = label_names(manifest.labels, logits.shape[-1])
     answers = logits[:, -1].argmax(axis=1)
     return Read(Exits(logits, statistics, answers, macs), [labels[index] for index in answers], in_order)
+
+
+def _all_exits(runtime: Runtime, variant: str) -> tuple[OpenSession, list[int]]:
+    """A session of several exits at once, to be closed, and which of its columns are the variant's exits."""
+    entry = runtime.bundle.manifest.variants[variant]
+    assert entry.exits is not None
+    if ALL_EXITS in entry.graphs:
+        return runtime.open_role(variant, ALL_EXITS), [layer - 1 for layer in entry.exits]
+    cascade = runtime.session(variant)  # a step engine, which has no such graph
+    assert isinstance(cascade, Cascade)
+    return cascade.every_exit(), list(range(len(entry.exits)))

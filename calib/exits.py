@@ -18,7 +18,7 @@ from calib.exits_search import Exits, Search, named_rules, outcome, swept_rules
 from calib.labels import label_ids
 from compexport.errors import InputError, describe
 from engines.answers import label_names
-from engines.cascade import whole_path
+from engines.paths import segment_macs
 from engines.points import point_name
 
 SEED = 0
@@ -127,11 +127,10 @@ def points_and_exits(
         chosen_truth = [answer["label"] for answer in work.answers(backbone, parts.chosen)]
     points: dict[str, Any] = {}
     entries = {}
-    costs = [manifest.graphs[graph].cost for graph in whole_path(manifest.variants[backbone])]
     right = _truth_ids(parts.reported, truth, labels)
     chosen_right = _truth_ids(parts.chosen, chosen_truth, labels)
     for name, read in reported.items():
-        macs = float(np.mean([sum(cost.macs(length) for cost in costs) for length in read.tokens]))
+        macs = float(np.mean([sum(segment_macs(manifest, backbone, length)) for length in read.tokens]))
         found, entries[name] = _calibrate(
             name,
             layers[name],

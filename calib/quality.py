@@ -5,6 +5,7 @@ Engines are measured, not PyTorch. Without labels, the backbone's engine (ratio 
 
 from __future__ import annotations
 
+import math
 import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ from calib.exits_search import Search
 from calib.labels import label_ids
 from calib.progress import Progress, silent
 from compexport.errors import InputError, describe
-from engines.manifest import backbones
+from engines.manifest import GENERATION, backbones
 from engines.runtime import Runtime
 
 PAIRS = 20_000  # pairs of texts, at most, whose similarities are ranked
@@ -56,7 +57,9 @@ def evaluate(
     """Let every variant of ``runtime`` answer ``examples`` and compare; nothing is written.
 
     Metrics: "cosine" with the backbone's embedding, and Spearman's correlation of pair similarities; "accuracy" of
-    labels, per text or token; "f1" of answers, and exact matches. Without labels: "agreement" with the backbone.
+    labels, per text or token; "f1" of answers, and exact matches. Without labels: "agreement" with the backbone. Of
+    models that write text "next_token_accuracy", the share of tokens that were the likeliest one after those before
+    them, and "perplexity".
     Where variants have exits, thresholds are chosen (``search``) on ``calibration``, or on one half of ``examples``,
     and everything is measured on the rest; "calibration" says which.
 
@@ -131,6 +134,8 @@ def _scorer(runtime: Runtime, examples: Examples) -> Score:
     task, names = manifest.task, list(manifest.labels)
     if task == "feature-extraction":
         return _embedding_scores
+    if task == GENERATION:
+        return _next_token_scores
     if task == "question-answering":
         return _span_scores(examples)
     if task == "token-classification":
@@ -162,6 +167,14 @@ def _pairs(count: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
     first, second = np.triu_indices(count, 1)
     step = max(1, len(first) // PAIRS)
     return first[::step], second[::step]
+
+
+def _next_token_scores(given: Answers, truth: Answers) -> dict[str, float]:
+    """Over all tokens of all texts, so that long texts count more."""
+    tokens, hits, likelihood = (sum(answer[name] for answer in given) for name in ("tokens", "hits", "log_likelihood"))
+    if not tokens:
+        raise InputError(describe("evaluate", got="texts of one token each", expected="some token after another"))
+    return {"next_token_accuracy": hits / tokens, "perplexity": math.exp(min(-likelihood / tokens, 700.0))}
 
 
 def _class_scores(examples: Examples, names: list[str]) -> Score:

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from engines.exit_rule import ExitRule
     from engines.results import Result
     from engines.runtime import Runtime
+    from engines.sampling import Sampling
     from engines.selector import Decision
 
 __version__ = "0.1.0"
@@ -70,6 +71,7 @@ __all__ = [
     "Exits",
     "Fit",
     "Rows",
+    "Sampling",
     "Saving",
     "Slender",
     # what can go wrong
@@ -91,6 +93,7 @@ _HOMES = {
     "ExitRule": "engines.exit_rule",
     "Result": "engines.results",
     "Runtime": "engines.runtime",
+    "Sampling": "engines.sampling",
 }
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from engines.bundle import Bundle
     from engines.exit_rule import ExitRule
     from engines.runtime import Runtime
+    from engines.sampling import Sampling
     from engines.text import Text
     from exporter.checkpoint import MethodCheckpoint
 
@@ -405,7 +406,10 @@ def bench(
 
     with _runtime(bundle, device) as runtime:
         tokenizer = runtime.bundle.manifest.tokenizer
-        checked = latency.check_sizes("length", lengths, tokenizer.max_length if tokenizer else None)
+        longest, generation = tokenizer.max_length if tokenizer else None, runtime.bundle.manifest.generation
+        if generation is not None:  # one more token is timed after each length
+            longest = min(longest or generation.max_positions, generation.max_positions - 1)
+        checked = latency.check_sizes("length", lengths, longest)
         table = latency.measure(
             runtime,
             latency.check_sizes("batch", batches),
@@ -470,11 +474,16 @@ def select(
     budget_ms: float | None,
     batch: int = 1,
     length: int | None = None,
+    max_new_tokens: int | None = None,
     device: Device = DEVICE,
 ) -> dict[str, Any]:
-    """Which variant would answer ``batch`` sequences of ``length`` tokens, and why each other one lost."""
+    """Which variant would answer ``batch`` sequences of ``length`` tokens, and why each other one lost.
+
+    ``max_new_tokens``: how many more each gets, in a bundle that writes text.
+    """
     with _runtime(bundle, device) as runtime:
-        return runtime.select(batch=batch, length=length, budget_ms=budget_ms).document()
+        decision = runtime.select(batch=batch, length=length, budget_ms=budget_ms, max_new_tokens=max_new_tokens)
+        return decision.document()
 
 
 def run(
@@ -485,6 +494,8 @@ def run(
     ratio: float | None = None,
     variant: str | None = None,
     rule: ExitRule | None = None,
+    max_new_tokens: int | None = None,
+    sampling: Sampling | None = None,
     truncate: bool = True,
     device: Device = DEVICE,
 ) -> dict[str, Any]:
@@ -493,7 +504,14 @@ def run(
         raise InputError(describe("nothing to run", expected='--text "..."'))
     with _runtime(bundle, device) as runtime:
         batch = runtime.run_batch(
-            texts, budget_ms=budget_ms, ratio=ratio, variant=variant, rule=rule, truncate=truncate
+            texts,
+            budget_ms=budget_ms,
+            ratio=ratio,
+            variant=variant,
+            rule=rule,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            truncate=truncate,
         )
         return batch.document()
 
@@ -508,6 +526,15 @@ def exit_rule(thresholds: Sequence[float] | None, statistic: str | None, mode: s
                 raise InputError(describe(f"{option} without a threshold", got=given, expected="--threshold too"))
         return None
     return ExitRule(thresholds_of(thresholds), statistic or ENTROPY, mode or PER_ROW)
+
+
+def sampling_of(temperature: float | None, top_k: int | None, top_p: float | None, seed: int | None) -> Sampling | None:
+    """How tokens are drawn, as far as that was said; None without a word of it."""
+    from engines.sampling import Sampling
+
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    said = {name: value for name, value in given.items() if value is not None}
+    return Sampling(**said) if said else None  # type: ignore[arg-type]
 
 
 def paired(texts: Sequence[str], seconds: Sequence[str] | None) -> list[Text]:

@@ -79,6 +79,9 @@ Steps = Annotated[
 ]
 MaxSeconds = Annotated[float | None, typer.Option(metavar="S", help="Stop fitting after this many seconds.")]
 BudgetMs = Annotated[float | None, typer.Option(metavar="MS", help="Latency budget of the request in milliseconds.")]
+MaxNewTokens = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Tokens to write, at most, where that is the task [default: 32].")
+]
 Strict = Annotated[bool, typer.Option("--strict", help="Exit with code 3 when no variant meets the budget.")]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
@@ -444,8 +447,8 @@ def bench(
         variants, quality = opened.manifest.variants, opened.quality()
         if plot is not None and quality is not None:
             report.write_bytes(plot, report.pareto_png(document, quality, variants))
-    segments = tables.segments_table(document)
-    screen.document(document, [tables.bench_table(document, variants, quality), *([segments] if segments.rows else [])])
+    parts = [table for table in (tables.segments_table(document), tables.tokens_table(document)) if table.rows]
+    screen.document(document, [tables.bench_table(document, variants, quality), *parts])
 
 
 @app.command()
@@ -503,6 +506,7 @@ def select(
     budget_ms: BudgetMs = None,
     batch: Annotated[int, typer.Option(metavar="N", help="Sequences in the request.")] = 1,
     length: Annotated[int | None, typer.Option(metavar="N", help="Tokens of the longest one [default: 128].")] = None,
+    max_new_tokens: MaxNewTokens = None,
     backend: Backend = "ort",
     provider: Provider = "cpu",
     threads: Threads = None,
@@ -523,6 +527,7 @@ def select(
             budget_ms=budget_ms,
             batch=batch,
             length=length,
+            max_new_tokens=max_new_tokens,
             device=api.Device(backend, provider, threads),
         )
     screen.document(document, [tables.select_table(document)])
@@ -555,6 +560,17 @@ def run(
     exit_mode: Annotated[
         str | None, typer.Option(metavar="NAME", help="Who leaves: per-row, or batch-maximum (all or none).")
     ] = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Annotated[
+        float | None, typer.Option(metavar="X", help="Draw tokens at this temperature [default: take the likeliest].")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(metavar="N", help="Draw among the N likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(metavar="P", help="Draw among the likeliest tokens that add up to P.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="What tokens are drawn by, the same way again [default: 0].")
+    ] = None,
     truncate: Annotated[
         bool, typer.Option("--truncate/--no-truncate", help="Cut texts that are too long, or refuse them.")
     ] = True,
@@ -569,7 +585,8 @@ def run(
     """Answer texts within a latency budget.
 
     All texts are answered together, by the best variant that is predicted to meet the budget. A variant with exits
-    reads the clock between them, and answers from the newest where going on would be too late.
+    reads the clock between them, and answers from the newest where going on would be too late. A bundle that writes
+    text goes on from each of them.
     """
     from compexport import api, tables
 
@@ -583,6 +600,8 @@ def run(
             ratio=ratio,
             variant=variant,
             rule=api.exit_rule(thresholds, statistic, exit_mode),
+            max_new_tokens=max_new_tokens,
+            sampling=api.sampling_of(temperature, top_k, top_p, seed),
             truncate=truncate,
             device=api.Device(backend, provider, threads),
         )

@@ -15,10 +15,11 @@ import numpy.typing as npt
 
 from compexport.errors import InputError, describe
 from compexport.present import Progress
-from engines.cascade import Cascade, whole_path
+from engines.cascade import Cascade
 from engines.exit_rule import TO_THE_END
-from engines.manifest import Manifest, TensorSpec, backbones
-from engines.points import is_segment, segment_name
+from engines.manifest import DECODER, Manifest, TensorSpec, backbones
+from engines.paths import segment_macs
+from engines.points import is_part, is_token, segment_name, token_name, variant_of
 from engines.runtime import Runtime
 
 Row = dict[str, Any]
@@ -63,19 +64,32 @@ def measure(
 
 
 def _calls(runtime: Runtime, batch: int, length: int) -> dict[str, Callable[[], object]]:
-    """What is timed at (B, S): every variant to its end, and of one with exits every segment alone."""
-    manifest = runtime.bundle.manifest
+    """What is timed at (B, S): every variant to its end, and of one with exits every segment alone.
+
+    Of a decoder: reading S tokens, and one more token after them.
+    """
     calls: dict[str, Callable[[], object]] = {}
     for name in runtime.members.engines:
-        graph = whole_path(manifest.variants[name])[0]
-        feeds = random_feeds(manifest.graphs[graph].inputs, batch, length)
+        if runtime.bundle.manifest.generation is not None:
+            calls |= _decoder_calls(runtime, name, batch, length)
+            continue
         session = runtime.session(name)
+        feeds = random_feeds(session.inputs, batch, length)
         if isinstance(session, Cascade):
             calls[name] = partial(session.run_exits, feeds, TO_THE_END)
             calls |= {segment_name(name, number): call for number, call in enumerate(session.segment_calls(feeds))}
         else:
             calls[name] = partial(session.run, feeds)
     return calls
+
+
+def _decoder_calls(runtime: Runtime, name: str, batch: int, length: int) -> dict[str, Callable[[], object]]:
+    generator = runtime.generator(name)
+    ids = np.random.default_rng(0).integers(_SMALLEST_ID, _LARGEST_ID, (batch, length), dtype=np.int64)
+    mask = np.ones_like(ids)
+    _, cache = generator.read(ids, mask)
+    more = partial(generator.read, ids[:, :1], mask[:, :1], cache)
+    return {name: partial(generator.read, ids, mask), token_name(name): more}
 
 
 def random_feeds(inputs: Sequence[TensorSpec], batch: int, length: int) -> dict[str, npt.NDArray[np.int64]]:
@@ -86,15 +100,20 @@ def random_feeds(inputs: Sequence[TensorSpec], batch: int, length: int) -> dict[
 
 
 def realised(rows: Sequence[Row], manifest: Manifest) -> list[Row]:
-    """For each compressed variant and size: the speed-up, what its FLOPs would allow, and the share of it reached."""
-    whole = [row for row in rows if not is_segment(row["variant"])]
-    times = {(row["variant"], row["batch"], row["length"]): row["p50_ms"] for row in whole}
+    """For each compressed variant and size: the speed-up, what its FLOPs would allow, and the share of it reached.
+
+    Decoders have such rows for reading a prompt and for one more token.
+    """
+    compared = [row for row in rows if not is_part(row["variant"]) or is_token(row["variant"])]
+    times = {(row["variant"], row["batch"], row["length"]): row["p50_ms"] for row in compared}
     variants = manifest.variants
     whole_ones = {(variants[n].method, variants[n].precision): n for n in reversed(backbones(variants))}
     found = []
     for (name, batch, length), p50_ms in times.items():
-        variant = variants[name]
+        variant = variants[variant_of(name)]
         backbone = whole_ones.get((variant.method, variant.precision))
+        if backbone is not None and is_token(name):
+            backbone = token_name(backbone)
         if backbone is None or name == backbone or (backbone, batch, length) not in times:
             continue
         speedup = times[backbone, batch, length] / p50_ms
@@ -112,8 +131,12 @@ def realised(rows: Sequence[Row], manifest: Manifest) -> list[Row]:
     return found
 
 
-def _macs(manifest: Manifest, variant: str, length: int) -> int:
-    return sum(manifest.graphs[graph].cost.macs(length) for graph in whole_path(manifest.variants[variant]))
+def _macs(manifest: Manifest, name: str, length: int) -> int:
+    """MACs of one row of a variant, or of one token more after ``length``."""
+    if not is_token(name):
+        return sum(segment_macs(manifest, name, length))
+    graph = manifest.variants[variant_of(name)].graphs[DECODER]
+    return manifest.graphs[graph].cost.token_macs(length)
 
 
 def check_sizes(what: str, values: Sequence[float], largest: int | None = None) -> list[int]:

@@ -12,7 +12,7 @@ from typing import Any
 from compexport.errors import InputError, describe
 from compexport.present import Table, cell
 from engines.manifest import Variant, backbones
-from engines.points import is_segment
+from engines.points import is_part
 
 
 def require_quality(quality: Mapping[str, Any] | None) -> Mapping[str, Any]:
@@ -59,7 +59,7 @@ def _relative_points(
     found: dict[tuple[int, int], list[tuple[float, float, float]]] = {}
     for batch, length in dict.fromkeys((row["batch"], row["length"]) for row in bench["rows"]):
         rows = [r for r in bench["rows"] if (r["batch"], r["length"]) == (batch, length)]
-        times = {r["variant"]: r["p50_ms"] for r in rows if not is_segment(r["variant"])}
+        times = {r["variant"]: r["p50_ms"] for r in rows if not is_part(r["variant"])}
         backbone = next((times[name] for name in backbones(variants) if name in times), None)
         points = [(ms / backbone, values[n], variants[n].ratio) for n, ms in times.items() if backbone and n in values]
         if points:

@@ -10,7 +10,7 @@ from typing import Any
 
 from compexport.latency import faster_from
 from compexport.present import Table, cell
-from engines.points import is_point, is_segment
+from engines.points import is_part, is_point, is_segment, is_token
 
 
 def build_table(document: Mapping[str, Any]) -> Table:
@@ -41,7 +41,7 @@ def bench_table(document: Mapping[str, Any], variants: Mapping[str, Any], qualit
     values = (quality or {}).get("variants", {})
     metric = (quality or {}).get("metric", "quality")
     rows = []
-    whole = [row for row in document["rows"] if not is_segment(row["variant"])]
+    whole = [row for row in document["rows"] if not is_part(row["variant"])]
     for row in sorted(whole, key=lambda r: (r["batch"], r["length"])):
         name = row["variant"]
         gain = realised.get((name, row["batch"], row["length"]), {})
@@ -61,8 +61,22 @@ def bench_table(document: Mapping[str, Any], variants: Mapping[str, Any], qualit
             )
         )
     measured = ("batch", "length", "p50 ms", "p99 ms", "FLOPs ceiling", "speed-up", "realised")
-    notes = [faster_from_note(name, size) for name, size in faster_from(document["realised"]).items()]
+    gains = faster_from([row for row in document["realised"] if not is_part(row["variant"])])
+    notes = [faster_from_note(name, size) for name, size in gains.items()]
     return Table(f"latency on {document['device']}", ("variant", "ratio", *measured, metric), rows, notes)
+
+
+def tokens_table(document: Mapping[str, Any]) -> Table:
+    """``bench``: what one more token costs each decoder after so many others, and what that gains."""
+    realised = {(row["variant"], row["batch"], row["length"]): row for row in document["realised"]}
+    tokens = [row for row in document["rows"] if is_token(row["variant"])]
+    names, gains = ("variant", "batch", "length", "p50_ms", "p99_ms"), ("ideal", "speedup", "realised")
+    rows = []
+    for row in sorted(tokens, key=lambda r: (r["batch"], r["length"])):
+        gain = realised.get((row["variant"], row["batch"], row["length"]), {})
+        rows.append((*(row[name] for name in names), *(gain.get(name) for name in gains)))
+    columns = ("one more token", "batch", "after", "p50 ms", "p99 ms", "FLOPs ceiling", "speed-up", "realised")
+    return Table("generation", columns, rows)
 
 
 def segments_table(document: Mapping[str, Any]) -> Table:
@@ -104,7 +118,7 @@ def points_table(document: Mapping[str, Any]) -> Table:
         shown = [f"{point['value']:.4f}", f"{point['drop']:+.4f}", _thresholds(point["rule"]), left]
         rows.append((name, point["flops_ratio"], point["speedup"], *shown))
     columns = ("operating point", "FLOPs ceiling", "of it by exits", document["metric"], "drop", "threshold")
-    return Table("operating points", (*columns, "rows that leave at layer"), rows)
+    return Table("operating points", (*columns, "rows that leave at exit"), rows)
 
 
 def _thresholds(rule: Mapping[str, Any]) -> str:
@@ -135,6 +149,8 @@ def run_table(document: Mapping[str, Any], texts: Sequence[str]) -> Table:
 
 def answer_text(output: Mapping[str, Any]) -> str:
     """One output of ``run`` in a few words."""
+    if "text" in output:
+        return f"{output['text']!r} ({len(output['tokens'])} tokens, {output['why']})"
     if "embedding" in output:
         values = output["embedding"]
         return f"[{', '.join(f'{x:.3f}' for x in values[:4])}, ...] {len(values)} values"
@@ -142,7 +158,7 @@ def answer_text(output: Mapping[str, Any]) -> str:
         return f"{output['answer']!r} ({output['start']}-{output['end']})"
     if "labels" in output:
         return " ".join(map(str, output["labels"]))
-    left = f" (layer {output['exit']}, {output['why']})" if "exit" in output else ""
+    left = f" (exit {output['exit']}, {output['why']})" if "exit" in output else ""
     score = max(output.get("scores", {}).values(), default=None) if isinstance(output.get("scores"), dict) else None
     return f"{output.get('label')}" + (f" {score:.3f}" if score is not None else "") + left
 
@@ -265,7 +281,7 @@ def inspect_tables(manifest: Mapping[str, Any]) -> list[Table]:
         for name, engine in manifest["engines"].items()
     ]
     about = f"{backbone['name']} ({backbone['architecture']}, {backbone['params']:,} parameters), {manifest['task']}"
-    exits = ("exits after layers",) if with_exits else ()
+    exits = ("exits",) if with_exits else ()
     columns = ("variant", "ratio", "FLOPs ceiling", "precision", "extra parameters", *exits, "graphs")
     return [
         Table(about, columns, variants),

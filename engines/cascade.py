@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,31 +16,11 @@ import numpy.typing as npt
 from compexport.errors import InputError, describe
 from engines.answers import not_finite
 from engines.exit_rule import TO_THE_END, Array, ExitRule
-from engines.manifest import ENCODER, HIDDEN, PREVIOUS, ROWS, TensorSpec, Variant, segment_role
-from engines.session import Session
+from engines.manifest import HIDDEN, PREVIOUS, ROWS
+from engines.session import Held, HoldingSession, Session
 
 MASK, LOGITS = "attention_mask", "logits"
 CONFIDENT, LAST, OUT_OF_TIME = "confident", "last", "out of time"
-
-Held = Any  # an array in the backend's own memory, of whatever type the backend uses
-
-
-class Segment(Protocol):
-    """What a cascade needs of a backend's session of one segment. Thread-safe."""
-
-    inputs: list[TensorSpec]
-    outputs: list[TensorSpec]
-
-    def run_held(
-        self, feeds: Mapping[str, Array], held: Mapping[str, Held], outputs: Sequence[str], hold: Sequence[str]
-    ) -> tuple[dict[str, Array], dict[str, Held]]:
-        """Run once on arrays of this process (``feeds``) and of the backend (``held``), unchecked.
-
-        Returns ``outputs`` as arrays, and those of ``hold`` where the backend computed them.
-        """
-
-    def close(self) -> None:
-        """Release the engine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +55,7 @@ class ExitRun:
 class Cascade(Session):
     """The segments of one variant with exits, open. ``run`` goes to the end, ``run_exits`` lets rows leave."""
 
-    def __init__(self, name: str, exits: Sequence[int], segments: Sequence[Segment]) -> None:
+    def __init__(self, name: str, exits: Sequence[int], segments: Sequence[HoldingSession]) -> None:
         """``exits``: the layer, from 1, at which each of ``segments`` ends."""
         if not exits or len(exits) != len(segments):
             raise InputError(describe(f"{name}: segments", got=len(segments), expected=f"one for each of {exits}"))
@@ -132,6 +111,10 @@ class Cascade(Session):
             run.next((LOGITS,))
         return calls
 
+    def every_exit(self) -> EveryExit:
+        """A session of what every exit says of every row; it lives as long as this cascade."""
+        return EveryExit(self)
+
     def close(self) -> None:
         for segment in self._segments:
             segment.close()
@@ -148,8 +131,24 @@ class Cascade(Session):
             finite = np.isfinite(values)
             if not finite.all():
                 bad = left[~finite.reshape(len(left), -1).all(axis=1)]
-                what = f"{self.name}: {name} of the exit at layer {layer} hold"
+                what = f"{self.name}: {name} of exit {layer} hold"
                 raise not_finite(what, got=f"row {', '.join(map(str, bad[:5]))}")
+
+
+class EveryExit(Session):
+    """All exits of a cascade at once, [B, E, ...] by output, one segment after the other. Closing it closes nothing."""
+
+    def __init__(self, cascade: Cascade) -> None:
+        super().__init__(cascade.name, cascade.inputs, cascade.outputs)
+        self._cascade = cascade
+
+    def close(self) -> None:
+        """The segments are the cascade's."""
+
+    def _run(self, feeds: Mapping[str, Array], names: Sequence[str]) -> Sequence[Array]:
+        run = _Run(self._cascade, feeds)
+        found = [run.next(names) for _ in self._cascade.exits]
+        return [np.stack([outputs[name] for outputs in found], axis=1) for name in names]
 
 
 class _Run:
@@ -187,13 +186,6 @@ class _Run:
         self._feeds[ROWS] = self._rows
         return left[self._rows]
 
-    def _next_segment(self) -> tuple[Segment, Sequence[str]]:
+    def _next_segment(self) -> tuple[HoldingSession, Sequence[str]]:
         number, segments = len(self.segments), self._cascade._segments
         return segments[number], () if number == len(segments) - 1 else (HIDDEN,)
-
-
-def whole_path(variant: Variant) -> list[str]:
-    """The graphs that a row runs through when it never leaves early, in order."""
-    if variant.exits is None:
-        return [variant.graphs[ENCODER]]
-    return [variant.graphs[segment_role(number)] for number in range(len(variant.exits))]

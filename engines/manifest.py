@@ -147,6 +147,10 @@ class Cost(Record):
             + self.per_group_pair * groups * groups
         )
 
+    def token_macs(self, past: int) -> int:
+        """MACs of one more token after ``past`` others that are kept, where no tokens are grouped."""
+        return self.fixed + self.per_token + self.per_group + (self.per_pair + self.per_group_pair) * (past + 1)
+
 
 class Graph(Record):
     """One ONNX file. ``key`` is the hash of everything it was made from, for incremental rebuilds."""

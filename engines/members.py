@@ -89,10 +89,15 @@ class Members:
         return name
 
     def of_ratio(self, ratio: float) -> str:
-        """The one variant of this ratio; InputError when there is none, or more than one."""
-        ratios = {name: self._bundle.manifest.variants[engine_of(name)].ratio for name in self._given or self.engines}
+        """The one variant of this ratio; InputError when there is none, or more than one.
+
+        Where a graph made for it and a step engine compute the same, the graph.
+        """
+        variants = self._bundle.manifest.variants
+        ratios = {name: variants[engine_of(name)].ratio for name in self._given or self.engines}
         named = [name for name in ratios if ratios[name] == ratio]
         plain = [name for name in named if not is_point(name)] or named
+        plain = [name for name in plain if not variants[engine_of(name)].is_stepper] or plain
         if not named:
             choices = ", ".join(f"{value:g}" for value in sorted(set(ratios.values())))
             raise InputError(describe("no variant has this ratio", got=ratio, expected=f"one of {choices}"))

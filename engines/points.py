@@ -38,8 +38,28 @@ def segment_name(variant: str, number: int) -> str:
     return f"{variant}/segment-{number}"
 
 
+def token_name(variant: str) -> str:
+    """Under which name a profile holds the times of one more token, after so many that its length says."""
+    return f"{variant}/token"
+
+
+def variant_of(name: str) -> str:
+    """The variant that a profile's row of this name is of, as a whole or in part."""
+    return name.partition("/")[0]
+
+
 def is_segment(name: str) -> bool:
-    """Whether a profile's row of this name is one segment's, not a variant's."""
+    """Whether a profile's row of this name is one segment's."""
+    return "/segment-" in name
+
+
+def is_token(name: str) -> bool:
+    """Whether a profile's row of this name is one more token's."""
+    return name.endswith("/token")
+
+
+def is_part(name: str) -> bool:
+    """Whether a profile's row of this name is of a part of a variant's work, not of a variant."""
     return "/" in name
 
 

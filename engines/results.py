@@ -16,7 +16,8 @@ class Result:
     ``label`` and ``scores`` are None for tasks that do not classify whole texts. ``predicted_ms`` is the engine's
     corrected p99 for the whole request, ``latency_ms`` what the whole request took (tokenising and waiting included),
     ``met_budget`` whether that kept the budget. ``truncated``: the text was longer than the model reads. ``exit``: the
-    layer after which a variant with exits answered, and ``why`` there, as in ``engines.cascade.ExitRun``.
+    layer (of a variant with steps, the step) after which a variant with exits answered, and ``why`` there, as in
+    ``engines.cascade.ExitRun``; of a text that was written on, ``why`` it ends.
     """
 
     label: str | None

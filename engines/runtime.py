@@ -24,13 +24,16 @@ from engines.anytime import Aftercare, chunk_end_s
 from engines.bundle import Bundle
 from engines.cascade import LOGITS, Cascade, Deadline, ExitRun
 from engines.exit_rule import TO_THE_END, ExitRule
-from engines.manifest import TensorSpec
-from engines.members import Members
+from engines.generate import Generator
+from engines.manifest import Generation, TensorSpec
+from engines.members import Members, Predictions
 from engines.points import engine_of
 from engines.profile import Prediction, Profile, check_count
 from engines.results import BatchResult, Result
+from engines.sampling import Sampling
 from engines.selector import Correction, Decision, Quality, decide, time_left_ms
 from engines.text import EncodedText, Text, TextEncoder
+from engines.writing import Writing, next_token_scores, predict_writing, write, writing_for
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +44,7 @@ WARM_UP_LENGTH = 8
 class OpenSession(Protocol):
     """What the runtime needs of ``engines.session.Session``."""
 
+    inputs: list[TensorSpec]
     outputs: list[TensorSpec]
 
     def run(
@@ -151,6 +155,8 @@ class Runtime:
         ratio: float | None = None,
         variant: str | None = None,
         rule: ExitRule | None = None,
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
         truncate: bool = True,
         waited_ms: float = 0.0,
     ) -> Result: ...
@@ -164,6 +170,8 @@ class Runtime:
         ratio: float | None = None,
         variant: str | None = None,
         rule: ExitRule | None = None,
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
         truncate: bool = True,
         waited_ms: float = 0.0,
     ) -> list[Result]: ...
@@ -176,6 +184,8 @@ class Runtime:
         ratio: float | None = None,
         variant: str | None = None,
         rule: ExitRule | None = None,
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
         truncate: bool = True,
         waited_ms: float = 0.0,
     ) -> Result | list[Result]:
@@ -190,6 +200,8 @@ class Runtime:
             ratio=ratio,
             variant=variant,
             rule=rule,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
             truncate=truncate,
             waited_ms=waited_ms,
         )
@@ -204,6 +216,8 @@ class Runtime:
         ratio: float | None = None,
         variant: str | None = None,
         rule: ExitRule | None = None,
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
         truncate: bool = True,
         waited_ms: float = 0.0,
     ) -> BatchResult:
@@ -211,21 +225,24 @@ class Runtime:
 
         ``budget_ms`` is for all of them together, ``waited_ms`` what of it was spent before this call. ``ratio`` or
         ``variant`` force a member, ``rule`` how its rows leave early. With a budget a variant with exits reads the
-        clock before every segment, and where the next one would be late its newest exit answers. Raises InputError for
-        an empty, malformed or (``truncate=False``) too long text, a budget that is NaN or <= 0, an unknown member, a
-        rule that does not fit, or a budget without a measured profile to keep it by.
+        clock before every segment, and where the next one would be late its newest exit answers. A bundle that writes
+        text takes ``max_new_tokens`` (32 for None) and ``sampling`` (for None always the likeliest token). Raises
+        InputError for an empty, malformed or (``truncate=False``) too long text, a budget that is NaN or <= 0, an
+        unknown member, a rule that does not fit, or a budget without a measured profile to keep it by.
         """
         time_left_ms(budget_ms, waited_ms)
+        writing = writing_for(self.bundle.manifest.task, max_new_tokens, sampling)
+        room = None if writing is None else writing.room(self._generation())
         forced = self._forced(ratio, variant, rule)
         self._refuse_unmeasured(budget_ms, forced)
         encoder = self._text_encoder()
         self.members.load()
         self.warm_up(self._likely(budget_ms, forced))
         started = perf_counter()
-        encoded = encoder.encode(texts, truncate=truncate)
+        encoded = encoder.encode(texts, truncate=truncate, room=room)
         chunks = self._chunks(encoded)
         shapes = [_shape([encoded[index] for index in chunk]) for chunk in chunks]
-        predictions, rungs = self.members.predict(shapes)
+        predictions, rungs = self._predict(shapes, writing)
         spent_ms = waited_ms + _ms_since(started)
         decision = decide(
             predictions,
@@ -237,10 +254,12 @@ class Runtime:
             rungs=rungs,
         )
         end_s = None if budget_ms is None or budget_ms == math.inf else started + (budget_ms - waited_ms) / 1000.0
-        how = _How(engine_of(decision.variant), rule or self.members.rule(decision.variant) or TO_THE_END, end_s)
+        how = _How(
+            engine_of(decision.variant), rule or self.members.rule(decision.variant) or TO_THE_END, end_s, writing
+        )
         outputs: list[Answer] = [{}] * len(encoded)
         for number, chunk in enumerate(chunks):
-            answered = self._run(how, [encoded[index] for index in chunk], shapes[number:])
+            answered = self._run(how, [encoded[index] for index in chunk], chunk, shapes[number:])
             for index, output in zip(chunk, answered, strict=True):
                 outputs[index] = output
         latency_ms = waited_ms + _ms_since(started)
@@ -263,19 +282,21 @@ class Runtime:
         waited_ms: float = 0.0,
         ratio: float | None = None,
         variant: str | None = None,
+        max_new_tokens: int | None = None,
     ) -> Decision:
         """Which variant would answer ``batch`` texts padded to ``length`` tokens now, without running anything.
 
         ``length=None``: the longest measured. A batch above the largest measured is the sum of its chunks. Raises
         InputError as ``run_batch``.
         """
+        writing = writing_for(self.bundle.manifest.task, max_new_tokens, None)
         forced = self._forced(ratio, variant, None)
         self._refuse_unmeasured(budget_ms, forced)
         if length is None:
             length = self._longest()
         check_count("batch", batch)
         check_count("length", length)
-        predictions, rungs = self.members.predict([(batch, length)])
+        predictions, rungs = self._predict([(batch, length)], writing)
         return decide(
             predictions,
             self.quality,
@@ -290,6 +311,12 @@ class Runtime:
         """The open engine of a variant, for example to time it; it belongs to the runtime. Opens it at first need."""
         engine = engine_of(self.members.known(variant))
         return self._opened([engine])[engine]
+
+    def generator(self, variant: str) -> Generator:
+        """The open decoder of a variant; errors as ``session``, and InputError for a bundle that writes no text."""
+        name = engine_of(self.members.known(variant))
+        session: Any = self.session(name)
+        return Generator(name, session, self._generation())
 
     def open_role(self, variant: str, role: str) -> OpenSession:
         """A new session of one graph of a variant, for example "all-exits"; the caller closes it.
@@ -306,10 +333,13 @@ class Runtime:
     def answers(self, variant: str, texts: Sequence[Text]) -> list[Answer]:
         """What a variant answers to ``texts`` at its full depth, in one engine run, whatever it takes.
 
+        Of a bundle that writes text, how well it foresees ``texts`` (``engines.writing.next_token_scores``).
         Reads no measured table, so that ``evaluate`` can replace a damaged one. Raises InputError as ``run_batch``.
         """
         manifest, encoder, session = self.bundle.manifest, self._text_encoder(), self.session(variant)
         encoded = encoder.encode(texts)
+        if manifest.generation is not None:
+            return next_token_scores(self.generator(variant), encoder, encoded)
         names = needed_outputs(manifest.task, [output.name for output in session.outputs])
         return answers(manifest.task, session.run(encoder.feeds(encoded), names), encoded, manifest.labels)
 
@@ -383,10 +413,28 @@ class Runtime:
         order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
         return [order[first : first + size] for first in range(0, len(order), size)]
 
+    def _predict(self, shapes: Sequence[tuple[int, int]], writing: Writing | None) -> Predictions:
+        if writing is None or self.profile is None:
+            return self.members.predict(shapes)
+        return predict_writing(self.profile, shapes, writing.max_new_tokens), {}
+
+    def _generation(self) -> Generation:
+        generation = self.bundle.manifest.generation
+        if generation is None:
+            raise InputError(describe(f"bundle {self.bundle.path} writes no text", got=self.bundle.manifest.task))
+        return generation
+
     # running
 
-    def _run(self, how: _How, chunk: Sequence[EncodedText], shapes: Sequence[tuple[int, int]]) -> list[Answer]:
-        """One engine run [B, S], timed for the live correction, and its answers. ``shapes``: this chunk's and later."""
+    def _run(
+        self, how: _How, chunk: Sequence[EncodedText], rows: Sequence[int], shapes: Sequence[tuple[int, int]]
+    ) -> list[Answer]:
+        """One engine run [B, S], timed for the live correction, and its answers.
+
+        ``rows``: the numbers of the texts in the request; ``shapes``: this chunk's and later.
+        """
+        if how.writing is not None:
+            return self._write(how.engine, how.writing, chunk, rows)
         session = self._opened([how.engine])[how.engine]
         feeds = self._text_encoder().feeds(chunk)
         if isinstance(session, Cascade):
@@ -395,8 +443,23 @@ class Runtime:
         names = needed_outputs(manifest.task, [output.name for output in session.outputs])
         started = perf_counter()
         outputs = session.run(feeds, names)
-        self._observe(how.engine, _shape(chunk), _ms_since(started))
+        engine_ms = _ms_since(started)
+        if self.profile is not None and how.engine in self.profile.variants:
+            self._observe(how.engine, self.profile.predict(how.engine, *_shape(chunk)), engine_ms)
         return answers(manifest.task, outputs, chunk, manifest.labels)
+
+    def _write(self, engine: str, writing: Writing, chunk: Sequence[EncodedText], rows: Sequence[int]) -> list[Answer]:
+        """New text for each of a chunk. What was written, not what was allowed, is compared with its prediction."""
+        generator = self.generator(engine)
+        started = perf_counter()
+        found = write(generator, self._text_encoder(), chunk, rows, writing)
+        engine_ms = _ms_since(started)
+        if self.profile is not None:
+            tokens = max(len(answer["tokens"]) for answer in found)
+            expected = predict_writing(self.profile, [_shape(chunk)], tokens).get(engine)
+            if expected is not None:
+                self._observe(engine, expected, engine_ms)
+        return found
 
     def _run_cascade(
         self,
@@ -440,25 +503,20 @@ class Runtime:
         corrected = [(first_ms * factor, whole_ms * factor) for first_ms, whole_ms in chunks]
         return Deadline(chunk_end_s(perf_counter(), end_s, corrected), needs_ms)
 
-    def _observe(self, variant: str, shape: tuple[int, int], engine_ms: float) -> None:
+    def _observe(self, variant: str, expected: Prediction, engine_ms: float) -> None:
         """Outside the grid a prediction is a bound, so only running longer than it says something of the machine."""
-        if self.profile is None or variant not in self.profile.variants:
-            return
-        expected = self.profile.predict(variant, *shape)
         if not expected.extrapolated or engine_ms > expected.p99_ms:
             self.correction.observe(variant, engine_ms, expected.p50_ms)
 
     def _observe_segments(self, engine: str, length: int, run: ExitRun) -> None:
-        """As ``_observe``, of the segments that ran together."""
+        """Compare the segments that ran with what they were expected to take together."""
         forecast = self.members.forecast
         if forecast is None or not forecast.knows(engine):
             return
         expected = Prediction(0.0, 0.0)
         for number, (rows, _) in enumerate(run.segments):
             expected += forecast.segment_ms(engine, number, rows, length)
-        engine_ms = sum(ms for _, ms in run.segments)
-        if not expected.extrapolated or engine_ms > expected.p99_ms:
-            self.correction.observe(engine, engine_ms, expected.p50_ms)
+        self._observe(engine, expected, sum(ms for _, ms in run.segments))
 
     def _opened(self, variants: Sequence[str]) -> Mapping[str, OpenSession]:
         """The sessions, after opening those of ``variants`` that are not yet; each is opened once."""
@@ -468,7 +526,7 @@ class Runtime:
         with self._lock:
             if self._closed:
                 raise CompexportError(describe("the runtime is closed", hint="load the bundle again"))
-            missing = [name for name in variants if name not in self._sessions]
+            missing = [name for name in self._with_kin(variants) if name not in self._sessions]
             if missing:
                 opened = self._backend.open_sessions(
                     self.bundle, missing, threads=self.threads, provider=self._provider
@@ -478,8 +536,20 @@ class Runtime:
                 self._sessions = {**self._sessions, **opened}
             return self._sessions
 
+    def _with_kin(self, variants: Sequence[str]) -> list[str]:
+        """``variants``, and those in use whose step engine is the same: its graphs are opened once, for all of them."""
+        members = self.bundle.manifest.variants
+        shared = {graph for name in variants if members[name].is_stepper for graph in members[name].graphs.values()}
+        kin = [name for name in self.members.engines if shared & set(members[name].graphs.values())]
+        return list(dict.fromkeys((*variants, *kin)))
+
     def _run_once(self, sessions: Mapping[str, OpenSession]) -> None:
         if self.bundle.manifest.tokenizer is None:
+            return
+        if (generation := self.bundle.manifest.generation) is not None:
+            for name, decoder in sessions.items():
+                held: Any = decoder
+                Generator(name, held, generation).warm_up()
             return
         feeds = self._text_encoder().dummy_feeds(1, min(WARM_UP_LENGTH, self.bundle.manifest.tokenizer.max_length))
         for session in sessions.values():
@@ -495,17 +565,23 @@ class Runtime:
                     what = f"bundle {self.bundle.path} has no tokenizer, so it cannot read text"
                     raise InputError(describe(what, hint="build it from a model folder with a tokenizer.json"))
                 path = self.bundle.file(manifest.tokenizer.path)
-                self._encoder = TextEncoder(path, manifest.tokenizer, manifest.task, manifest.label_words)
+                self._encoder = TextEncoder(
+                    path, manifest.tokenizer, manifest.task, manifest.label_words, manifest.generation
+                )
             return self._encoder
 
 
 @dataclass(frozen=True, slots=True)
 class _How:
-    """How a request is answered: by which engine, by what rule rows leave it early, and until when (perf_counter)."""
+    """How a request is answered: by which engine, by what rule rows leave it early, and until when (perf_counter).
+
+    ``writing``: how its texts are written on, where that is the task.
+    """
 
     engine: str
     rule: ExitRule
     end_s: float | None
+    writing: Writing | None
 
 
 def _load_backend(name: str) -> Backend:

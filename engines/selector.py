@@ -39,8 +39,8 @@ class Decision:
 
     ``predicted_ms`` is the engine's p99 for this request on this device, times the live correction (None without a
     measurement). ``met_budget`` says that it fits into ``budget_ms - waited_ms``; always true without a budget.
-    ``stops_at``: the layer whose exit answers at the latest, where only a cascade that stops early fits; then
-    ``predicted_ms`` is that exit's. None for a variant that runs as it is meant to.
+    ``stops_at``: the layer (of a variant with steps, the step) whose exit answers at the latest, where only a cascade
+    that stops early fits; then ``predicted_ms`` is that exit's. None for a variant that runs as it is meant to.
     ``reason`` and ``candidates`` are put into words when they are read, as most requests never ask.
     """
 
@@ -361,7 +361,7 @@ class Comparison:
             return f"not asked for; {self.chosen} was"
         if time_ms is None and self.left_ms < math.inf:
             return NOT_MEASURED
-        cut = f" to layer {self.cuts[name].layer}" if name in self.cuts else ""
+        cut = f" to exit {self.cuts[name].layer}" if name in self.cuts else ""
         if time_ms is not None and time_ms > self.left_ms:
             return f"needs {time_ms:.2f} ms{cut}, {self.left_ms:.2f} ms left"
         mine, its = self._value(name), self._value(self.chosen)
@@ -370,7 +370,7 @@ class Comparison:
                 return f"as good as {self.chosen}, but not faster"
             return f"quality {mine:.4g}{cut} is worse than {its:.4g} of {self.chosen}"
         if cut:
-            return f"would have to stop at layer {self.cuts[name].layer}"
+            return f"would have to stop at exit {self.cuts[name].layer}"
         if self.quality.rank[name] == self.quality.rank[self.chosen]:
             return f"as good as {self.chosen}, but not faster"
         ratio, its_ratio = self.quality.ratios[name], self.quality.ratios[self.chosen]
@@ -397,7 +397,7 @@ class Comparison:
             return "asked for" if self.forced else "best quality; no budget"
         fit = "fits" if self.fits else "does not fit"
         cut = self.cuts.get(self.chosen)
-        stop = f", and goes on past layer {cut.layer} only while there is time" if cut is not None else ""
+        stop = f", and goes on past exit {cut.layer} only while there is time" if cut is not None else ""
         if self.forced:
             return f"asked for; {time_ms:.2f} ms {fit} into {self.left_ms:.2f} ms{stop}"
         if self.fits:

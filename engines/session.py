@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,32 @@ from compexport.errors import InputError, describe
 from engines.manifest import TensorSpec
 
 Array = npt.NDArray[Any]
+Held = Any  # an array in the backend's own memory, of whatever type the backend uses
+
+
+class HoldingSession(Protocol):
+    """A session whose outputs may stay in the backend's memory, to go into a next run. Thread-safe."""
+
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+
+    def run_held(
+        self, feeds: Mapping[str, Array], held: Mapping[str, Held], outputs: Sequence[str], hold: Sequence[str]
+    ) -> tuple[dict[str, Array], dict[str, Held]]:
+        """Run once on arrays of this process (``feeds``) and of the backend (``held``), unchecked.
+
+        Returns ``outputs`` as arrays, and those of ``hold`` where the backend computed them.
+        """
+
+    def close(self) -> None:
+        """Release the engine."""
+
+
+class GatheringSession(HoldingSession, Protocol):
+    """A holding session that can pick rows of what it holds."""
+
+    def take_rows(self, held: Held, rows: npt.NDArray[np.int64]) -> Held:
+        """These rows, in this order, of an array in the backend's memory."""
 
 
 class Session(ABC):

@@ -1,4 +1,7 @@
-"""Text in: the tokenizer of a bundle turns texts and pairs into int64 feeds [B, S], right padded.
+"""Text in: the tokenizer of a bundle turns texts and pairs into int64 feeds [B, S], padded on the right.
+
+Texts that are to be written on are padded on the left, so that what follows stands next to them, and too long ones lose
+their beginning.
 
 The `tokenizers` package is imported when a ``TextEncoder`` is made, not with this module.
 """
@@ -16,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compexport.errors import BundleError, CompexportError, DependencyError, InputError, describe
-from engines.manifest import LabelWords
+from engines.manifest import GENERATION, Generation, LabelWords
 from engines.manifest import Tokenizer as TokenizerSpec
 from engines.prompts import Prompt
 
@@ -60,10 +63,18 @@ class EncodedText:
 class TextEncoder:
     """A bundle's tokenizer. Its settings are fixed when it is made, so threads may share it."""
 
-    def __init__(self, path: Path, spec: TokenizerSpec, task: str, words: LabelWords | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        spec: TokenizerSpec,
+        task: str,
+        words: LabelWords | None = None,
+        generation: Generation | None = None,
+    ) -> None:
         """``path``: the ``tokenizer.json``. Question answering cuts only the context, other tasks the longer text.
 
-        ``words``: every text is put into their template first, and only the text is cut.
+        ``words``: every text is put into their template first, and only the text is cut. ``generation``: where it has
+        a token to begin with, a text may be empty.
 
         Raises BundleError for a file that is no tokenizer, an input it cannot feed, or a limit too small for any
         text; DependencyError when `tokenizers` is not installed.
@@ -74,6 +85,7 @@ class TextEncoder:
             raise BundleError(describe("tokenizer inputs", got=", ".join(spec.inputs) or "none", expected=expected))
         self.spec = spec
         self.answers_questions = task == QUESTION_ANSWERING
+        self.writes = task == GENERATION
         self._tokenizer = _tokenizer_from_file(path)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -84,16 +96,20 @@ class TextEncoder:
             if self._prompt is not None:
                 what = f"tokenizer max_length leaves no room beside the template's {special} tokens"
             raise BundleError(describe(what, got=spec.max_length, hint="build the bundle again"))
-        if self._prompt is None:
+        begins = None if generation is None else generation.bos_id
+        self._beginning = "" if begins is None else self._tokenizer.id_to_token(begins) or ""
+        if self._prompt is None and not self.writes:
             strategy = "only_second" if self.answers_questions else "longest_first"
             self._tokenizer.enable_truncation(spec.max_length, stride=0, strategy=strategy, direction="right")
 
-    def encode(self, texts: Sequence[Text], *, truncate: bool = True) -> list[EncodedText]:
+    def encode(self, texts: Sequence[Text], *, truncate: bool = True, room: int | None = None) -> list[EncodedText]:
         """Tokenise, in the order given. A text beyond ``max_length`` tokens is cut, with a logged warning.
+
+        ``room``: fewer tokens than that, for texts that are to be written on.
 
         Raises InputError that names the text: empty, only spaces, or nothing the tokenizer can see; not a string or
         pair of strings; not valid Unicode; a single text for question answering or a template that reads pairs, and a
-        pair for one that does not; too long with ``truncate=False``.
+        pair for one that does not or for one to be written on; too long with ``truncate=False``.
         """
         if isinstance(texts, str) or not isinstance(texts, Sequence):
             raise InputError(
@@ -102,11 +118,19 @@ class TextEncoder:
         if not texts:
             raise InputError(describe("no text was given", expected="at least one"))
         items = [self._checked(number, text) for number, text in enumerate(texts)]
-        encoded = self._prompted(items) if self._prompt is not None else self._plain(items)
+        limit = min(self.spec.max_length, room or self.spec.max_length)
+        if self.writes:
+            encoded = self._begun(items, limit)
+        else:
+            encoded = self._prompted(items) if self._prompt is not None else self._plain(items)
         too_long = [number for number, one in enumerate(encoded) if one.truncated]
         if too_long:
-            self._report_too_long(too_long, len(encoded), truncate)
+            self._report_too_long(too_long, len(encoded), limit, truncate)
         return encoded
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text that tokens stand for, special ones left out."""
+        return str(self._tokenizer.decode(list(ids)))
 
     def feeds(self, encoded: Sequence[EncodedText]) -> dict[str, Ids]:
         """The graph inputs named in the manifest, int64 [B, S], S the longest of these texts."""
@@ -115,7 +139,8 @@ class TextEncoder:
         for name in self.spec.inputs:
             feeds[name] = np.full(shape, self._padding(name), dtype=np.int64)
             for row, one in zip(feeds[name], encoded, strict=True):
-                row[: len(one)] = _values(name, one)
+                place = slice(shape[1] - len(one), None) if self.writes else slice(len(one))
+                row[place] = _values(name, one)
         return feeds
 
     def dummy_feeds(self, batch: int, length: int) -> dict[str, Ids]:
@@ -139,6 +164,10 @@ class TextEncoder:
             what = f"text {number} is {'a pair' if len(parts) == 2 else 'single'}"
             expected = f"{'a pair' if self._prompt.reads_pairs else 'one text'}, as the template"
             raise InputError(describe(what, got=self._prompt.template, expected=expected))
+        if self.writes and len(parts) == 2:
+            raise InputError(describe(f"text {number} is a pair", expected="one text, to be written on"))
+        if self.writes and self._beginning and parts[0] == "":
+            return self._beginning
         if not all(part.strip() for part in parts):
             raise InputError(describe(f"text {number} is empty", expected="at least one visible character"))
         return parts[0] if len(parts) == 1 else (parts[0], parts[1])
@@ -159,6 +188,20 @@ class TextEncoder:
         for number, one in enumerate(found):
             if all(one.encoding.special_tokens_mask):
                 raise _blank(number)
+        return found
+
+    def _begun(self, items: list[str | tuple[str, str]], limit: int) -> list[EncodedText]:
+        """Texts to be written on: a long one keeps its end, and the special tokens around it."""
+        with self._telling(items):
+            encodings = self._tokenizer.encode_batch(items, add_special_tokens=False)
+            room, found = limit - self._overhead(), []
+            for number, (item, encoding) in enumerate(zip(items, encodings, strict=True)):
+                if not len(encoding):
+                    raise _blank(number)
+                cut = len(encoding) > room
+                if cut:
+                    encoding.truncate(max(room, 1), direction="left")
+                found.append(EncodedText(str(item), None, self._tokenizer.post_process(encoding), cut))
         return found
 
     def _prompted(self, items: list[str | tuple[str, str]]) -> list[EncodedText]:
@@ -186,9 +229,10 @@ class TextEncoder:
             limit = f"at most {self.spec.max_length} tokens"
             raise InputError(describe(f"text cannot be tokenised ({error})", expected=limit)) from error
 
-    def _report_too_long(self, numbers: list[int], count: int, truncate: bool) -> None:
+    def _report_too_long(self, numbers: list[int], count: int, limit: int, truncate: bool) -> None:
         named = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
-        what = f"text {named} of {count} (counted from 0) is longer than the model's {self.spec.max_length} tokens"
+        whose = f"the model's {limit}" if limit == self.spec.max_length else f"the {limit} that leave room for the new"
+        what = f"text {named} of {count} (counted from 0) is longer than {whose} tokens"
         if not truncate:
             raise InputError(describe(what, hint="shorten it or allow truncation"))
         _log.warning("%s; the rest was cut off", what)

@@ -20,13 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from compexport.errors import BundleError, CompexportError, DependencyError, InputError, describe
 from engines.bundle import Bundle
-from engines.cascade import Cascade, whole_path
+from engines.cascade import Cascade
 from engines.manifest import Engine, Graph, TensorSpec
 from engines.measure import processor, usable_cores
+from engines.paths import whole_path
 from engines.session import Array, Session
+from engines.stepper import stepper
 
 NAME = "ort"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -260,7 +263,7 @@ class OrtSession(Session):
     def run_held(
         self, feeds: Mapping[str, Array], held: Mapping[str, Any], outputs: Sequence[str], hold: Sequence[str]
     ) -> tuple[dict[str, Array], dict[str, Any]]:
-        """As ``engines.cascade.Segment``; what is held are OrtValues."""
+        """As ``engines.session.HoldingSession``; what is held are OrtValues."""
         inner = self._open()
         binding = inner.io_binding()
         for name, array in feeds.items():
@@ -275,6 +278,12 @@ class OrtSession(Session):
         values = binding.get_outputs()
         here = {name: value.numpy() for name, value in zip(outputs, values, strict=False)}
         return here, dict(zip(hold, values[len(outputs) :], strict=True))
+
+    def take_rows(self, held: Any, rows: npt.NDArray[np.int64]) -> Any:
+        """As ``engines.session.GatheringSession``."""
+        import onnxruntime
+
+        return onnxruntime.OrtValue.ortvalue_from_numpy(held.numpy()[rows], self._memory, 0)
 
     def close(self) -> None:
         """A run that is in the engine ends as it would; the next one, a cascade's next segment too, is refused."""
@@ -292,6 +301,8 @@ def open_sessions(
 ) -> dict[str, Session]:
     """Sessions of the named variants (all by default); of one with exits, a ``Cascade`` of its segments.
 
+    Those of a step engine are opened once for all of its variants, so closing one of these closes all.
+
     Arguments and errors as ``open_graphs``.
     """
     manifest = bundle.manifest
@@ -301,8 +312,14 @@ def open_sessions(
         raise InputError(describe("unknown variant", got=", ".join(sorted(unknown)), expected=expected))
     require_provider(provider)
     sessions: dict[str, Session] = {}
+    shared: dict[str, OrtSession] = {}
     for name in variants if variants is not None else list(manifest.variants):
         variant = manifest.variants[name]
+        if variant.is_stepper:
+            for graph in set(variant.graphs.values()) - shared.keys():
+                shared[graph] = _open_graph(bundle, graph, graph, threads, provider)
+            sessions[name] = stepper(name, variant, shared)
+            continue
         opened = [_open_graph(bundle, graph, name, threads, provider) for graph in whole_path(variant)]
         sessions[name] = opened[0] if variant.exits is None else Cascade(name, variant.exits, opened)
     return sessions

@@ -20,7 +20,9 @@ Answer = Callable[[str, Any], dict[str, Any]]
 
 def family(task: str, answer: Answer, labels: Sequence[str] = (), ratios: Sequence[int] = (4, 1)) -> Runtime:
     """A runtime whose variants answer with ``answer(variant, text)``."""
-    variants = {f"variator-r{ratio}-fp32": SimpleNamespace(ratio=ratio, exits=None) for ratio in ratios}
+    variants = {
+        f"variator-r{ratio}-fp32": SimpleNamespace(ratio=ratio, exits=None, is_stepper=False) for ratio in ratios
+    }
 
     def answers(variant: str, texts: Sequence[Any]) -> list[dict[str, Any]]:
         return [answer(variant, text) for text in texts]

@@ -137,7 +137,7 @@ def test_thresholds_on_the_command_line(cli: Cli, bundle: Path) -> None:
     assert run("--threshold", 0, "--statistic", "margin") == [(EXITS[0], "confident")] * 2
     assert run("--threshold", 9, "--exit-mode", "batch-maximum") == [(EXITS[0], "confident")] * 2
     table = cli("run", "--text", "a fine film", "--ratio", 1, "--threshold", 9).out
-    assert f"(layer {EXITS[0]}, confident)" in table
+    assert f"(exit {EXITS[0]}, confident)" in table
 
 
 def test_a_threshold_may_stand_in_the_file(cli: Cli, bundle: Path, tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_a_variant_without_exits_takes_no_threshold(cli: Cli, built: Path) -> No
 def test_nan_logits_exit_with_one(cli: Cli, tmp_path: Path) -> None:
     make_bundle(tmp_path / "bundle", broken=2)
     done = cli("run", "--text", "a fine film", "--ratio", 1)
-    assert done.code == 1 and "logits of the exit at layer 2 hold NaN or infinity" in done.error
+    assert done.code == 1 and "logits of exit 2 hold NaN or infinity" in done.error
 
 
 def test_measured_tables_outlive_a_rebuild_of_the_same(cli: Cli, bundle: Path) -> None:

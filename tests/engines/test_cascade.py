@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from compexport.errors import CompexportError, InputError
 from engines.backends import ort
 from engines.bundle import Bundle
-from engines.cascade import Cascade, Deadline, whole_path
+from engines.cascade import Cascade, Deadline
 from engines.exit_rule import BATCH_MAXIMUM, STATISTICS, ExitRule
+from engines.paths import whole_path
 from tests.engines.exits import EXITS, LAYERS, NAMES, C, feeds, make_bundle, row
 
 NAME = NAMES[1.0]
@@ -190,7 +191,7 @@ def test_nan_logits_fail_the_request_and_never_leave(tmp_path: Path, threshold: 
     bundle = make_bundle(tmp_path / "bundle", broken=2)
     cascade = ort.open_sessions(bundle, [NAME], threads=1)[NAME]
     assert isinstance(cascade, Cascade)
-    match = f"{NAME}: logits of the exit at layer 2 hold NaN or infinity: got row 0, 1, 2"
+    match = f"{NAME}: logits of exit 2 hold NaN or infinity: got row 0, 1, 2"
     with pytest.raises(CompexportError, match=match):
         cascade.run_exits(feeds(3), ExitRule(threshold, mode=mode))
 
@@ -200,7 +201,7 @@ def test_nan_behind_the_last_row_that_left_is_not_met(tmp_path: Path) -> None:
     cascade = ort.open_sessions(bundle, [NAME], threads=1)[NAME]
     assert isinstance(cascade, Cascade)
     assert cascade.run_exits(feeds(3), ExitRule(9.0)).exit_layer.tolist() == [2, 2, 2]
-    with pytest.raises(CompexportError, match="exit at layer 6"):
+    with pytest.raises(CompexportError, match="of exit 6 hold"):
         cascade.run_exits(feeds(3), ExitRule(-1))
 
 

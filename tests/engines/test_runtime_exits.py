@@ -270,7 +270,7 @@ def test_without_measured_segments_a_budget_is_not_kept_but_said(
 
 def test_nan_logits_fail_the_request(tmp_path: Path) -> None:
     runtime = Runtime(make_bundle(tmp_path / "broken", broken=4), threads=1)
-    with pytest.raises(CompexportError, match=f"{R1}: logits of the exit at layer 4 hold NaN or infinity"):
+    with pytest.raises(CompexportError, match=f"{R1}: logits of exit 4 hold NaN or infinity"):
         runtime("a film", variant=R1)
     assert runtime("a film", variant=R1, rule=ExitRule(9.0)).exit == EXITS[0]
 

@@ -359,7 +359,7 @@ def test_what_does_not_fit_competes_with_its_deepest_exit_that_does(
     decision = cut(budget_ms)
     assert (decision.variant, decision.stops_at, decision.met_budget) == (variant, stops_at, True)
     assert decision.predicted_ms == predicted_ms
-    assert ("goes on past layer" in decision.reason) == (stops_at is not None)
+    assert ("goes on past exit" in decision.reason) == (stops_at is not None)
 
 
 def test_none_fits_takes_what_answers_first() -> None:
@@ -388,8 +388,8 @@ def test_a_forced_cascade_is_cut_too() -> None:
 
 def test_a_cut_loses_in_words() -> None:
     found = verdicts(cut(5.0))
-    assert found["deep"] == "quality 0.6 to layer 3 is worse than 0.8 of small"
-    assert verdicts(cut(2.0))["deep@2x"] == "needs 3.00 ms to layer 3, 2.00 ms left"
+    assert found["deep"] == "quality 0.6 to exit 3 is worse than 0.8 of small"
+    assert verdicts(cut(2.0))["deep@2x"] == "needs 3.00 ms to exit 3, 2.00 ms left"
 
 
 def test_cuts_are_corrected_by_how_fast_their_engine_runs_now() -> None:

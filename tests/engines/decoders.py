@@ -1,0 +1,253 @@
+"""A family of decoders, made by hand: a tiny GPT-2 whose layers are one, named and shaped as in ``docs/bundle.md``.
+
+Ratio 1 is the model itself; others take fewer, larger steps, in block form. Letters as in ``engines.generate``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from engines.backends import ort
+from engines.bundle import Bundle, BundleWriter
+from engines.manifest import (
+    DECODER,
+    GENERATION,
+    PAST,
+    PRESENT,
+    Backbone,
+    Cost,
+    Generation,
+    Graph,
+    Manifest,
+    Parity,
+    TensorSpec,
+    Tokenizer,
+    Variant,
+    cache_name,
+)
+
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel
+
+H, HEADS, LAYERS, POSITIONS = 16, 2, 4, 48
+V, EOS, PAD = 257, 256, 256
+WIDTH = H // HEADS
+NAMES = {1: "ode-r1-fp32", 2: "ode-r2-fp32", 4: "ode-r4-fp32"}
+DTYPES = {"int64": TensorProto.INT64, "float32": TensorProto.FLOAT}
+
+
+@cache
+def model() -> GPT2LMHeadModel:
+    """The same one in every test of a process: weights large enough that answers differ from text to text."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"n_embd": H, "n_head": HEADS, "n_layer": LAYERS, "n_positions": POSITIONS, "vocab_size": V}
+    config = GPT2Config(**sizes, bos_token_id=EOS, eos_token_id=EOS, initializer_range=0.4)
+    made = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    # Equal ones, and not one module: transformers keeps its cache by the number that a layer has.
+    for layer in made.transformer.h[1:]:
+        layer.load_state_dict(made.transformer.h[0].state_dict())
+    made.generation_config.pad_token_id = PAD
+    return made
+
+
+class _Nodes:
+    """``nodes.MatMul(a, b)`` adds a node and returns its output's name; arrays become initialisers."""
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.tensors: dict[str, np.ndarray] = {}
+
+    def __getattr__(self, kind: str) -> Any:
+        def add(*inputs: Any, outputs: int = 1, name: str | None = None, **attributes: Any) -> Any:
+            names = [f"{kind}_{len(self.nodes)}_{i}" for i in range(outputs)] if name is None else [name]
+            given = [self.constant(one) for one in inputs]
+            self.nodes.append(helper.make_node(kind, given, names, **attributes))
+            return names if outputs > 1 else names[0]
+
+        return add
+
+    def constant(self, value: Any) -> str:
+        if isinstance(value, str):
+            return value
+        array = np.asarray(value)
+        name = f"c{hashlib.sha256(array.tobytes() + str((array.dtype, array.shape)).encode()).hexdigest()[:12]}"
+        self.tensors[name] = array
+        return name
+
+
+def decoder(steps: Sequence[float]) -> onnx.ModelProto:
+    """``steps``: their sizes; of size 1, the layer as it is."""
+    w = {name: value.detach().numpy() for name, value in model().state_dict().items()}
+    o = _Nodes()
+    h = o.Add(o.Gather(w["transformer.wte.weight"], "input_ids"), o.Gather(w["transformer.wpe.weight"], "position_ids"))
+    allowed = _allowed(o)
+    for step, size in enumerate(steps):
+        done = _layer(o, w, h, allowed, step)
+        if size != 1:
+            done = o.Add(o.Mul(h, np.float32(1 - size)), o.Mul(done, np.float32(size)))
+        h = done
+    last = o.LayerNormalization(h, w["transformer.ln_f.weight"], w["transformer.ln_f.bias"], epsilon=1e-5)
+    o.MatMul(last, np.ascontiguousarray(w["transformer.wte.weight"].T), name="logits")
+    inputs = [_spec("input_ids", "int64", "batch", "sequence"), _spec("attention_mask", "int64", "batch", "total")]
+    inputs.append(_spec("position_ids", "int64", "batch", "sequence"))
+    outputs = [_spec("logits", "float32", "batch", "sequence", V)]
+    for step in range(len(steps)):
+        for kind in ("key", "value"):
+            inputs.append(_spec(cache_name(PAST, step, kind), "float32", "batch", HEADS, "past", WIDTH))
+            outputs.append(_spec(cache_name(PRESENT, step, kind), "float32", "batch", HEADS, "total", WIDTH))
+    graph = helper.make_graph(
+        o.nodes,
+        "decoder",
+        [_info(spec) for spec in inputs],
+        [_info(spec) for spec in outputs],
+        [numpy_helper.from_array(value, name) for name, value in o.tensors.items()],
+    )
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.checker.check_model(made, full_check=True)
+    return made
+
+
+def _allowed(o: _Nodes) -> str:
+    """[B, 1, S, T]: whether a token may look at another: not a later one, none where the mask is 0."""
+    total = o.Squeeze(o.Shape("attention_mask", start=1), np.array([0]))
+    count = o.Squeeze(o.Shape("input_ids", start=1), np.array([0]))
+    columns = o.Range(np.int64(0), total, np.int64(1))
+    rows = o.Range(o.Sub(total, count), total, np.int64(1))
+    causal = o.LessOrEqual(o.Unsqueeze(columns, np.array([0])), o.Unsqueeze(rows, np.array([1])))
+    there = o.Unsqueeze(o.Cast("attention_mask", to=TensorProto.BOOL), np.array([1, 2]))
+    return str(o.And(o.Unsqueeze(causal, np.array([0, 1])), there))
+
+
+def _layer(o: _Nodes, w: dict[str, np.ndarray], h: str, allowed: str, step: int) -> str:
+    def linear(x: str, name: str) -> str:
+        product = o.MatMul(x, w[f"transformer.h.0.{name}.weight"])
+        return str(o.Add(product, w[f"transformer.h.0.{name}.bias"]))
+
+    def norm(x: str, name: str) -> str:
+        scale, bias = (w[f"transformer.h.0.{name}.{kind}"] for kind in ("weight", "bias"))
+        return str(o.LayerNormalization(x, scale, bias, epsilon=1e-5))
+
+    def heads(x: str) -> str:
+        return str(o.Transpose(o.Reshape(x, np.array([0, 0, HEADS, WIDTH])), perm=[0, 2, 1, 3]))
+
+    query, key, value = o.Split(linear(norm(h, "ln_1"), "attn.c_attn"), axis=2, num_outputs=3, outputs=3)
+    key, value = (
+        o.Concat(cache_name(PAST, step, kind), heads(one), axis=2, name=cache_name(PRESENT, step, kind))  # type: ignore[arg-type]
+        for kind, one in (("key", key), ("value", value))
+    )
+    scores = o.Div(o.MatMul(heads(query), o.Transpose(key, perm=[0, 1, 3, 2])), np.float32(WIDTH**0.5))
+    shares = o.Softmax(o.Where(allowed, scores, np.float32(-1e9)), axis=-1)
+    mixed = o.Reshape(o.Transpose(o.MatMul(shares, value), perm=[0, 2, 1, 3]), np.array([0, 0, H]))
+    h = o.Add(h, linear(mixed, "attn.c_proj"))
+    inner = linear(norm(h, "ln_2"), "mlp.c_fc")
+    cubed = o.Mul(o.Mul(o.Mul(inner, inner), inner), np.float32(0.044715))
+    squashed = o.Tanh(o.Mul(o.Add(inner, cubed), np.float32((2 / np.pi) ** 0.5)))
+    gelu = o.Mul(o.Mul(inner, np.float32(0.5)), o.Add(squashed, np.float32(1)))
+    return str(o.Add(h, linear(gelu, "mlp.c_proj")))
+
+
+def _spec(name: str, dtype: str, *shape: int | str) -> TensorSpec:
+    return TensorSpec(name=name, dtype=dtype, shape=list(shape))
+
+
+def _info(spec: TensorSpec) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(spec.name, DTYPES[spec.dtype], spec.shape)
+
+
+def _specs(values: Sequence[onnx.ValueInfoProto]) -> list[TensorSpec]:
+    dtypes = {number: name for name, number in DTYPES.items()}
+    found = []
+    for value in values:
+        kind = value.type.tensor_type
+        shape = [dim.dim_param or dim.dim_value for dim in kind.shape.dim]
+        found.append(TensorSpec(name=value.name, dtype=dtypes[kind.elem_type], shape=shape))
+    return found
+
+
+def save_tokenizer(folder: Path) -> None:
+    """GPT-2's, with no merges: a token for every byte, and one for the end of a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def make_bundle(folder: Path, ratios: Sequence[int] = (1, 2, 4)) -> Bundle:
+    """The ratios into ``folder``, with engines."""
+    with BundleWriter(folder) as writer:
+        (writer.dir / "graphs").mkdir()
+        save_tokenizer(writer.dir)
+        graphs, variants = {}, {}
+        for ratio in ratios:
+            name, steps = f"ode-r{ratio}", [float(ratio)] * (LAYERS // ratio)
+            made = decoder(steps)
+            (writer.dir / "graphs" / f"{name}.onnx").write_bytes(made.SerializeToString(deterministic=True))
+            graphs[name] = Graph(
+                path=f"graphs/{name}.onnx",
+                opset=18,
+                inputs=_specs(made.graph.input),
+                outputs=_specs(made.graph.output),
+                cost=Cost(per_token=12 * H * H * len(steps) + H * V, per_pair=2 * H * len(steps)),
+                parity=Parity(max_abs=0.0, tolerance=1e-4, shapes=[]),
+                key=hashlib.sha256(made.SerializeToString(deterministic=True)).hexdigest(),
+            )
+            variants[NAMES[ratio]] = Variant(
+                method="ode",
+                ratio=ratio,
+                precision="fp32",
+                graphs={DECODER: name},
+                params=1,
+                extra_params=0,
+                flops_ratio=ratio,
+                steps=[steps],
+            )
+        with ort.EngineBuilder(writer.dir, "engines/ort-cpu") as builder:
+            for name, entry in graphs.items():
+                builder.add(name, entry)
+            engines = builder.finish()
+        sizes = {"params": 1, "hidden_size": H, "layers": LAYERS}
+        inputs = ["input_ids", "attention_mask"]
+        return writer.commit(
+            Manifest(
+                backbone=Backbone(
+                    name="toy", architecture="GPT2LMHeadModel", model_type="gpt2", sha256="0" * 64, **sizes
+                ),  # type: ignore[arg-type]
+                method="ode",
+                task=GENERATION,
+                tokenizer=Tokenizer(path="tokenizer.json", max_length=POSITIONS, pad_id=PAD, inputs=inputs),
+                generation=Generation(eos_ids=[EOS], bos_id=EOS, pad_id=PAD, max_positions=POSITIONS),
+                variants=variants,
+                graphs=graphs,
+                engines={f"{name}-ort-cpu": engine for name, engine in engines.items()},
+                files={},
+                versions={},
+                command="tests",
+            )
+        )
+
+
+def prompts(batch: int, longest: int = 9, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Random prompts of random lengths, ids and mask [B, S], padded on the left."""
+    random = np.random.default_rng(seed)
+    lengths = random.integers(2, longest + 1, batch)
+    mask = (np.arange(lengths.max())[::-1] < lengths[:, None]).astype(np.int64)
+    return np.where(mask == 1, random.integers(0, 256, mask.shape), PAD), mask

@@ -1,0 +1,214 @@
+"""Generation on real engines of hand-made graphs: what transformers writes, whoever else is in the batch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from compexport.errors import CompexportError, InputError
+from engines.backends import ort
+from engines.bundle import Bundle
+from engines.generate import Generated, Generator
+from engines.sampling import Sampling
+from tests.engines.decoders import EOS, NAMES, PAD, POSITIONS, V, make_bundle, model, prompts
+
+SAMPLING = Sampling(temperature=0.9, top_k=40, top_p=0.95, seed=7)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return make_bundle(tmp_path_factory.mktemp("decoders") / "bundle")
+
+
+def opened(bundle: Bundle, ratio: int, **changes: object) -> Generator:
+    name = NAMES[ratio]
+    graph = bundle.manifest.variants[name].graphs["decoder"]
+    session = ort.open_graphs(bundle, [graph], threads=1)[graph]
+    assert bundle.manifest.generation is not None
+    return Generator(name, session, bundle.manifest.generation.model_copy(update=changes))
+
+
+@pytest.fixture(scope="module")
+def whole(bundle: Bundle) -> Generator:
+    return opened(bundle, 1)
+
+
+@pytest.fixture(scope="module")
+def half(bundle: Bundle) -> Generator:
+    return opened(bundle, 2)
+
+
+def eos_among(generator: Generator, batch: int) -> int:
+    """A token that some rows write early, some late and some never, to end them at different times."""
+    rows = [one.tokens for one in generator.generate(*prompts(batch), max_new_tokens=12)]
+    places = {token: [row.index(token) for row in rows if token in row] for row in rows for token in row}
+    return max((token for token in places if len(places[token]) < batch), key=lambda token: len(set(places[token])))
+
+
+def by_transformers(ids: np.ndarray, mask: np.ndarray, eos: int, new_tokens: int) -> list[list[int]]:
+    import torch
+
+    written = model().generate(
+        torch.tensor(ids),
+        attention_mask=torch.tensor(mask),
+        do_sample=False,
+        max_new_tokens=new_tokens,
+        eos_token_id=eos,
+        pad_token_id=PAD,
+    )
+    rows = written[:, ids.shape[1] :].tolist()
+    return [row[: row.index(eos) + 1] if eos in row else row for row in rows]
+
+
+def test_greedy_tokens_are_those_of_transformers(bundle: Bundle, whole: Generator) -> None:
+    ids, mask = prompts(6)
+    eos = eos_among(whole, 6)
+    generator = opened(bundle, 1, eos_ids=[eos])
+    found = generator.generate(ids, mask, max_new_tokens=12)
+    assert [one.tokens for one in found] == by_transformers(ids, mask, eos, 12)
+    assert {one.why for one in found} == {"eos", "length"}
+    assert all((one.why == "eos") == (one.tokens[-1] == eos) for one in found)
+    assert len({len(one.tokens) for one in found}) > 2, "rows end at different times"
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), SAMPLING], ids=["greedy", "sampled"])
+def test_rows_write_the_same_alone(bundle: Bundle, half: Generator, sampling: Sampling) -> None:
+    generator = opened(bundle, 2, eos_ids=[eos_among(half, 8), EOS])
+    ids, mask = prompts(8)
+    together = generator.generate(ids, mask, sampling=sampling, max_new_tokens=12)
+    alone = [
+        generator.generate(
+            ids[row : row + 1, mask[row] == 1],
+            mask[row : row + 1, mask[row] == 1],
+            sampling=sampling,
+            max_new_tokens=12,
+            rows=[row],
+        )[0]
+        for row in range(8)
+    ]
+    assert together == alone
+
+
+@pytest.mark.parametrize("ratio", NAMES)
+def test_cached_and_uncached_logits_agree(bundle: Bundle, ratio: int) -> None:
+    generator = opened(bundle, ratio)
+    ids, mask = prompts(3, longest=8)
+    at_once, _ = generator.read(ids, mask)
+    cache = None
+    for start, end in ((0, 3), (3, 4), (4, 5), (5, ids.shape[1])):
+        part, cache = generator.read(ids[:, start:end], mask[:, start:end], cache)
+        real = mask[:, start:end] == 1
+        np.testing.assert_allclose(part[real], at_once[:, start:end][real], atol=2e-5)
+    assert cache is not None and cache.variant == NAMES[ratio]
+    entries = len(cache.held)
+    assert entries == 2 * 4 // ratio, "a key and a value for every step"
+
+
+def test_padding_changes_nothing(half: Generator) -> None:
+    ids, mask = prompts(4)
+    logits, _ = half.read(ids, mask)
+    longer = [np.pad(one, [(0, 0), (5, 0)], constant_values=value) for one, value in ((ids, 3), (mask, 0))]
+    padded, _ = half.read(*longer)
+    np.testing.assert_allclose(padded[:, 5:][mask == 1], logits[mask == 1], atol=2e-5)
+
+
+def reference(logits: np.ndarray, sampling: Sampling, uniform: float) -> int:
+    """One token by plain loops over a sorted list."""
+    assert sampling.top_k is not None
+    scores = logits.astype(np.float64) / sampling.temperature
+    order = sorted(range(len(scores)), key=lambda token: -scores[token])[: sampling.top_k]
+    shares = np.exp(scores[order] - scores[order[0]])
+    shares /= shares.sum()
+    kept, total = [], 0.0
+    for token, share in zip(order, shares, strict=True):
+        if total >= sampling.top_p:
+            break
+        kept.append((token, share))
+        total += share
+    point = uniform * total
+    for token, share in sorted(kept):
+        point -= share
+        if point < 0:
+            return token
+    return max(kept)[0]
+
+
+def test_sampled_tokens_are_those_of_a_plain_loop(half: Generator) -> None:
+    ids, mask = prompts(3)
+    found = half.generate(ids, mask, sampling=SAMPLING, max_new_tokens=10)
+    for row in range(3):
+        random = np.random.default_rng((SAMPLING.seed, row))
+        text, wanted = ids[row][mask[row] == 1].tolist(), []
+        for _ in range(10):
+            logits, _ = half.read(np.array([text]), np.ones((1, len(text)), np.int64))
+            wanted.append(reference(logits[0, -1], SAMPLING, random.random()))
+            text.append(wanted[-1])
+            if wanted[-1] == EOS:
+                break
+        assert found[row].tokens == wanted
+    other = half.generate(ids, mask, sampling=replace(SAMPLING, seed=8), max_new_tokens=10)
+    assert other != found
+
+
+def test_tokens_come_as_they_are_written(half: Generator) -> None:
+    ids, mask = prompts(3)
+    whole = half.generate(ids, mask, max_new_tokens=4)
+    stream = half.stream(ids, mask, max_new_tokens=4)
+    first = [next(stream) for _ in range(3)]
+    assert [token.row for token in first] == [0, 1, 2] and [t.id for t in first] == [one.tokens[0] for one in whole]
+    assert [token.why for token in stream][-3:] == ["length"] * 3
+
+
+def test_a_text_ends_where_the_positions_do(whole: Generator) -> None:
+    """The last token needs no position: nothing is read after it."""
+    ids, mask = prompts(2, longest=POSITIONS - 1, seed=1)
+    ids, mask = ids[:, -POSITIONS + 3 :], mask[:, -POSITIONS + 3 :]
+    found = whole.generate(ids, mask, max_new_tokens=99)
+    assert [len(one.tokens) for one in found] == (POSITIONS + 1 - mask.sum(axis=1)).tolist()
+    assert {one.why for one in found} == {"length"}
+
+
+def test_a_cache_of_another_number_of_steps_is_refused(whole: Generator, half: Generator) -> None:
+    ids, mask = prompts(2)
+    _, cache = whole.read(ids, mask)
+    with pytest.raises(InputError, match="this cache holds the states of ode-r1-fp32, and ode-r2-fp32 has other steps"):
+        half.read(ids[:, :1], mask[:, :1], cache)
+    with pytest.raises(InputError, match="ode-r1-fp32: rows: got 1, expected 2, as cached"):
+        whole.read(ids[:1, :1], mask[:1, :1], cache)
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "changes", "match"),
+    [
+        (np.ones((2, 3)), [[0, 0, 0], [1, 1, 1]], {}, "an empty prompt: expected at least one token in every row"),
+        (np.ones((1, 2)), [[1, 1]], {"max_new_tokens": 0}, "max_new_tokens: got 0, expected a whole number >= 1"),
+        (np.ones((1, POSITIONS + 1)), [[1] * (POSITIONS + 1)], {}, "tokens: got 49, expected at most 48"),
+    ],
+)
+def test_what_cannot_be_written_on(
+    half: Generator, ids: np.ndarray, mask: list[list[int]], changes: dict[str, int], match: str
+) -> None:
+    with pytest.raises(InputError, match=match):
+        half.stream(ids.astype(np.int64), np.array(mask), **changes)  # type: ignore[arg-type]
+
+
+def test_logits_that_are_not_finite(half: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = half.read
+
+    def broken(*given: object) -> object:
+        logits, cache = read(*given)  # type: ignore[arg-type]
+        logits[1, -1, V // 2] = np.nan
+        return logits, cache
+
+    monkeypatch.setattr(half, "read", broken)
+    with pytest.raises(CompexportError, match="ode-r2-fp32: logits hold NaN or infinity: got row 1"):
+        half.generate(*prompts(3))
+
+
+def test_warming_up_leaves_nothing_behind(whole: Generator) -> None:
+    before = whole.generate(*prompts(1), max_new_tokens=2)
+    whole.warm_up()
+    assert whole.generate(*prompts(1), max_new_tokens=2) == before
+    assert isinstance(before[0], Generated)
