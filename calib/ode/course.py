@@ -151,7 +151,7 @@ class Course:
         """Teach heads after every step of one ratio, unless an interrupted run has."""
         with torch.random.fork_rng():
             torch.manual_seed(self.settings.seed)
-            exits = ExitLesson(lesson, stepping, len(start.learner.labels))
+            exits = ExitLesson(lesson, stepping, len(start.learner.labels)).to(training_device())
         stage = f"{EXITS}-r{ratio}"
         if not self.is_done(stage):
 
@@ -160,7 +160,6 @@ class Course:
                 early, final = model(**batch)
                 return first_exits_error(early, final.detach(), labels)
 
-            exits.to(training_device())
             rate = max(1.0, EXITS_RATE / self.settings.learning_rate)
             record = self.take(stage, exits, start, rows, loss, rate=rate)
             self.finish(stage, record, exits.heads.state_dict())

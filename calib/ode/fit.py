@@ -163,9 +163,10 @@ def _opened(
     if settings.exit_heads:
         course.shares = {**course.shares, **{f"{EXITS}-r{ratio}": EXITS_SHARE for ratio in steppings}}
     fewest = Draws.of(lesson.groups, settings).lowest
+    form: Form = "block" if settings.form == "auto" else settings.form
     for stepping in steppings.values():
         if stepping.n < fewest:  # the others are what the model is trained for
-            for line in warnings_of(stepping):
+            for line in warnings_of(Stepping(form, stepping.steps)):
                 progress(line)
     return _Run(course, start, lesson, teacher, knows_answers(folder, start), steppings, fewest)
 
