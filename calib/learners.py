@@ -42,11 +42,15 @@ class Learner(nn.Module):
     def write(self, folder: Path) -> None:
         """The model, its labels and its tokenizer into an empty folder, as Hugging Face reads them."""
         with quiet_transformers():
-            self.model.save_pretrained(folder)
+            self.write_model(folder)
         (folder / "tokenizer.json").write_text(self.backbone.tokenizer_json, encoding="utf-8")
         for name in TOKENIZER_FILES:
             if (self.backbone.folder / name).is_file():
                 (folder / name).write_bytes((self.backbone.folder / name).read_bytes())
+
+    def write_model(self, folder: Path) -> None:
+        """Configuration and weights."""
+        self.model.save_pretrained(folder)
 
 
 class SequenceClassifier(Learner):

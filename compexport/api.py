@@ -87,6 +87,31 @@ class Slender:
 
 
 @dataclass(frozen=True)
+class Shared:
+    """How a model that shares layers is trained to be run in fewer steps (method ode); None keeps the default.
+
+    ``objective``: "classification", "mlm" or "lm", whatever model and data are for where it is None. ``form`` of a
+    step: "block", "sublayer", or "auto" to train both and keep the better. ``fewest_steps``: of each batch the number
+    of steps is drawn between this and the model's iterations. ``distance_weight``: of the distance between the final
+    states of these and of all iterations. ``plain``: ordinary training, for comparison.
+
+    ``share``: make the model share its layers first, with so many groups of them, ``iterations`` in all.
+    ``from_scratch``: take the model's configuration and tokenizer alone. ``exit_heads``: for each ratio, classifiers
+    after every step.
+    """
+
+    objective: str | None = None
+    form: str | None = None
+    fewest_steps: int | None = None
+    distance_weight: float | None = None
+    plain: bool = False
+    share: int | None = None
+    iterations: int | None = None
+    from_scratch: bool = False
+    exit_heads: bool = False
+
+
+@dataclass(frozen=True)
 class Rows:
     """Which rows of the training data to use: at most ``limit``, drawn by the seed, or the ``first`` ones."""
 
@@ -126,7 +151,7 @@ class Exits:
 
 
 # The defaults.
-COLUMNS, FIT, SLENDER, ROWS, SAVING = Columns(), Fit(), Slender(), Rows(), Saving()
+COLUMNS, FIT, SLENDER, SHARED, ROWS, SAVING = Columns(), Fit(), Slender(), Shared(), Rows(), Saving()
 DEVICE, EXITS, STEPS = Device(), Exits(), Steps()
 
 

@@ -68,7 +68,7 @@ PairColumn = Annotated[str | None, typer.Option(metavar="COLUMN", help="Column w
 LabelColumn = Annotated[str | None, typer.Option(metavar="COLUMN", help="Column with the label.")]
 Ratio = Annotated[str | None, typer.Option(metavar="LIST", help="Compression ratios: 2,4,8.")]
 TrainRatio = Annotated[
-    str | None, typer.Option(metavar="LIST", help="Compression ratios: 2,4,8; costeff: 1 and fractions too.")
+    str | None, typer.Option(metavar="LIST", help="Compression ratios: 2,4,8; costeff, ode: fractions too.")
 ]
 Backend = Annotated[str, typer.Option(metavar="NAME", help="Engine backend: ort.")]
 Provider = Annotated[str, typer.Option(metavar="NAME", help="ONNX Runtime provider: cpu or cuda.")]
@@ -125,7 +125,7 @@ BUILD_OPTIONS_OF = {
 @app.command()
 def train(
     context: typer.Context,
-    method: Annotated[str, typer.Argument(metavar="METHOD", help="variator, costeff, or finetune: see above.")],
+    method: Annotated[str, typer.Argument(metavar="METHOD", help="variator, costeff, ode, or finetune: see above.")],
     model: Model = Path(),
     *,
     data: Data = None,
@@ -151,6 +151,42 @@ def train(
         int | None,
         typer.Option(metavar="N", min=1, help="costeff: rows that tell which leave; officially all [default: 2048]."),
     ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="ode: classification, mlm or lm [default: what MODEL and data are for]."),
+    ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="ode: form of a step: block, sublayer, or auto: train both, keep the better [default: auto].",
+        ),
+    ] = None,
+    fewest_steps: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="ode: train with so many steps or more [default: half of all]."),
+    ] = None,
+    distance_weight: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="ode: weight of the distance from the states of all steps [default: 1]."),
+    ] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="ode: always train with all steps, for comparison.")] = False,
+    share: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="ode: make MODEL, a BERT or GPT-2, share its layers, in N groups (1)."),
+    ] = None,
+    iterations: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="ode: with --share, run layers N times in all [default: as many as MODEL]."
+        ),
+    ] = None,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="ode: random weights, of MODEL's configuration and tokenizer.")
+    ] = False,
+    exit_heads: Annotated[
+        bool, typer.Option("--exit-heads", help="ode: afterwards, classifiers after every step of each ratio.")
+    ] = False,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder of the result.")] = Path(
         "trained"
     ),
@@ -205,7 +241,7 @@ def train(
     config: Config = None,
     debug: Debug = False,
 ) -> None:
-    """Fit a method's plugins to MODEL, make it slender, or fine-tune it.
+    """Fit a method's plugins to MODEL, make it slender, teach it to be run in fewer steps, or fine-tune it.
 
     variator: plugins learn by distillation to reproduce what MODEL itself computes; no labels are needed. OUT is MODEL
     with one small file per ratio beside it; `compexport build OUT` makes the engines.
@@ -213,6 +249,11 @@ def train(
     costeff: MODEL is fine-tuned on the labels where it is not yet, and taught to classify after every layer; from that,
     models of fewer heads and neurons are made and taught, one per ratio. At ratio 1, MODEL stays as it is and only gets
     exits. OUT is the fine-tuned MODEL with one file per ratio beside it.
+
+    ode: MODEL applies one layer many times. It learns the labels of the data, or to fill in masked tokens, or to go on
+    with a text, and meanwhile to be run in fewer, larger steps. With --share, MODEL may be one that applies different
+    layers: first they become one, which learns to compute what they did. OUT is the trained model; one set of weights
+    serves every ratio.
 
     finetune: all of MODEL learns the labels of the data; OUT is a classifier.
 
@@ -248,6 +289,17 @@ def train(
         heads_per_event=own("heads_per_event", heads_per_event, None),
         importance_rows=own("importance_rows", importance_rows, None),
     )
+    shared = api.Shared(
+        objective=own("objective", objective, None),
+        form=own("form", form, None),
+        fewest_steps=own("fewest_steps", fewest_steps, None),
+        distance_weight=own("distance_weight", distance_weight, None),
+        plain=own("plain", plain, False),
+        share=own("share", share, None),
+        iterations=own("iterations", iterations, None),
+        from_scratch=own("from_scratch", from_scratch, False),
+        exit_heads=own("exit_heads", exit_heads, False),
+    )
     ratio = own("ratio", ratio, None)
     with _screen(as_json) as screen, present.progress() as progress:
         document = training.train(
@@ -260,6 +312,7 @@ def train(
             rows=api.Rows(limit, first),
             fit=fit,
             slender=slender,
+            shared=shared,
             saving=api.Saving(resume, save_every),
             progress=progress,
         )

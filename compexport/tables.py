@@ -201,6 +201,18 @@ def costeff_table(document: Mapping[str, Any]) -> Table:
     return Table(title, columns, rows, notes)
 
 
+def ode_table(document: Mapping[str, Any]) -> Table:
+    """``train ode``: how good the model is in fewer steps, beside plainly leaving iterations out."""
+    metric, total = document["metric"], document["iterations"]
+    rows = [(1, total, f"{document['teacher']:.4f}", None)]
+    for ratio in map(str, document["ratios"]):
+        values = (f"{document[name][ratio]:.4f}" for name in ("student", "dropped"))
+        rows.append((ratio, document["n"][ratio], *values))
+    title = f"{document['output']}: trained in {document['steps']} steps, {document['seconds']:.0f} s"
+    notes = [f"{document['form']} form of a step; measured on {document['held_out']} rows"]
+    return Table(title, ("ratio", "steps", metric, "iterations dropped"), rows, notes)
+
+
 def finetune_table(document: Mapping[str, Any]) -> Table:
     """``train finetune``: how good the model is, beside what needs no model."""
     title = f"{document['output']}: fine-tuned in {document['steps']} steps, {document['seconds']:.0f} s"
@@ -212,7 +224,12 @@ def finetune_table(document: Mapping[str, Any]) -> Table:
     return Table(title, ("", f"{document['metric']}, {document['held_out']} dev rows"), rows, [labels])
 
 
-TRAIN_TABLES = {"variator": train_table, "costeff": costeff_table, "finetune": finetune_table}
+TRAIN_TABLES = {
+    "variator": train_table,
+    "costeff": costeff_table,
+    "ode": ode_table,
+    "finetune": finetune_table,
+}
 
 
 def import_table(document: Mapping[str, Any]) -> Table:

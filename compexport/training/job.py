@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compexport.api import FIT, SLENDER, Columns, Fit, Rows, Saving, Slender, read_examples
+from compexport.api import FIT, SHARED, SLENDER, Columns, Fit, Rows, Saving, Shared, Slender, read_examples
 from compexport.errors import InputError, describe
 from compexport.present import Progress
 
@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 # Which kinds of training an option is for; all others are for all.
 OPTIONS_OF = {
-    "ratio": ("variator", "costeff"),
+    "ratio": ("variator", "costeff", "ode"),
     **dict.fromkeys(("loss", "separately", "span", "fresh", "start"), ("variator",)),
     **dict.fromkeys((field.name for field in fields(Slender)), ("costeff",)),
+    **dict.fromkeys((field.name for field in fields(Shared)), ("ode",)),
 }
 
 
@@ -41,13 +42,14 @@ class Job:
     rows: Rows
     fit: Fit
     slender: Slender
+    shared: Shared
     saving: Saving
     progress: Progress
 
     def require_own_options(self) -> None:
         """InputError for an option that means nothing to this kind of training."""
         given = {"ratio"} if self.ratios is not None else set()
-        for asked, default in ((self.fit, FIT), (self.slender, SLENDER)):
+        for asked, default in ((self.fit, FIT), (self.slender, SLENDER), (self.shared, SHARED)):
             given |= {one.name for one in fields(asked) if getattr(asked, one.name) != getattr(default, one.name)}
         for name in sorted(given & foreign_options(self.method)):
             expected = "the method " + " or ".join(OPTIONS_OF[name])
@@ -75,6 +77,12 @@ class Job:
         if found is None or found.backbone_sha256 != backbone_sha256(self.model):
             expected = "a new folder, or a checkpoint of this model"
             raise InputError(describe(f"{self.output}: already there", expected=expected))
+
+    def require_new_place(self, why: str) -> None:
+        """InputError for an output that is there: no older checkpoint can be of the model that is to be made."""
+        free = not self.output.exists() or (self.output.is_dir() and not any(self.output.iterdir()))
+        if not free and not self.lacks_tidying_only():
+            raise InputError(describe(f"{self.output}: already there", expected=f"a new folder, as {why}"))
 
     def lacks_tidying_only(self) -> bool:
         """Whether the run to go on with has written the output already, with the backbone that it fine-tuned."""
