@@ -126,7 +126,7 @@ class OdeFamily(Family):
             stepping = self.steps.stepping(ratio)
             exits = {step: self._exit(ratio, step, pieces) for step in range(1, stepping.n + 1)}
             joined = unrolled_with_exits(pieces, stepping, exits)
-            self._whole = ratio, self._with_one_copy(joined, stepping)
+            self._whole = ratio, self._with_one_copy(joined, stepping, heads=stepping.n - 1)
         return self._whole[1]
 
     def _cut(self, part: PlannedSteps, whole: onnx.ModelProto) -> onnx.ModelProto:
@@ -139,10 +139,13 @@ class OdeFamily(Family):
             return passes.part(whole, outputs)
         return passes.part_from(whole, f"{HIDDEN}.{part.first}", outputs)
 
-    def _with_one_copy(self, model: onnx.ModelProto, stepping: Stepping) -> onnx.ModelProto:
-        """``model``; ValueError if it holds more than one copy of a shared layer's feed-forward matrices."""
+    def _with_one_copy(self, model: onnx.ModelProto, stepping: Stepping, heads: int = 0) -> onnx.ModelProto:
+        """``model``; ValueError if it holds more than one copy of a shared layer's feed-forward matrices.
+
+        ``heads``: how many exit heads it has, whose matrices, twice as wide as a state, may be of the same size.
+        """
         facts = self.eager.model.facts
-        expected = 2 * facts.inner * len(stepping.steps)
+        expected = 2 * facts.inner * len(stepping.steps) + (heads if facts.neurons == 2 * facts.hidden else 0)
         found = feed_forward_matrices(model, facts.hidden, facts.neurons)
         if found > expected:
             raise ValueError(
