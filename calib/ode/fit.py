@@ -94,7 +94,7 @@ def fit_ode(
         form = chosen_form(found, settings, metric)
         steppings = {ratio: Stepping(form, one.steps) for ratio, one in run.steppings.items()}
         if settings.exit_heads:
-            for ratio, stepping in steppings.items():
+            for ratio, stepping in with_exits(steppings).items():
                 exits[ratio] = _exits(run, rows, measured, ratio, stepping)
     backbone = load_backbone(unfinished.backbone)
     tensors = {ratio: one for ratio, (one, _) in exits.items()}
@@ -161,7 +161,7 @@ def _opened(
     lesson = Lesson(start.learner.model, start.goal)
     steppings = steppings_for(lesson.groups, ratios)
     if settings.exit_heads:
-        course.shares = {**course.shares, **{f"{EXITS}-r{ratio}": EXITS_SHARE for ratio in steppings}}
+        course.shares = {**course.shares, **{f"{EXITS}-r{ratio}": EXITS_SHARE for ratio in with_exits(steppings)}}
     fewest = Draws.of(lesson.groups, settings).lowest
     form: Form = "block" if settings.form == "auto" else settings.form
     for stepping in steppings.values():
@@ -227,6 +227,16 @@ def steppings_for(groups: Sequence[int], ratios: Sequence[float] | None) -> dict
         possible = [ratio for ratio in ratios_that_work(groups) if ratio > 1]
         ratios = [ratio for ratio in possible if ratio in DEFAULT_RATIOS] or possible[-1:]
     return {ratio: stepping_for_ratio(groups, ratio) for ratio in sorted(ratios)}
+
+
+def with_exits(steppings: Mapping[float, Stepping]) -> dict[float, Stepping]:
+    """Those ratios that have a step before the last one, after which to answer; InputError where none has."""
+    found = {ratio: stepping for ratio, stepping in steppings.items() if stepping.n > 1}
+    if not found:
+        raise InputError(
+            describe("--exit-heads", got="one step at every ratio", expected="a ratio of two steps or more")
+        )
+    return found
 
 
 def chosen_form(found: Quality, settings: OdeSettings, metric: str) -> Form:
