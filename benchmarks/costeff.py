@@ -56,7 +56,7 @@ RECIPES = {
         fit=api.Fit(epochs=1, batch_size=32, learning_rate=1e-4, max_length=64),
     ),
     "news20": Recipe(
-        ratios=(1, 4, 8),
+        ratios=(1, 4),
         rows=6_500,
         calibration=500,
         length=128,
