@@ -157,11 +157,11 @@ def official_scores(network: Official, tokenizer: Tokenizer) -> torch.Tensor:
 
 def test_theseus_becomes_a_plain_model(cli: Cli, tmp_path: Path) -> None:
     folder = theseus.write(tmp_path / "theseus")
-    done = cli("import", "theseus", folder, "--json")
+    document = cli("import", "theseus", folder, "--json").document
     digest = hashlib.sha256((folder / "pytorch_model.bin").read_bytes()).hexdigest()
-    params, tensors = done.document.pop("params"), done.document.pop("tensors")
+    params, tensors = document.pop("params"), document.pop("tensors")
     assert params > tensors > 0
-    assert done.document == {
+    assert document == {
         "method": "theseus",
         "output": "imported",
         "task": "sequence-classification",
