@@ -9,9 +9,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from compexport.api import COLUMNS, FIT, ROWS, SAVING, SLENDER, Columns, Fit, Rows, Saving, Slender, choice, quiet
+from compexport.api import (
+    COLUMNS,
+    FIT,
+    MODULES,
+    ROWS,
+    SAVING,
+    SLENDER,
+    Columns,
+    Fit,
+    Modules,
+    Rows,
+    Saving,
+    Slender,
+    choice,
+    quiet,
+)
 from compexport.present import Progress
-from compexport.training import costeff, finetune, variator
+from compexport.training import costeff, finetune, modular, variator
 from compexport.training.job import Job, foreign_options
 from compexport.training.variator import fit_texts, span_of
 
@@ -20,6 +35,7 @@ __all__ = ["TRAININGS", "fit_texts", "foreign_options", "span_of", "train"]
 TRAININGS: dict[str, Callable[[Job], dict[str, Any]]] = {
     "variator": variator.train,
     "costeff": costeff.train,
+    "modular": modular.train,
     "finetune": finetune.train,
 }
 
@@ -35,15 +51,18 @@ def train(
     rows: Rows = ROWS,
     fit: Fit = FIT,
     slender: Slender = SLENDER,
+    modules: Modules = MODULES,
     saving: Saving = SAVING,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
-    """Fit plugins to ``model`` (method "variator"), make it slender ("costeff") or fine-tune it ("finetune").
+    """Fit plugins to ``model`` (method "variator"), make it slender ("costeff"), train modules
+    for spans of its layers ("modular"), or fine-tune it ("finetune").
 
     Under torchrun or accelerate, all processes call it alike. An interrupted run leaves ``OUT.unfinished`` beside
     ``output``, from which ``saving.resume`` goes on. Raises InputError for bad input, and then nothing was written.
     """
     chosen = TRAININGS[choice("method", method, tuple(TRAININGS))]
-    job = Job(method, Path(model), Path(data), Path(output), ratios, columns, rows, fit, slender, saving, progress)
+    folders = Path(model), Path(data), Path(output)
+    job = Job(method, *folders, ratios, columns, rows, fit, slender, modules, saving, progress)
     job.require_own_options()
     return chosen(job)

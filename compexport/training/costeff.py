@@ -31,7 +31,7 @@ def train(job: Job) -> dict[str, Any]:
         start = open_start(job.model, training)
         targets = _targets(job, ratios, start.facts)
         if not start.finetuned:
-            _require_new_place(job)
+            job.require_new_place()
         run = run_description(settings, start, targets, training, dev)
         saving = job.saving
         with unfinished.keeping(job.output, run, resume=saving.resume, save_every=saving.save_every) as state:
@@ -67,10 +67,3 @@ def _targets(job: Job, ratios: list[float], facts: HostFacts) -> dict[float, Sle
             raise InputError(describe(f"preset {name} has a ratio that is there already", got=f"{ratio}", hint=hint))
         targets[ratio] = shape
     return dict(sorted(targets.items()))
-
-
-def _require_new_place(job: Job) -> None:
-    """A model that is not fine-tuned yet becomes another one: no older checkpoint can be of the same backbone."""
-    if job.output.exists() and any(job.output.iterdir()) and not job.lacks_tidying_only():
-        expected = "a new folder, as the model is to be fine-tuned first"
-        raise InputError(describe(f"{job.output}: already there", expected=expected))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compexport.api import FIT, SLENDER, Columns, Fit, Rows, Saving, Slender, read_examples
+from compexport.api import FIT, MODULES, SLENDER, Columns, Fit, Modules, Rows, Saving, Slender, read_examples
 from compexport.errors import InputError, describe
 from compexport.present import Progress
 
@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 # Which kinds of training an option is for; all others are for all.
 OPTIONS_OF = {
-    "ratio": ("variator", "costeff"),
+    "ratio": ("variator", "costeff", "modular"),
     **dict.fromkeys(("loss", "separately", "span", "fresh", "start"), ("variator",)),
     **dict.fromkeys((field.name for field in fields(Slender)), ("costeff",)),
+    **dict.fromkeys((field.name for field in fields(Modules)), ("modular",)),
 }
 
 
@@ -41,13 +42,14 @@ class Job:
     rows: Rows
     fit: Fit
     slender: Slender
+    modules: Modules
     saving: Saving
     progress: Progress
 
     def require_own_options(self) -> None:
         """InputError for an option that means nothing to this kind of training."""
         given = {"ratio"} if self.ratios is not None else set()
-        for asked, default in ((self.fit, FIT), (self.slender, SLENDER)):
+        for asked, default in ((self.fit, FIT), (self.slender, SLENDER), (self.modules, MODULES)):
             given |= {one.name for one in fields(asked) if getattr(asked, one.name) != getattr(default, one.name)}
         for name in sorted(given & foreign_options(self.method)):
             expected = "the method " + " or ".join(OPTIONS_OF[name])
@@ -74,6 +76,12 @@ class Job:
             return
         if found is None or found.backbone_sha256 != backbone_sha256(self.model):
             expected = "a new folder, or a checkpoint of this model"
+            raise InputError(describe(f"{self.output}: already there", expected=expected))
+
+    def require_new_place(self) -> None:
+        """Refuse an output with an older checkpoint, which cannot be of the backbone that is fine-tuned first."""
+        if self.output.exists() and any(self.output.iterdir()) and not self.lacks_tidying_only():
+            expected = "a new folder, as the model is to be fine-tuned first"
             raise InputError(describe(f"{self.output}: already there", expected=expected))
 
     def lacks_tidying_only(self) -> bool:
