@@ -13,7 +13,8 @@ from torch import nn
 
 from compexport.errors import InputError, describe
 from engines.manifest import LabelWords, Task
-from exporter.hosts import Host, host_of
+from exporter.hosts import HOSTS, Host, host_of
+from exporter.hosts.seq2seq import SEQ2SEQ_HOSTS, Seq2SeqHost
 from exporter.identity import LABEL_WORDS, VOCABULARIES, backbone_sha256
 from exporter.label_words import read_label_words
 from exporter.official import require_plain_model
@@ -123,6 +124,94 @@ def load_backbone(folder: str | Path, task: str | None = None, *, attention: str
     )
 
 
+@dataclass(frozen=True)
+class Generation:
+    """Token ids that steer generation: what the decoder starts from, what ends a text, and what is put in by force."""
+
+    start: int
+    eos: tuple[int, ...]
+    pad: int
+    forced_bos: int | None = None
+    forced_eos: int | None = None
+
+
+@dataclass(frozen=True)
+class Seq2Seq:
+    """A loaded encoder-decoder folder. ``model`` is the whole Hugging Face model, in eval mode, frozen, fp32.
+
+    ``max_length``: the most tokens of a source text; the decoder of BART has as many positions, that of T5 no limit.
+    """
+
+    folder: Path
+    model: Any
+    host: Seq2SeqHost
+    max_length: int
+    generation: Generation
+    config: Any = field(repr=False)
+
+    @property
+    def params(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @cached_property
+    def sha256(self) -> str:
+        """The identity of the model."""
+        return backbone_sha256(self.folder)
+
+    @cached_property
+    def tokenizer_json(self) -> str:
+        """The fast tokenizer as text; converted from a slow one where the folder has no ``tokenizer.json``."""
+        return _tokenizer_json(self.folder)
+
+
+def load_seq2seq(folder: str | Path, *, attention: str = "eager") -> Seq2Seq:
+    """Load an encoder-decoder folder for text2text-generation, both stacks of it; ``attention`` as of load_backbone.
+
+    InputError as load_backbone, for architectures without a decoder, and where no token starts or ends a text.
+    """
+    folder = Path(folder)
+    config = load_config(folder)
+    host = SEQ2SEQ_HOSTS.get(config.model_type)
+    if host is None:
+        expected = f"one of {', '.join(sorted(SEQ2SEQ_HOSTS))}"
+        raise InputError(
+            describe(f"{folder}: no encoder-decoder model", got=repr(config.model_type), expected=expected)
+        )
+    _require_safetensors(folder)
+    model = _load_model(folder, host.class_name, "text2text-generation", attention)
+    return Seq2Seq(
+        folder=folder,
+        model=model,
+        host=host,
+        max_length=_max_length(folder, config, HOSTS[config.model_type]),
+        generation=_generation(folder, model),
+        config=config,
+    )
+
+
+def _generation(folder: Path, model: Any) -> Generation:
+    """From generation_config.json and, where that is silent, config.json."""
+
+    def setting(name: str) -> Any:
+        found = getattr(model.generation_config, name, None)
+        return getattr(model.config, name, None) if found is None else found
+
+    needed = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
+    missing = [name for name in needed if setting(name) is None]
+    if missing:
+        raise InputError(describe(f"{folder}/config.json: {missing[0]}", got="nothing", expected="a token id"))
+    start, eos, pad = (setting(name) for name in needed)
+    ends = tuple(int(token) for token in eos) if isinstance(eos, list | tuple) else (int(eos),)
+    forced = setting("forced_eos_token_id")
+    return Generation(
+        start=int(start),
+        eos=ends,
+        pad=int(pad),
+        forced_bos=setting("forced_bos_token_id"),
+        forced_eos=forced[0] if isinstance(forced, list) else forced,
+    )
+
+
 def _labels(folder: Path, task: Task, config: Any) -> tuple[list[str], LabelWords | None]:
     if task == "label-words":
         return read_label_words(folder, _tokenizer_json(folder), config)
@@ -195,7 +284,7 @@ def _require_safetensors(folder: Path) -> None:
     )
 
 
-def _load_model(folder: Path, class_name: str, task: Task, attention: str) -> nn.Module:
+def _load_model(folder: Path, class_name: str, task: str, attention: str) -> nn.Module:
     import transformers
 
     from exporter.quiet import quiet_transformers

@@ -1,4 +1,6 @@
-"""Method checkpoints: a Hugging Face folder plus ``compexport.json`` and one safetensors file per ratio.
+"""Method checkpoints: a Hugging Face folder plus ``compexport.json`` and safetensors files.
+
+There is one such file per ratio, or one that serves all ratios, as the method has it.
 
 Reading the description needs neither torch nor transformers; only the tensors themselves do.
 """
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 DESCRIPTION = "compexport.json"
-_TENSORS = re.compile(r"[a-z]+-r[0-9.]+\.safetensors")  # the files beside it, of whatever method
+_TENSORS = re.compile(r"([a-z]+-r[0-9.]+|modular)\.safetensors")  # the files beside it, of whatever method
 
 
 class _Description(BaseModel):
@@ -39,7 +41,8 @@ class _Description(BaseModel):
     format: int
     method: str
     backbone_sha256: str
-    files: dict[str, str]
+    files: dict[str, str] = {}
+    file: str | None = None
     settings: dict[str, Any] = {}
 
 
@@ -55,7 +58,8 @@ def plain_ratio(ratio: float | str) -> float:
 class MethodCheckpoint:
     """The description found in a folder. ``settings``: what the method says of its tensors, and the training record.
 
-    ``files`` by ratio, each a :func:`plain_ratio`.
+    ``files`` by ratio, each a :func:`plain_ratio`; ``file`` serves all ratios. Where a ratio is asked for, None means
+    the latter.
     """
 
     folder: Path
@@ -63,6 +67,7 @@ class MethodCheckpoint:
     backbone_sha256: str
     files: dict[float, str]
     settings: dict[str, Any]
+    file: str | None = None
 
     @property
     def ratios(self) -> list[float]:
@@ -72,11 +77,11 @@ class MethodCheckpoint:
     def pad(self) -> str:
         return str(self.settings.get("pad", "masked"))
 
-    def sha256(self, ratio: float) -> str:
+    def sha256(self, ratio: float | None = None) -> str:
         """Content hash of the tensors of one ratio."""
         return file_sha256(self._path(ratio))
 
-    def names(self, ratio: float) -> set[str]:
+    def names(self, ratio: float | None = None) -> set[str]:
         """The names of the tensors of one ratio, without reading them; InputError as ``load``."""
         from safetensors import SafetensorError, safe_open
 
@@ -87,7 +92,7 @@ class MethodCheckpoint:
         except (OSError, SafetensorError) as error:
             raise InputError(describe(f"{path}: unreadable", got=error, expected="a safetensors file")) from error
 
-    def load(self, ratio: float) -> dict[str, Tensor]:
+    def load(self, ratio: float | None = None) -> dict[str, Tensor]:
         """The tensors of one ratio; InputError names the file when it is missing or damaged."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -98,11 +103,16 @@ class MethodCheckpoint:
         except (OSError, SafetensorError) as error:
             raise InputError(describe(f"{path}: unreadable", got=error, expected="a safetensors file")) from error
 
-    def _path(self, ratio: float) -> Path:
-        path = self.folder / self.files[ratio]
+    def _path(self, ratio: float | None) -> Path:
+        name = self.file if ratio is None else self.files[ratio]
+        if name is None:
+            got = f"files for ratios {self.ratios}"
+            raise InputError(describe(f"{self.folder / DESCRIPTION}: file", got=got, expected="one for all ratios"))
+        path = self.folder / name
+        what = "them" if ratio is None else "the ratio"
         if not path.is_file():
             raise InputError(
-                describe(f"{path}: missing", hint=f"fit the ratio again with `compexport train {self.method}`")
+                describe(f"{path}: missing", hint=f"fit {what} again with `compexport train {self.method}`")
             )
         return path
 
@@ -129,7 +139,7 @@ def find_checkpoint(folder: str | Path, method: str | None = None) -> MethodChec
         raise InputError(describe(f"{path}: unreadable", got=got)) from error
     if version != FORMAT:
         raise InputError(describe(f"{path}: unknown format", got=version, expected=FORMAT, hint="upgrade compexport"))
-    for name in found.files.values():
+    for name in (*found.files.values(), *([] if found.file is None else [found.file])):
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise InputError(describe(f"{path}: unsafe file name", got=repr(name), expected="a .safetensors beside it"))
     if found.backbone_sha256 != backbone_sha256(folder):
@@ -138,7 +148,7 @@ def find_checkpoint(folder: str | Path, method: str | None = None) -> MethodChec
         )
     if method is not None and method != found.method:
         raise InputError(describe(f"{folder}: a checkpoint of another method", got=found.method, expected=method))
-    return MethodCheckpoint(folder, found.method, found.backbone_sha256, files, found.settings)
+    return MethodCheckpoint(folder, found.method, found.backbone_sha256, files, found.settings, found.file)
 
 
 def save_checkpoint(
@@ -146,21 +156,25 @@ def save_checkpoint(
     backbone_folder: str | Path,
     method: str,
     settings: Mapping[str, Any],
-    tensors: Mapping[float, Tensors] | Mapping[int, Tensors],
+    tensors: Mapping[float, Tensors] | Mapping[int, Tensors] | None = None,
+    *,
+    for_all: Tensors | None = None,
 ) -> MethodCheckpoint:
     """Write the backbone, and the method's tensors of each ratio, to ``folder``; the backbone's files stay untouched.
+
+    ``for_all`` are tensors that serve all ratios, in one file.
 
     ``folder`` may be the backbone's own folder: then only the new files are added. Ratios that are there already are
     kept unless given anew, and so are their rows in settings that are tables by ratio. A new folder appears whole or
     not at all; an existing folder that holds something else, or another method, raises InputError.
     """
     folder, backbone_folder = Path(folder), Path(backbone_folder)
-    by_ratio = {plain_ratio(ratio): found for ratio, found in tensors.items()}
+    by_ratio = {plain_ratio(ratio): found for ratio, found in (tensors or {}).items()}
     if not folder.exists() or not any(folder.iterdir()):
-        _create(folder, backbone_folder, method, settings, by_ratio)
+        _create(folder, backbone_folder, method, settings, by_ratio, for_all)
     else:
         _require_same_backbone(folder, backbone_folder)
-        _write_tensors(folder, method, settings, by_ratio)
+        _write_tensors(folder, method, settings, by_ratio, for_all)
     found = find_checkpoint(folder)
     assert found is not None
     return found
@@ -182,12 +196,13 @@ def _create(
     method: str,
     settings: Mapping[str, Any],
     tensors: Mapping[float, Tensors],
+    for_all: Tensors | None,
 ) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
     try:
         _copy_model(backbone_folder, staging)
-        _write_tensors(staging, method, settings, tensors)
+        _write_tensors(staging, method, settings, tensors, for_all)
         staging.chmod(0o755)
         os.replace(staging, folder)
     except BaseException:
@@ -222,9 +237,13 @@ def _module_folders(source: Path) -> list[str]:
     return sorted((named & inside) | {path.parent.name for path in source.glob("*_Pooling/config.json")})
 
 
-def _write_tensors(folder: Path, method: str, settings: Mapping[str, Any], tensors: Mapping[float, Tensors]) -> None:
-    from safetensors.torch import save_file
-
+def _write_tensors(
+    folder: Path,
+    method: str,
+    settings: Mapping[str, Any],
+    tensors: Mapping[float, Tensors],
+    for_all: Tensors | None,
+) -> None:
     previous = find_checkpoint(folder, method)
     files = dict(previous.files) if previous else {}
     kept = [ratio for ratio in files if ratio not in tensors]
@@ -234,18 +253,29 @@ def _write_tensors(folder: Path, method: str, settings: Mapping[str, Any], tenso
         raise InputError(describe(f"{folder}: ratios {kept} have pad {previous.pad}", got=f"pad {pad}", hint=hint))
     for ratio, found in tensors.items():
         name = f"{method}-r{ratio}.safetensors"
-        with _replacing(folder / name) as partial:
-            save_file({key: tensor.detach().contiguous() for key, tensor in found.items()}, partial)
+        _write_file(folder / name, found)
         files[ratio] = name
+    file = previous.file if previous else None
+    if for_all is not None:
+        file = f"{method}.safetensors"
+        _write_file(folder / file, for_all)
     document = {
         "format": FORMAT,
         "method": method,
         "backbone_sha256": backbone_sha256(folder),
-        "files": {str(ratio): files[ratio] for ratio in sorted(files)},
+        **({"files": {str(ratio): files[ratio] for ratio in sorted(files)}} if files else {}),
+        **({"file": file} if file else {}),
         "settings": _merged(previous.settings if previous else {}, settings, kept),
     }
     with _replacing(folder / DESCRIPTION) as partial:
         partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_file(path: Path, tensors: Tensors) -> None:
+    from safetensors.torch import save_file
+
+    with _replacing(path) as partial:
+        save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, partial)
 
 
 def _merged(old: Mapping[str, Any], new: Mapping[str, Any], kept: Iterable[float]) -> dict[str, Any]:
