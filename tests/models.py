@@ -170,6 +170,30 @@ MODELS = {
 }
 # The same architectures, deep enough for exits: between two layers there is one, between four there are three.
 DEEPER = {"tiny-bert-deep": Tiny("Bert", {**_SIZES, "num_hidden_layers": 4}, _wordpiece)}
+# Encoder-decoders of twelve narrow layers each, for modules of 2, 3, 4 and 6 layers.
+_TEXT_TO_TEXT = {"text2text-generation": "ForConditionalGeneration"}
+_T5_DEEP = {**_T5_SIZES, "d_model": 16, "d_ff": 24, "num_heads": 2, "num_layers": 12, "decoder_start_token_id": 0}
+_BART_DEEP = {
+    **_BART_SIZES,
+    "d_model": 16,
+    "encoder_layers": 12,
+    "decoder_layers": 12,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 32,
+}
+SEQ2SEQ = {
+    "tiny-t5-twelve": Tiny("T5", _T5_DEEP, _unigram, _TEXT_TO_TEXT),
+    "tiny-t5-gated-twelve": Tiny(
+        "T5",
+        {**_T5_DEEP, "d_kv": 6, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+        _unigram,
+        _TEXT_TO_TEXT,
+    ),
+    "tiny-bart-twelve": Tiny("Bart", _BART_DEEP, _byte_level, _TEXT_TO_TEXT),
+    "tiny-mbart-twelve": Tiny("MBart", {**_BART_DEEP, "decoder_start_token_id": 0}, _byte_level, _TEXT_TO_TEXT),
+}
 
 
 def make(
@@ -182,7 +206,7 @@ def make(
     import torch
     import transformers
 
-    tiny = {**MODELS, **DEEPER}[name]
+    tiny = {**MODELS, **DEEPER, **SEQ2SEQ}[name]
     tokenizer = tiny.tokenizer()
     config = getattr(transformers, f"{tiny.prefix}Config")(**{"vocab_size": tokenizer.get_vocab_size(), **tiny.config})
     if (labels := LABELS.get(task)) and task != "label-words":

@@ -75,7 +75,7 @@ class ModularFacts:
             return cls(
                 **stacks, shared_params=_whole(document["shared_params"]), vocabulary=_whole(document["vocabulary"])
             )
-        except (TypeError, KeyError, ValueError) as error:
+        except (AttributeError, TypeError, KeyError, ValueError) as error:
             raise InputError(describe(f"{origin}: no facts of a modular model", got=document)) from error
 
 

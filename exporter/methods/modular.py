@@ -9,6 +9,7 @@ Letters: B batch, n source tokens, t target tokens, a heads, L layers of a stack
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
@@ -33,6 +34,7 @@ from exporter.methods.modular_scores import SCORES
 
 InitRule = Literal["first", "last"]
 INIT_RULES: tuple[InitRule, ...] = get_args(InitRule)
+_NUMBERS = itertools.count()  # of models in this process, to tell their caches apart
 
 
 class ModularModel(nn.Module):
@@ -52,6 +54,7 @@ class ModularModel(nn.Module):
         if init_rule not in INIT_RULES:
             raise InputError(describe("init rule", got=repr(init_rule), expected=" or ".join(INIT_RULES)))
         self.host, self.init_rule = base.host, init_rule
+        self._number = next(_NUMBERS)
         self.source = base
         self.base = base.model
         self.facts = facts_of(base, granularities)
@@ -138,7 +141,7 @@ class ModularModel(nn.Module):
         self.host.resize(model, len(assembly.encoder), len(assembly.decoder))
         _forget_hooks(model)
         decoder = self.host.stacks(model)[1]
-        modular_cache.guard_cache(decoder, len(assembly.decoder), (id(self), assembly), str(assembly))
+        modular_cache.guard_cache(decoder, len(assembly.decoder), (self._number, assembly), str(assembly))
         if observed:
             _observe(model)
         return model.eval()

@@ -15,17 +15,17 @@ from compexport.errors import InputError, describe
 _OWNER = "_compexport_assembly"
 
 
-def own(cache: EncoderDecoderCache, owner: object) -> EncoderDecoderCache:
-    """The cache, from now on that of ``owner``."""
-    setattr(cache, _OWNER, owner)
-    return cache
-
-
 def new_cache(tiles: int, owner: object) -> EncoderDecoderCache:
     """An empty cache with a layer per tile."""
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     _fit(cache, tiles)
-    return own(cache, owner)
+    setattr(cache, _OWNER, owner)
+    return cache
+
+
+def owner_of(model: Any) -> object:
+    """Whose caches an assembled model takes."""
+    return getattr(model.get_decoder(), _OWNER)
 
 
 def guard_cache(decoder: nn.Module, tiles: int, owner: object, name: str) -> None:
@@ -49,9 +49,10 @@ def guard_cache(decoder: nn.Module, tiles: int, owner: object, name: str) -> Non
                 describe(f"cache of assembly {name}", got="another model's", expected="its own", hint=hint)
             )
         _fit(cache, tiles)
-        own(cache, owner)
+        setattr(cache, _OWNER, owner)
         return args, kwargs
 
+    setattr(decoder, _OWNER, owner)
     decoder.register_forward_pre_hook(check, with_kwargs=True)
 
 
