@@ -138,30 +138,19 @@ def shrunk(base: Path, folder: Path, model: Callable[[int, Size], Any], size: Si
     """
     import shutil
 
-    import torch
-
     from exporter.backbone import load_seq2seq
 
     found = load_seq2seq(base)
     smaller = model(found.config.vocab_size, size)
-    counts = (size.encoder, size.decoder)
-    with torch.no_grad():
-        for name, tensor in smaller.state_dict().items():
-            tensor.copy_(found.model.state_dict()[_name_in_base(found, name, counts)])
+    smaller.load_state_dict(found.model.state_dict(), strict=False)  # what is outside of the layers
+    for stack, whole in zip(found.host.stacks(smaller), found.host.stacks(found.model), strict=True):
+        layers, theirs = found.host.layers_of(stack), found.host.layers_of(whole)
+        for layer, number in zip(layers, spaced(len(theirs), len(layers)), strict=True):
+            layer.load_state_dict(theirs[number].state_dict())
     smaller.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(base / name, folder / name)
     return folder
-
-
-def _name_in_base(base: Any, name: str, counts: Sequence[int]) -> str:
-    """Where a tensor of the smaller model comes from."""
-    for prefix, stack, count in zip(base.host.prefixes, base.host.stacks(base.model), counts, strict=True):
-        if name.startswith(prefix):
-            number, _, rest = name.removeprefix(prefix).partition(".")
-            layers = len(base.host.layers_of(stack))
-            return f"{prefix}{spaced(layers, count)[int(number)]}.{rest}"
-    return name
 
 
 def spaced(layers: int, kept: int) -> list[int]:
