@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from exporter.checkpoint import MethodCheckpoint
 
 METHODS = ("variator",)
-IMPORTED_METHODS = ("variator", "costeff")
+IMPORTED_METHODS = ("variator", "costeff", "theseus")
 PRECISIONS: tuple[Literal["fp32"], ...] = ("fp32",)
 DEFAULT_RATIOS = (2, 4, 8)
 
@@ -226,10 +226,18 @@ def import_checkpoint(
 ) -> dict[str, Any]:
     """Turn an official file or folder of ``method`` into the checkpoint ``output``.
 
-    ``backbone`` is the model folder that it was made for; costeff needs none. Raises InputError for anything that does
-    not fit exactly, in which case nothing was written.
+    ``backbone`` is the model folder that it was made for; costeff needs none, and theseus, of which a plain model is
+    made, takes none. Raises InputError for anything that does not fit exactly, in which case nothing was written.
     """
-    if choice("method", method, IMPORTED_METHODS) == "costeff":
+    if choice("method", method, IMPORTED_METHODS) == "theseus":
+        if backbone is not None:
+            hint = "the folder holds all of its model"
+            raise InputError(describe("--backbone", got=backbone, expected="none for theseus", hint=hint))
+        progress(f"importing {file}")
+        from exporter.importers.theseus import import_theseus
+
+        return import_theseus(file, output).document()
+    if method == "costeff":
         progress(f"importing {file}")
         from exporter.importers.costeff import import_costeff
 

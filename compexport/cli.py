@@ -280,12 +280,12 @@ def train(
 
 @app.command("import")
 def import_(
-    method: Annotated[str, typer.Argument(metavar="METHOD", help="variator or costeff.")],
+    method: Annotated[str, typer.Argument(metavar="METHOD", help="variator, costeff or theseus.")],
     file: Annotated[
         Path,
         typer.Argument(
             metavar="FILE",
-            help="variator: a plugin file (.pkl) or a task checkpoint (.pt); costeff: the official folder.",
+            help="variator: a plugin file (.pkl) or a task checkpoint (.pt); others: the official folder.",
         ),
     ],
     *,
@@ -304,7 +304,7 @@ def import_(
 
     variator: OUT becomes a model folder with the plugins of FILE, at the scale of its T5. costeff: OUT becomes the
     folder of the teacher with the slender model beside it; without a teacher, the same function at full width stands
-    in for it.
+    in for it. theseus: OUT becomes the plain shorter BERT that the successors of a BERT-of-Theseus are.
 
     Import further ratios into the same OUT. Of pickles, only tensors are read. `compexport build OUT` makes the
     engines.

@@ -226,6 +226,8 @@ def import_table(document: Mapping[str, Any]) -> Table:
     """``import``: what the file added to the model, and what its backbone is made of."""
     if document["method"] == "costeff":
         return _slender_table(document)
+    if document["method"] == "theseus":
+        return _successors_table(document)
     ratio = document["ratio"]
     rows = [] if ratio is None else [(ratio, f"{document['extra_params']:,}", _percent(document["extra_params_share"]))]
     source = "this file" if document["backbone_from_file"] else document["backbone"]
@@ -244,6 +246,14 @@ def _slender_table(document: Mapping[str, Any]) -> Table:
     notes = [f"{made}; {there}" if document["backbone_from_file"] else f"backbone from {document['backbone']}; {there}"]
     title = f"{document['output']}: {document['tensors']} tensors imported"
     return Table(title, ("ratio", "parameters", "of the backbone's"), rows, notes)
+
+
+def _successors_table(document: Mapping[str, Any]) -> Table:
+    """``import theseus``: the size of the plain model."""
+    rows = [(document["layers"], document["replaced"], f"{document['params']:,}")]
+    notes = [f"a plain model for {document['task']}: build it, or compress it further"]
+    title = f"{document['output']}: {document['tensors']} tensors imported"
+    return Table(title, ("layers", "replaced", "parameters"), rows, notes)
 
 
 def _percent(share: float) -> str:

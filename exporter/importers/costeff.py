@@ -7,7 +7,6 @@ Source: the official code of COST-EFF (arXiv 2210.15523). Letters: V words, H hi
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -20,17 +19,22 @@ from torch import Tensor
 from compexport.errors import InputError, describe
 from exporter.backbone import Backbone, load_backbone
 from exporter.checkpoint import find_checkpoint, save_checkpoint
-from exporter.identity import VOCABULARIES, backbone_sha256, file_sha256
+from exporter.identity import backbone_sha256, file_sha256
 from exporter.importers.costeff_config import OfficialConfig, read_official_config
-from exporter.importers.folder import folder_near, require_no_root, write_config, write_weights
+from exporter.importers.folder import (
+    copy_tokenizer,
+    folder_near,
+    require_no_root,
+    weights_file,
+    write_config,
+    write_weights,
+)
 from exporter.importers.tensors import promoted, read_safetensors, read_tensors
 from exporter.methods.costeff import CosteffModel
 from exporter.methods.costeff_checkpoint import stored_tensors
 from exporter.methods.slender import HostFacts, SlenderShape, rounded_ratio
 from exporter.methods.slender_weights import LAYER, WORDS, WORDS_LEFT, WORDS_RIGHT
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", *VOCABULARIES)
 # What two configurations of one host have in common; how it is trained is nobody's business here.
 _TRAINING_ONLY = {"dropout", "attention_dropout", "classifier_dropout", "initializer_range"}
 
@@ -68,7 +72,7 @@ def import_costeff(folder: str | Path, backbone: str | Path | None, output: str 
     folder, output = Path(folder), Path(output)
     require_no_root(output)
     config = read_official_config(folder)
-    file = _weights_file(folder)
+    file = weights_file(folder)
     tensors = read_safetensors(file) if file.suffix == ".safetensors" else read_tensors(file)
     model = CosteffModel.from_tensors({n: promoted(t) for n, t in tensors.items()}, config.facts, str(file))
     _require_as_configured(model, config, folder)
@@ -92,13 +96,6 @@ def import_costeff(folder: str | Path, backbone: str | Path | None, output: str 
         backbone=str(folder if backbone is None else backbone),
         backbone_from_file=backbone is None,
     )
-
-
-def _weights_file(folder: Path) -> Path:
-    for name in WEIGHTS:
-        if (folder / name).is_file():
-            return folder / name
-    raise InputError(describe(f"{folder}: no weights", expected=" or ".join(WEIGHTS)))
 
 
 def _require_as_configured(model: CosteffModel, config: OfficialConfig, folder: Path) -> None:
@@ -180,12 +177,8 @@ def _backbone_folder(
         yield backbone
         return
     with folder_near(output) as made:
-        for name in _TOKENIZER:
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, made / name)
-        if not any((made / name).is_file() for name in ("tokenizer.json", *VOCABULARIES)):
-            hint = "copy that of the BERT it was made from into the folder, or name its teacher with --backbone"
-            raise InputError(describe(f"{folder}: no tokenizer", expected="vocab.txt or tokenizer.json", hint=hint))
+        hint = "copy that of the BERT it was made from into the folder, or name its teacher with --backbone"
+        copy_tokenizer(folder, made, hint)
         write_config(made, config.full_width)
         write_weights(made, at_full_width(model.state_dict(), config.facts, model.shape))
         yield made

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from compexport.errors import InputError, describe
+from exporter.importers.folder import OF_A_RUN
 from exporter.methods.slender import HostFacts
 from exporter.official import COSTEFF_FIELD
 
-# What a model folder of ours does not say: how a run was set up, and which library wrote the file.
-_OF_A_RUN = ("torch_dtype", "_name_or_path", "output_hidden_states", "output_attentions", "transformers_version")
 # Fields that BERT's configuration has not, and what the official code takes them for where they are missing.
 _OWN_FIELDS = {
     COSTEFF_FIELD: None,
@@ -71,7 +70,7 @@ def read_official_config(folder: Path) -> OfficialConfig:
     _require_published_pooling(path, own)
     full_heads = _full_heads(path, sizes)
     full_width = {
-        **{name: value for name, value in raw.items() if name not in (*_OWN_FIELDS, *_OF_A_RUN)},
+        **{name: value for name, value in raw.items() if name not in (*_OWN_FIELDS, *OF_A_RUN)},
         "architectures": ["BertForSequenceClassification"],
         "num_attention_heads": full_heads,
         "dtype": "float32",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,11 +18,11 @@ _KINDS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _CALL = re.compile(r"GLOBAL (\S+)")
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, skip: Container[str] = ()) -> dict[str, Tensor]:
     """The flat dict name -> tensor that ``torch.save`` wrote to ``path``, opened with ``weights_only=True``.
 
-    InputError if the file is missing, damaged, names anything to run, or holds something else than dense, finite
-    floating-point tensors.
+    What is named in ``skip`` is left out. InputError if the file is missing, damaged, names anything to run, or holds
+    something else than dense, finite floating-point tensors.
     """
     if not path.is_file():
         raise InputError(describe(f"{path}: no such file", expected="a plugin file or a task checkpoint"))
@@ -31,18 +31,22 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not isinstance(found, dict) or not found:
         got = type(found).__name__ if not isinstance(found, dict) else "an empty one"
         raise InputError(describe(f"{path}: not a file of tensors", got=got, expected="a dict of tensors by name"))
-    for name, value in found.items():
+    read = {name: value for name, value in found.items() if name not in skip}
+    for name, value in read.items():
         _require_plain(path, name, value)
-    return {name: value.detach() for name, value in found.items()}
+    return {name: value.detach() for name, value in read.items()}
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; InputError if it is damaged or holds anything but finite numbers."""
+def read_safetensors(path: Path, skip: Container[str] = ()) -> dict[str, Tensor]:
+    """The tensors of a safetensors file but those named in ``skip``.
+
+    InputError if it is damaged or holds anything but finite numbers.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        found: dict[str, Tensor] = load_file(path)
+        found = {name: tensor for name, tensor in load_file(path).items() if name not in skip}
     except (OSError, SafetensorError) as error:
         raise InputError(describe(f"{path}: unreadable", got=error, expected="a safetensors file")) from error
     for name, value in found.items():

@@ -76,7 +76,7 @@ class ModularFacts:
                 **stacks, shared_params=_whole(document["shared_params"]), vocabulary=_whole(document["vocabulary"])
             )
         except (AttributeError, TypeError, KeyError, ValueError) as error:
-            raise InputError(describe(f"{origin}: no facts of a modular model", got=document)) from error
+            raise InputError(describe(f"{origin}: no facts of a modular model", got=repr(document))) from error
 
 
 def _stack_from(document: Any) -> StackFacts:
@@ -112,7 +112,7 @@ class Assembly:
             return cls(*(tuple(map(_whole, document[name])) for name in STACKS))
         except (TypeError, KeyError, ValueError) as error:
             expected = '{"encoder": [tile sizes], "decoder": [tile sizes]}'
-            raise InputError(describe(f"{origin}: no assembly", got=document, expected=expected)) from error
+            raise InputError(describe(f"{origin}: no assembly", got=repr(document), expected=expected)) from error
 
     def document(self) -> dict[str, list[int]]:
         """As JSON holds it."""

@@ -30,6 +30,12 @@ class TileTables:
         return self.encoder if name == "encoder" else self.decoder
 
 
+def even_costs(facts: ModularFacts, encoder: float, decoder: float) -> TileTables:
+    """Costs where all tiles of a stack cost the same, as they do but for noise: what one of either stack costs."""
+    tiles = ((tiles_of(facts.encoder), encoder), (tiles_of(facts.decoder), decoder))
+    return TileTables(*(dict.fromkeys(each, cost) for each, cost in tiles))
+
+
 class Cover(NamedTuple):
     """Tiles in order, what they cost and what they lose."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer
 
 from tests.compexport.conftest import TEXTS
 from tests.exporter.importers import official
+from tests.exporter.importers import test_theseus as theseus
 from tests.exporter.importers.compare import whole_groups
 from tests.exporter.importers.conftest import make_t5, sizes_of
 from tests.exporter.importers.official import Official, Sizes
@@ -85,7 +87,7 @@ def listing(folder: Path) -> list[str]:
         (["variator", "none.pkl"], "none.pkl: no such file"),
         (["variator", "odd.pkl"], "odd.pkl: unknown tensor: got x, expected mux_layer"),
         (["variator", "wrong.pkl"], "wrong.pkl: made for another backbone: got 2 layers of hidden size 16"),
-        (["modular", "text.pkl"], "unknown method: got modular, expected variator or costeff"),
+        (["modular", "text.pkl"], "unknown method: got modular, expected variator or costeff or theseus"),
         (["variator"], "Missing argument 'FILE'"),
     ],
 )
@@ -151,3 +153,24 @@ def official_scores(network: Official, tokenizer: Tokenizer) -> torch.Tensor:
     logits = network.logits(prefix, network.encode(ids, mask)[-1], mask)[:, -1]
     words = [tokenizer.encode(word, add_special_tokens=False).ids[0] for word in LABEL_WORDS["words"]]
     return torch.softmax(logits[:, words] * 100 * network.sizes.hidden**-0.5, dim=-1)
+
+
+def test_theseus_becomes_a_plain_model(cli: Cli, tmp_path: Path) -> None:
+    folder = theseus.write(tmp_path / "theseus")
+    done = cli("import", "theseus", folder, "--json")
+    digest = hashlib.sha256((folder / "pytorch_model.bin").read_bytes()).hexdigest()
+    params, tensors = done.document.pop("params"), done.document.pop("tensors")
+    assert params > tensors > 0
+    assert done.document == {
+        "method": "theseus",
+        "output": "imported",
+        "task": "sequence-classification",
+        "layers": 3,
+        "replaced": 6,
+        "span": 2,
+        "source_sha256": digest,
+    }
+    out = cli("import", "theseus", folder, "-o", "again").out
+    assert f"again: {tensors} tensors imported" in out and "a plain model for sequence-classification" in out
+    done = cli("import", "theseus", folder, "--backbone", "again", "-o", "third")
+    assert done.code == 2 and "--backbone: got again, expected none for theseus" in done.error

@@ -1,0 +1,47 @@
+"""Losses of single modules, and the assembly chosen by them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calib.tiles import tile_losses
+from exporter.backbone import load_seq2seq
+from exporter.methods.assembly import Assembly
+from exporter.methods.assembly_calibrated import calibrated, even_costs
+from exporter.methods.modular import ModularModel
+
+
+def test_modules_that_lose_nothing_are_found_and_taken(tiny: Callable[..., Path]) -> None:
+    """In a base whose spans of 3 are a layer and two identities, copies of first layers stand for them exactly."""
+    base = load_seq2seq(tiny("tiny-t5-twelve", "text2text-generation"))
+    for layers in (base.model.encoder.block, base.model.decoder.block):
+        for index, layer in enumerate(layers):
+            for name, parameter in layer.named_parameters():
+                if index % 3 and name.endswith((".o.weight", ".wo.weight")):
+                    parameter.zero_()
+    ids = torch.randint(5, 90, (3, 7), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        wanted = base.model(input_ids=ids, decoder_input_ids=ids).logits
+
+    def loss(model: Any) -> float:
+        with torch.no_grad():
+            return float((model(input_ids=ids, decoder_input_ids=ids).logits - wanted).square().mean())
+
+    model = ModularModel(base)
+    losses = tile_losses(model, loss)
+    for table in (losses.encoder, losses.decoder):
+        # Of two layers, those that are identities but for the first of them, and those that are nothing else.
+        twos = {(0, 2), (4, 2), (6, 2), (10, 2)}
+        assert {tile for tile, value in table.items() if value == 0 and tile[1] > 1} == twos | {
+            (start, 3) for start in range(0, 12, 3)
+        }
+        assert len(table) == 12 + 15
+    costs = even_costs(model.facts, encoder=1, decoder=2)
+    assert calibrated(model.facts, costs, losses, budget=12) == Assembly((3,) * 4, (3,) * 4)
+    shallower = calibrated(model.facts, costs, losses, budget=8)
+    assert len(shallower.encoder) + 2 * len(shallower.decoder) <= 8
+    assert loss(model.assemble(shallower)) > 0
