@@ -86,7 +86,7 @@ def finetune_writer(
     """
     settings = (settings or FinetuneSettings()).checked()
     clock = Clock(time.monotonic(), settings.steps_for(len(training)), settings.max_seconds, warm_up=warm_up)
-    backbone: Any = writer.backbone
+    backbone: Seq2Seq = writer.backbone
     with torch.random.fork_rng(), plain_attention(writer.model), moved(writer):
         torch.manual_seed(settings.seed)
         progress("tokenise")
@@ -112,7 +112,7 @@ def finetune_writer(
             value = processes.by_first(
                 lambda: token_accuracy(writer.model, dev_rows, collate_pairs(backbone), settings.batch_size, progress)
             )
-    record = {
+    record: dict[str, Any] = {
         "method": "finetune",
         "labels": [],
         "steps": steps,
