@@ -89,8 +89,8 @@ RECIPES = {
         tokenizer=writers.translation_tokenizer,
         score=bleu_scores,
         size=Size(hidden=128, ffn=256),
-        base=api.Fit(epochs=6, batch_size=64, learning_rate=1e-3, max_length=writers.MAX_LENGTH),
-        modules=api.Fit(epochs=3, batch_size=64, learning_rate=5e-4, max_length=writers.MAX_LENGTH),
+        base=api.Fit(epochs=4, batch_size=64, learning_rate=1e-3, max_length=writers.MAX_LENGTH),
+        modules=api.Fit(epochs=2, batch_size=64, learning_rate=5e-4, max_length=writers.MAX_LENGTH),
         max_new_tokens=48,
     ),
 }
