@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from calib.data import Examples
 from calib.labels import are_numbers, class_names, label_ids
 from compexport.errors import CompexportError, InputError, describe
-from exporter.backbone import Backbone, load_backbone
+from exporter.backbone import Backbone, Seq2Seq, load_backbone
 from exporter.identity import LABEL_WORDS, VOCABULARIES
 from exporter.methods.variator import task_outputs
 from exporter.quiet import quiet_transformers
@@ -30,9 +30,10 @@ class Learner(nn.Module):
     # Whether its answer leaves some tensors out, which then get no gradient.
     partial = False
 
-    def __init__(self, backbone: Backbone, model: Any, labels: Sequence[str]) -> None:
+    def __init__(self, backbone: Backbone | Seq2Seq, model: Any, labels: Sequence[str]) -> None:
         super().__init__()
-        self.backbone, self.labels = backbone, list(labels)
+        self.backbone: Any = backbone  # which of both, each kind of model knows
+        self.labels = list(labels)
         self.model = model.requires_grad_(True)
 
     def forward(self, **batch: Tensor) -> Tensor:

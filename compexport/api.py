@@ -42,6 +42,7 @@ class Columns:
     text: str | None = None
     text_pair: str | None = None
     label: str | None = None
+    target: str | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,21 @@ class Shared:
 
 
 @dataclass(frozen=True)
+class Modules:
+    """How modules for spans of layers are trained (method modular); None keeps the method's own default.
+
+    ``granularities``: for how many layers a module may stand. ``init``: modules start as their span's "first" layer or
+    its "last". ``base_epochs``: of fine-tuning the model before, where it does not know the task. ``strategy``:
+    "speed-first" or "size-first", which chooses the assemblies of the ratios.
+    """
+
+    granularities: Sequence[float] | None = None
+    init: str | None = None
+    base_epochs: float | None = None
+    strategy: str | None = None
+
+
+@dataclass(frozen=True)
 class Rows:
     """Which rows of the training data to use: at most ``limit``, drawn by the seed, or the ``first`` ones."""
 
@@ -151,7 +167,8 @@ class Exits:
 
 
 # The defaults.
-COLUMNS, FIT, SLENDER, SHARED, ROWS, SAVING = Columns(), Fit(), Slender(), Shared(), Rows(), Saving()
+COLUMNS, FIT, ROWS, SAVING = Columns(), Fit(), Rows(), Saving()
+SLENDER, SHARED, MODULES = Slender(), Shared(), Modules()
 DEVICE, EXITS, STEPS = Device(), Exits(), Steps()
 
 
@@ -423,7 +440,13 @@ def read_examples(
 
     progress(f"reading {data}")
     examples = reading.read(
-        data, split, text=columns.text, text_pair=columns.text_pair, label=columns.label, limit=limit
+        data,
+        split,
+        text=columns.text,
+        text_pair=columns.text_pair,
+        label=columns.label,
+        target=columns.target,
+        limit=limit,
     )
     progress(f"{len(examples)} texts of {examples.origin} ({examples.columns_chosen})")
     return examples

@@ -66,9 +66,10 @@ RequiredData = Annotated[
 TextColumn = Annotated[str | None, typer.Option(metavar="COLUMN", help="Column of --data with the text.")]
 PairColumn = Annotated[str | None, typer.Option(metavar="COLUMN", help="Column with the second text of a pair.")]
 LabelColumn = Annotated[str | None, typer.Option(metavar="COLUMN", help="Column with the label.")]
+TargetColumn = Annotated[str | None, typer.Option(metavar="COLUMN", help="Column with the text to be written.")]
 Ratio = Annotated[str | None, typer.Option(metavar="LIST", help="Compression ratios: 2,4,8.")]
 TrainRatio = Annotated[
-    str | None, typer.Option(metavar="LIST", help="Compression ratios: 2,4,8; costeff, ode: fractions too.")
+    str | None, typer.Option(metavar="LIST", help="Compression ratios: 2,4,8; fractions too, but for variator.")
 ]
 Backend = Annotated[str, typer.Option(metavar="NAME", help="Engine backend: ort.")]
 Provider = Annotated[str, typer.Option(metavar="NAME", help="ONNX Runtime provider: cpu or cuda.")]
@@ -125,7 +126,9 @@ BUILD_OPTIONS_OF = {
 @app.command()
 def train(
     context: typer.Context,
-    method: Annotated[str, typer.Argument(metavar="METHOD", help="variator, costeff, ode, or finetune: see above.")],
+    method: Annotated[
+        str, typer.Argument(metavar="METHOD", help="variator, costeff, ode, modular or finetune: see above.")
+    ],
     model: Model = Path(),
     *,
     data: Data = None,
@@ -187,12 +190,27 @@ def train(
     exit_heads: Annotated[
         bool, typer.Option("--exit-heads", help="ode: afterwards, classifiers after every step of each ratio.")
     ] = False,
+    granularities: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="modular: for how many layers a module may stand [default: 2,3,4,6]."),
+    ] = None,
+    init: Annotated[
+        str | None, typer.Option(metavar="NAME", help="modular: modules start as their span's first layer or last.")
+    ] = None,
+    base_epochs: Annotated[
+        float | None, typer.Option(metavar="N", help="modular: fine-tune MODEL first [default: 0].")
+    ] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="modular: measure ratios speed-first or size-first [default: speed-first]."),
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder of the result.")] = Path(
         "trained"
     ),
     text: TextColumn = None,
     text_pair: PairColumn = None,
     label: LabelColumn = None,
+    target: TargetColumn = None,
     limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Use N rows only, drawn by --seed.")] = None,
     first: Annotated[bool, typer.Option("--first", help="With --limit: the first N rows instead.")] = False,
     loss: Annotated[
@@ -241,7 +259,7 @@ def train(
     config: Config = None,
     debug: Debug = False,
 ) -> None:
-    """Fit a method's plugins to MODEL, make it slender, teach it to be run in fewer steps, or fine-tune it.
+    """Fit a method's plugins to MODEL, make it slender, run it in fewer steps, train modules for it, or fine-tune it.
 
     variator: plugins learn by distillation to reproduce what MODEL itself computes; no labels are needed. OUT is MODEL
     with one small file per ratio beside it; `compexport build OUT` makes the engines.
@@ -255,7 +273,11 @@ def train(
     layers: first they become one, which learns to compute what they did. OUT is the trained model; one set of weights
     serves every ratio.
 
-    finetune: all of MODEL learns the labels of the data; OUT is a classifier.
+    modular: MODEL is an encoder-decoder that knows the task. Modules learn, all in one run, to stand for 2, 3, 4 or 6
+    of its layers. OUT is MODEL with one file of modules beside it, of which models of 1.1 to 6 times fewer layers are
+    assembled; the assemblies of --ratio are measured.
+
+    finetune: all of MODEL learns the labels of the data, or to write its targets; OUT is such a model.
 
     Any of them runs in several processes too: `torchrun --nproc-per-node 2 -m compexport train ...`.
     """
@@ -300,6 +322,13 @@ def train(
         from_scratch=own("from_scratch", from_scratch, False),
         exit_heads=own("exit_heads", exit_heads, False),
     )
+    sizes = own("granularities", granularities, None)
+    modules = api.Modules(
+        granularities=None if sizes is None else _numbers("granularities", sizes, "numbers like 2,3,4,6"),
+        init=own("init", init, None),
+        base_epochs=own("base_epochs", base_epochs, None),
+        strategy=own("strategy", strategy, None),
+    )
     ratio = own("ratio", ratio, None)
     with _screen(as_json) as screen, present.progress() as progress:
         document = training.train(
@@ -308,11 +337,12 @@ def train(
             ratios=None if ratio is None else _numbers("ratio", ratio),
             output=output,
             method=method,
-            columns=api.Columns(text=text, text_pair=text_pair, label=label),
+            columns=api.Columns(text=text, text_pair=text_pair, label=label, target=target),
             rows=api.Rows(limit, first),
             fit=fit,
             slender=slender,
             shared=shared,
+            modules=modules,
             saving=api.Saving(resume, save_every),
             progress=progress,
         )

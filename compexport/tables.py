@@ -213,14 +213,32 @@ def ode_table(document: Mapping[str, Any]) -> Table:
     return Table(title, ("ratio", "steps", metric, "iterations dropped"), rows, notes)
 
 
+def modular_table(document: Mapping[str, Any]) -> Table:
+    """``train modular``: what each ratio's assembly is made of, and how much of the base's answers it keeps."""
+    metric, rows = document["metric"], []
+    for ratio, assembly in document["assemblies"].items():
+        tiles = ("+".join(map(str, assembly[stack])) for stack in ("encoder", "decoder"))
+        rows.append((ratio, *tiles, f"{document['student'][ratio]:.4f}"))
+    title = f"{document['output']}: modules trained in {document['steps']} steps, {document['seconds']:.0f} s"
+    share = _percent(document["module_params_share"])
+    notes = [
+        f"{metric} of the base itself: {document['teacher']:.4f}, on {document['held_out']} rows",
+        f"all modules: {document['module_params']:,} parameters, {share} of the base's",
+    ]
+    return Table(title, ("ratio", "encoder tiles", "decoder tiles", metric), rows, notes)
+
+
 def finetune_table(document: Mapping[str, Any]) -> Table:
     """``train finetune``: how good the model is, beside what needs no model."""
     title = f"{document['output']}: fine-tuned in {document['steps']} steps, {document['seconds']:.0f} s"
-    labels = f"{len(document['labels'])} labels: {', '.join(document['labels'])}"
+    names = document["labels"]
+    labels = f"{len(names)} labels: {', '.join(names)}" if names else "it writes the targets of the data"
     if document["value"] is None:
         notes = [labels, "no dev data beside the training data: not measured"]
         return Table(title, (), (), notes)
-    rows = [("fine-tuned", document["value"]), ("most common label", document["majority"])]
+    rows = [("fine-tuned", document["value"])]
+    if document["majority"] is not None:
+        rows.append(("most common label", document["majority"]))
     return Table(title, ("", f"{document['metric']}, {document['held_out']} dev rows"), rows, [labels])
 
 
@@ -228,6 +246,7 @@ TRAIN_TABLES = {
     "variator": train_table,
     "costeff": costeff_table,
     "ode": ode_table,
+    "modular": modular_table,
     "finetune": finetune_table,
 }
 

@@ -12,12 +12,14 @@ from typing import Any
 from compexport.api import (
     COLUMNS,
     FIT,
+    MODULES,
     ROWS,
     SAVING,
     SHARED,
     SLENDER,
     Columns,
     Fit,
+    Modules,
     Rows,
     Saving,
     Shared,
@@ -26,7 +28,7 @@ from compexport.api import (
     quiet,
 )
 from compexport.present import Progress
-from compexport.training import costeff, finetune, ode, variator
+from compexport.training import costeff, finetune, modular, ode, variator
 from compexport.training.job import Job, foreign_options
 from compexport.training.variator import fit_texts, span_of
 
@@ -36,6 +38,7 @@ TRAININGS: dict[str, Callable[[Job], dict[str, Any]]] = {
     "variator": variator.train,
     "costeff": costeff.train,
     "ode": ode.train,
+    "modular": modular.train,
     "finetune": finetune.train,
 }
 
@@ -52,10 +55,12 @@ def train(
     fit: Fit = FIT,
     slender: Slender = SLENDER,
     shared: Shared = SHARED,
+    modules: Modules = MODULES,
     saving: Saving = SAVING,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
-    """Fit plugins to ``model`` (method "variator"), make it slender ("costeff") or fine-tune it ("finetune").
+    """Fit plugins to ``model`` (method "variator"), make it slender ("costeff"), train modules
+    for spans of its layers ("modular"), or fine-tune it ("finetune").
 
     Method "ode" trains a model that shares layers to be run in fewer, larger steps.
 
@@ -63,8 +68,7 @@ def train(
     ``output``, from which ``saving.resume`` goes on. Raises InputError for bad input, and then nothing was written.
     """
     chosen = TRAININGS[choice("method", method, tuple(TRAININGS))]
-    job = Job(
-        method, Path(model), Path(data), Path(output), ratios, columns, rows, fit, slender, shared, saving, progress
-    )
+    folders = Path(model), Path(data), Path(output)
+    job = Job(method, *folders, ratios, columns, rows, fit, slender, shared, modules, saving, progress)
     job.require_own_options()
     return chosen(job)

@@ -8,7 +8,20 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compexport.api import FIT, SHARED, SLENDER, Columns, Fit, Rows, Saving, Shared, Slender, read_examples
+from compexport.api import (
+    FIT,
+    MODULES,
+    SHARED,
+    SLENDER,
+    Columns,
+    Fit,
+    Modules,
+    Rows,
+    Saving,
+    Shared,
+    Slender,
+    read_examples,
+)
 from compexport.errors import InputError, describe
 from compexport.present import Progress
 
@@ -17,10 +30,11 @@ if TYPE_CHECKING:
 
 # Which kinds of training an option is for; all others are for all.
 OPTIONS_OF = {
-    "ratio": ("variator", "costeff", "ode"),
+    "ratio": ("variator", "costeff", "ode", "modular"),
     **dict.fromkeys(("loss", "separately", "span", "fresh", "start"), ("variator",)),
     **dict.fromkeys((field.name for field in fields(Slender)), ("costeff",)),
     **dict.fromkeys((field.name for field in fields(Shared)), ("ode",)),
+    **dict.fromkeys((field.name for field in fields(Modules)), ("modular",)),
 }
 
 
@@ -43,13 +57,15 @@ class Job:
     fit: Fit
     slender: Slender
     shared: Shared
+    modules: Modules
     saving: Saving
     progress: Progress
 
     def require_own_options(self) -> None:
         """InputError for an option that means nothing to this kind of training."""
         given = {"ratio"} if self.ratios is not None else set()
-        for asked, default in ((self.fit, FIT), (self.slender, SLENDER), (self.shared, SHARED)):
+        pairs = ((self.fit, FIT), (self.slender, SLENDER), (self.shared, SHARED), (self.modules, MODULES))
+        for asked, default in pairs:
             given |= {one.name for one in fields(asked) if getattr(asked, one.name) != getattr(default, one.name)}
         for name in sorted(given & foreign_options(self.method)):
             expected = "the method " + " or ".join(OPTIONS_OF[name])
