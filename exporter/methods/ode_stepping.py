@@ -17,7 +17,7 @@ from exporter.checkpoint import MethodCheckpoint, plain_ratio
 
 Form = Literal["block", "sublayer"]
 FORMS: tuple[Form, ...] = get_args(Form)
-DEFAULT_FORM: Form = "block"
+DEFAULT_FORM: Form = "sublayer"  # the better one on a trained model (docs/benchmarks.md)
 RISKY_STEP = 2.0  # from here on the weight 1 - dt of the old state is at or below -1
 _TOLERANCE = 1e-6
 _RATIO_TOLERANCE = 0.01  # a name may write 12 / 7 with two decimals

@@ -108,7 +108,7 @@ def test_steps_of_a_checkpoint() -> None:
     assert described_stepping(found, (6,), 3) == Stepping("sublayer", ((3.0, 3.0),))
     assert described_stepping(found, (6,), 2, "block") == Stepping("block", ((2.0, 2.0, 2.0),))
     assert described_stepping(found, (6,), 1).is_full
-    assert described_stepping(None, (6,), 2) == Stepping("block", ((2.0, 2.0, 2.0),))
+    assert described_stepping(None, (6,), 2) == Stepping("sublayer", ((2.0, 2.0, 2.0),))
     with pytest.raises(InputError, match=r"model: steps of ratio 2: got 2 steps of 6; they are ratio 3"):
         described_stepping(checkpoint(steps={"2": [[3, 3]]}), (6,), 2)
     with pytest.raises(InputError, match=r"model: steps of ratio 2: sum of the steps: got 5"):
