@@ -1,7 +1,7 @@
 """What a method checkpoint holds of a model that is run in steps: the steps of each ratio, and exit heads.
 
 One set of weights gives every ratio, so a ratio has a file of its own only if it has exit heads. A folder without
-``compexport.json`` is complete: even steps, block form. ``settings``: ``form``, ``steps`` by ratio (a list of dt per
+``compexport.json`` is complete: even steps, sublayer form. ``settings``: ``form``, ``steps`` by ratio (a list of dt per
 group), ``exits`` by ratio (the steps after which heads answer), and the record of the training.
 """
 

@@ -188,7 +188,7 @@ def described_stepping(
 ) -> Stepping:
     """The steps of one ratio: those that the checkpoint lists for it, otherwise even ones.
 
-    ``form`` is by default the checkpoint's, without one the block form; asked for another form than the listed steps
+    ``form`` is by default the checkpoint's, without one ``DEFAULT_FORM``; asked for another form than the listed steps
     were chosen in, they are even. InputError where the list does not fit the model or the ratio.
     """
     settings = checkpoint.settings if checkpoint is not None else {}
