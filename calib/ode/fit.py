@@ -30,10 +30,10 @@ from compexport.errors import InputError, describe
 from exporter.backbone import Backbone, load_backbone, load_config
 from exporter.checkpoint import MethodCheckpoint, save_checkpoint
 from exporter.identity import backbone_sha256
-from exporter.methods.ode import Form, Stepping, ratios_that_work, stepping_for_ratio, warnings_of
+from exporter.methods.ode import Form, Stepping, stepping_for_ratio, warnings_of
 from exporter.methods.ode_convert import shared_folder
+from exporter.methods.ode_stepping import usual_ratios_of
 
-DEFAULT_RATIOS = (2, 3, 4)
 FIRST, TEACHER = "first", "teacher"  # folders in the unfinished run: what training starts from, and what it learns from
 EXITS_SHARE = 0.5  # of the steps of the training itself, for the heads of each ratio
 
@@ -95,6 +95,8 @@ def fit_ode(
         steppings = {ratio: Stepping(form, one.steps) for ratio, one in run.steppings.items()}
         if settings.exit_heads:
             for ratio, stepping in steppings.items():
+                if stepping.n == 1:  # nothing comes before the last step
+                    continue
                 exits[ratio] = _exits(run, rows, measured, ratio, stepping)
     backbone = load_backbone(unfinished.backbone)
     tensors = {ratio: one for ratio, (one, _) in exits.items()}
@@ -147,6 +149,8 @@ def _opened(
     """The model as far as an interrupted run has come with it, or as it is to start, and all that is asked, checked."""
     shares = {SHARE: 1.0} if settings.share is not None else {}
     course = Course(settings, {**shares, TRAIN: 1.0}, unfinished, progress)
+    if settings.share is not None:
+        course.is_done(SHARE)  # counted even where the training after it is done too
     teacher = None
     folder = unfinished.backbone
     if not course.is_done(TRAIN):
@@ -161,7 +165,10 @@ def _opened(
     lesson = Lesson(start.learner.model, start.goal)
     steppings = steppings_for(lesson.groups, ratios)
     if settings.exit_heads:
-        course.shares = {**course.shares, **{f"{EXITS}-r{ratio}": EXITS_SHARE for ratio in steppings}}
+        cut = [ratio for ratio, stepping in steppings.items() if stepping.n > 1]
+        if not cut:
+            raise InputError(describe("--exit-heads", got="one step at every ratio", expected="two or more"))
+        course.shares = {**course.shares, **{f"{EXITS}-r{ratio}": EXITS_SHARE for ratio in cut}}
     fewest = Draws.of(lesson.groups, settings).lowest
     form: Form = "block" if settings.form == "auto" else settings.form
     for stepping in steppings.values():
@@ -223,9 +230,7 @@ def _sizes(
 
 def steppings_for(groups: Sequence[int], ratios: Sequence[float] | None) -> dict[float, Stepping]:
     """Equal steps for every ratio; by default those of 2, 3 and 4 that leave whole numbers of steps."""
-    if ratios is None:
-        possible = [ratio for ratio in ratios_that_work(groups) if ratio > 1]
-        ratios = [ratio for ratio in possible if ratio in DEFAULT_RATIOS] or possible[-1:]
+    ratios = usual_ratios_of(groups) if ratios is None else ratios
     return {ratio: stepping_for_ratio(groups, ratio) for ratio in sorted(ratios)}
 
 

@@ -107,7 +107,7 @@ def test_an_unshared_model_is_made_to_share(cli: Cli, tiny: Callable[..., Path],
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["share", "train", "exits-r2"])
 def test_a_killed_run_goes_on(cli: Cli, tiny: Callable[..., Path], data: Path, tmp_path: Path, stage: str) -> None:
-    options = ["--share", 1, "--ratio", 2, "--exit-heads", "--steps", 30, "--save-every", 4]
+    options = ["--share", 1, "--iterations", 4, "--ratio", "2,4", "--exit-heads", "--steps", 30, "--save-every", 4]
     command = ["train", "ode", tiny(), "--data", data, *QUICK, *options]
     killed_once_saved(tmp_path, "killed", *command, stage=stage)
     refused = cli(*command, "-o", "killed")
@@ -117,6 +117,7 @@ def test_a_killed_run_goes_on(cli: Cli, tiny: Callable[..., Path], data: Path, t
     done = cli(*command, "-o", "killed", "--resume", "--json")
     whole = cli(*command, "-o", "whole", "--json")
     assert done.code == 0 and done.document["exits"] == whole.document["exits"]
+    assert done.document["steps"] == whole.document["steps"] and next(iter(done.document["stages"])) == "share"
     for file in ("model.safetensors", "ode-r2.safetensors"):
         assert same(tmp_path / "killed" / file, tmp_path / "whole" / file)
     assert not (tmp_path / "killed.unfinished").exists()
@@ -129,6 +130,7 @@ def test_a_killed_run_goes_on(cli: Cli, tiny: Callable[..., Path], data: Path, t
         ("tiny-albert", ["--ratio", "1"], "--ratio: got 1, expected ratios above 1"),
         ("tiny-albert", ["--objective", "lm"], "objective: got lm, expected classification or mlm: it is an encoder"),
         ("tiny-albert", ["--objective", "mlm", "--exit-heads"], "--exit-heads: got mlm, expected classification"),
+        ("tiny-albert", ["--ratio", "6", "--exit-heads"], "--exit-heads: got one step at every ratio"),
         ("tiny-albert", ["--form", "euler"], "form: got euler, expected one of block, sublayer, auto"),
         ("tiny-albert", ["--fewest-steps", "7"], "fewest steps: got 7, expected 1 to 6"),
         ("tiny-albert", ["--joint"], "--joint: got ode, expected the method costeff"),
