@@ -90,8 +90,9 @@ def open_learner(folder: str | Path, examples: Examples, seed: int = 0) -> Learn
     if backbone.task == "label-words":
         return LabelWordsLearner(backbone, backbone.model, backbone.labels)
     if "sequence-classification" not in backbone.host.classes:
-        expected = f"{LABEL_WORDS} in it, and a decoder: one word for each label"
-        raise InputError(describe(f"{folder}: cannot be fine-tuned", got=backbone.config.model_type, expected=expected))
+        raise InputError(
+            describe(f"{folder}: cannot be fine-tuned", got=backbone.config.model_type, **_instead(backbone))
+        )
     if head_fits(backbone, examples):
         return SequenceClassifier(backbone, backbone.model, backbone.labels)
     if backbone.task != "feature-extraction":
@@ -99,6 +100,13 @@ def open_learner(folder: str | Path, examples: Examples, seed: int = 0) -> Learn
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return SequenceClassifier(backbone, _with_new_head(backbone, names, attention), names)
+
+
+def _instead(backbone: Backbone) -> dict[str, str]:
+    """What would be a classifier instead of this model."""
+    if backbone.task == "text-generation":
+        return {"expected": "an encoder", "hint": "`compexport train ode` teaches a decoder to go on with texts"}
+    return {"expected": f"{LABEL_WORDS} in it, and a decoder: one word for each label"}
 
 
 def head_fits(backbone: Backbone, examples: Examples) -> bool:

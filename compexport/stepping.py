@@ -58,11 +58,9 @@ def given_form(form: str | None) -> Form | None:
     raise InputError(describe("--form", got=repr(form), expected=f"{', '.join(FORMS)} or {AUTO}"))
 
 
-def given_steps(
-    model: str | Path, lists: StepLists, ratios: Sequence[float], form: Form | None
-) -> dict[float, Stepping]:
+def given_steps(model: str | Path, lists: StepLists, ratios: Sequence[float], form: Form) -> dict[float, Stepping]:
     """``--steps`` for the one ratio beside 1; InputError where there are more, or another ratio than the lists make."""
-    from exporter.methods.ode_stepping import DEFAULT_FORM, Stepping
+    from exporter.methods.ode_stepping import Stepping
     from exporter.sharing import groups_of_folder
 
     others = sorted({ratio for ratio in ratios if ratio != 1})
@@ -70,7 +68,7 @@ def given_steps(
         got = ",".join(f"{ratio:g}" for ratio in others) or "none"
         raise InputError(describe("--steps are the steps of one ratio beside 1", got=got, expected="like --ratio 2"))
     groups = groups_of_folder(Path(model))
-    stepping = Stepping(form or DEFAULT_FORM, tuple(tuple(group) for group in lists)).require_fit(groups, "--steps")
+    stepping = Stepping(form, tuple(tuple(group) for group in lists)).require_fit(groups, "--steps")
     made = sum(groups) / stepping.n
     if abs(made - others[0]) > 0.01:
         got = f"{stepping.n} steps of {sum(groups)}"
@@ -105,12 +103,15 @@ def plan_options(
 
     Texts alone, without a word on form or steps, mean to choose by them where ``checkpoint`` has no choice yet.
     """
+    from exporter.methods.ode_stepping import form_of, listed_ratios
+
     form, auto = given_form(asked.form), asked.form == AUTO
     if asked.sizes is not None:
         if auto:
             raise InputError(describe("--form auto chooses the steps too", got="--steps", expected="one of the two"))
-        return {"form": form, "steppings": given_steps(model, asked.sizes, ratios, form), "step_engine": asked.engine}
-    listed = checkpoint is not None and bool(checkpoint.settings.get("steps"))
+        sized = given_steps(model, asked.sizes, ratios, form or form_of(checkpoint))
+        return {"form": form, "steppings": sized, "step_engine": asked.engine}
+    listed = bool(listed_ratios(checkpoint))
     if auto and read is None:
         raise InputError(describe("--form auto chooses on texts", expected="--data FILE"))
     if read is not None and (auto or (form is None and not listed)):

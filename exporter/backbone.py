@@ -19,6 +19,7 @@ from exporter.hosts.shared import repeats, tie
 from exporter.identity import LABEL_WORDS, VOCABULARIES, backbone_sha256
 from exporter.label_words import read_label_words
 from exporter.official import require_plain_model
+from exporter.sharing import FIELD
 
 # Suffix of the class named in config.json -> task.
 TASKS: dict[str, Task] = {
@@ -315,7 +316,7 @@ def _load_model(folder: Path, class_name: str, host: Host | None, task: str, att
     missing = sorted(k for k in absent if task != "feature-extraction" or "pooler." not in k)
     if missing:
         got = f"no {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-        hint = "" if task == "feature-extraction" else f"fine-tune the model for {task} first"
+        hint = _how_to_complete(model, host, task, missing)
         raise InputError(describe(f"{folder}: weights are missing", got=got, expected=f"a {task} model", hint=hint))
     if task == "feature-extraction" and model.config.is_encoder_decoder:
         model = model.get_encoder()  # nobody reads the decoder
@@ -323,12 +324,21 @@ def _load_model(folder: Path, class_name: str, host: Host | None, task: str, att
     return loaded
 
 
+def _how_to_complete(model: Any, host: Host, task: Task, missing: list[str]) -> str:
+    """What to do about weights that are ``missing``."""
+    if host.sharing is not None and host.sharing.causal and host.sharing.stated(model.config) is None:
+        layers = host.layers(host.encoder(model))
+        if all(name.startswith(f"{_name_of(layers, model)}.") for name in missing):
+            return f'where layers are one, stored once, config.json must say so, like "{FIELD}": [{len(layers)}]'
+    return "" if task == "feature-extraction" else f"fine-tune the model for {task} first"
+
+
 def _tie(folder: Path, model: Any, host: Host, missing: set[str]) -> set[str]:
     """Tie a decoder's layers that are the same; what is still ``missing``. InputError where they are not as stated."""
     if host.sharing is None or not host.sharing.causal:
         return missing
     layers = host.layers(host.encoder(model))
-    prefix = next(name for name, module in model.named_modules() if module is layers)
+    prefix = _name_of(layers, model)
     try:
         places = {index: f"{prefix}.{index}." for index in repeats(layers, model.config)}
         absent = {index for index, place in places.items() if any(name.startswith(place) for name in missing)}
@@ -338,6 +348,10 @@ def _tie(folder: Path, model: Any, host: Host, missing: set[str]) -> set[str]:
     except InputError as error:
         raise InputError(f"{folder}: {error}") from error
     return left
+
+
+def _name_of(part: nn.Module, model: Any) -> str:
+    return next(name for name, module in model.named_modules() if module is part)
 
 
 def _pooling(folder: Path) -> Pooling | None:

@@ -16,6 +16,7 @@ from compexport.errors import InputError, describe
 FIELD = "shared_layers"
 DECODERS = ("gpt2",)
 MODEL_TYPES = ("albert", *DECODERS)  # whose layers may be shared
+CONVERTIBLE = ("bert", "gpt2")  # of which a model that shares its layers can be made
 # What transformers takes where ALBERT's config.json is silent.
 _ALBERT_LAYERS, _ALBERT_GROUPS = 12, 1
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from calib.batches import Batch, batches_by_length, collate_for, tokenise
 from calib.data import Examples
 from calib.progress import Progress, silent
+from compexport.errors import InputError, describe
 from exporter.backbone import Backbone
 from exporter.methods.ode import FORMS, Form, SteppedEncoder, Stepping, stepping_for_ratio
 
@@ -102,6 +103,11 @@ def choose_stepping(
     groups = encoder.facts.groups
     even = stepping_for_ratio(groups, ratio).steps
     whole, bends = _whole_model(encoder, batches)
+    if not all(bool(states.isfinite().all()) for states in whole):
+        hint = "its weights may be damaged"
+        raise InputError(
+            describe("states of the model in steps of 1", got="NaN or infinite", expected="numbers", hint=hint)
+        )
     if candidates is None:
         candidates = candidate_lists(groups, [len(sizes) for sizes in even], bends)
     lists = {"even": even, **{name: steps for name, steps in candidates.items() if steps != even}}

@@ -30,10 +30,10 @@ from compexport.errors import InputError, describe
 from exporter.backbone import Backbone, load_backbone, load_config
 from exporter.checkpoint import MethodCheckpoint, save_checkpoint
 from exporter.identity import backbone_sha256
-from exporter.methods.ode import Form, Stepping, ratios_that_work, stepping_for_ratio, warnings_of
+from exporter.methods.ode import Form, Stepping, stepping_for_ratio, warnings_of
 from exporter.methods.ode_convert import shared_folder
+from exporter.methods.ode_stepping import usual_ratios_of
 
-DEFAULT_RATIOS = (2, 3, 4)
 FIRST, TEACHER = "first", "teacher"  # folders in the unfinished run: what training starts from, and what it learns from
 EXITS_SHARE = 0.5  # of the steps of the training itself, for the heads of each ratio
 
@@ -147,6 +147,8 @@ def _opened(
     """The model as far as an interrupted run has come with it, or as it is to start, and all that is asked, checked."""
     shares = {SHARE: 1.0} if settings.share is not None else {}
     course = Course(settings, {**shares, TRAIN: 1.0}, unfinished, progress)
+    if settings.share is not None:
+        course.is_done(SHARE)  # counted even where the training after it is done too
     teacher = None
     folder = unfinished.backbone
     if not course.is_done(TRAIN):
@@ -223,9 +225,7 @@ def _sizes(
 
 def steppings_for(groups: Sequence[int], ratios: Sequence[float] | None) -> dict[float, Stepping]:
     """Equal steps for every ratio; by default those of 2, 3 and 4 that leave whole numbers of steps."""
-    if ratios is None:
-        possible = [ratio for ratio in ratios_that_work(groups) if ratio > 1]
-        ratios = [ratio for ratio in possible if ratio in DEFAULT_RATIOS] or possible[-1:]
+    ratios = usual_ratios_of(groups) if ratios is None else ratios
     return {ratio: stepping_for_ratio(groups, ratio) for ratio in sorted(ratios)}
 
 

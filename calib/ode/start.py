@@ -74,8 +74,10 @@ class Start:
 def _ended(rows: list[dict[str, Any]], backbone: Backbone, max_length: int) -> Rows:
     """Texts that were not cut end in the end token, so that the model learns to stop; of one token nothing is asked."""
     end = backbone.config.eos_token_id
+    # A configuration's default may be an id that a smaller vocabulary has not.
+    ends = isinstance(end, int) and 0 <= end < int(backbone.config.vocab_size)
     for row in rows:
-        if isinstance(end, int) and len(row["input_ids"]) < min(max_length, backbone.max_length):
+        if ends and len(row["input_ids"]) < min(max_length, backbone.max_length):
             row["input_ids"] = [*row["input_ids"], end]
     kept = [row for row in rows if len(row["input_ids"]) > 1]
     if not kept:

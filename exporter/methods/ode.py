@@ -29,6 +29,7 @@ from exporter.methods.ode_stepping import (
     warnings_of,
 )
 from exporter.methods.variator import additive, output_names, task_outputs
+from exporter.sharing import CONVERTIBLE
 
 Pair = tuple[Tensor, Tensor]
 
@@ -289,7 +290,8 @@ def shared_host(config: Any) -> Host:
     host = HOSTS.get(kind)
     if host is None or host.sharing is None:
         known = ", ".join(name for name, one in HOSTS.items() if one.sharing is not None)
-        hint = "make a model that shares layers of it with `compexport train ode MODEL --share`"
+        made = "make a model that shares layers of it with `compexport train ode MODEL --share 1 --data D -o OUT`"
+        hint = made if kind in CONVERTIBLE else ""
         raise InputError(describe("ode does not fit this architecture", got=repr(kind), expected=known, hint=hint))
     return host
 
@@ -331,7 +333,7 @@ def _facts(config: Any, groups: tuple[int, ...], inner: int, causal: bool) -> Od
 
 
 def _nothing_shared(origin: str, got: str) -> str:
-    hint = "make it share its layers with `compexport train ode MODEL --share --data D -o OUT`"
+    hint = "make it share its layers with `compexport train ode MODEL --share 1 --data D -o OUT`"
     return describe(f"{origin}: shares no layers", got=got, expected="layers in a row that are the same", hint=hint)
 
 

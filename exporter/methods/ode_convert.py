@@ -24,9 +24,8 @@ from exporter.hosts.shared import repeats, tie
 from exporter.importers.folder import folder_near
 from exporter.methods.ode import shared_host
 from exporter.quiet import quiet_transformers
-from exporter.sharing import FIELD
+from exporter.sharing import CONVERTIBLE, FIELD
 
-SOURCES = ("bert", "gpt2")
 _TOKENIZERS = {"bert": "BertTokenizer", "gpt2": "GPT2Tokenizer"}
 # ALBERT's part -> BERT's, inside a layer and around the layers; of a head, in the whole model.
 _LAYER = {
@@ -134,9 +133,10 @@ def shared_from(model: nn.Module, groups: int = 1, iterations: int | None = None
     """
     hugging_face: Any = model
     kind = str(hugging_face.config.model_type)
-    if kind not in SOURCES:
+    if kind not in CONVERTIBLE:
+        expected = " or ".join(CONVERTIBLE)
         raise InputError(
-            describe("no shared model can be made of this architecture", got=repr(kind), expected=" or ".join(SOURCES))
+            describe("no shared model can be made of this architecture", got=repr(kind), expected=expected)
         )
     layers = int(hugging_face.config.num_hidden_layers)
     iterations = layers if iterations is None else iterations

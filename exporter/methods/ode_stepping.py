@@ -18,6 +18,7 @@ from exporter.checkpoint import MethodCheckpoint, plain_ratio
 Form = Literal["block", "sublayer"]
 FORMS: tuple[Form, ...] = get_args(Form)
 DEFAULT_FORM: Form = "sublayer"  # the better one on a trained model (docs/benchmarks.md)
+USUAL_RATIOS = (2, 3, 4)
 RISKY_STEP = 2.0  # from here on the weight 1 - dt of the old state is at or below -1
 _TOLERANCE = 1e-6
 _RATIO_TOLERANCE = 0.01  # a name may write 12 / 7 with two decimals
@@ -167,6 +168,12 @@ def ratios_that_work(groups: Sequence[int]) -> list[float]:
     return [plain_ratio(ratio) for ratio in whole if abs(ratio * 1000 - round(ratio * 1000)) < _TOLERANCE]
 
 
+def usual_ratios_of(groups: Sequence[int]) -> list[float]:
+    """The ratios to take where none are named: of the usual ones those that work, else the smallest above 1."""
+    possible = [ratio for ratio in ratios_that_work(groups) if ratio > 1]
+    return [ratio for ratio in possible if ratio in USUAL_RATIOS] or possible[:1]
+
+
 def warnings_of(stepping: Stepping) -> list[str]:
     """What a user should know of the steps before trusting them, one line each."""
     if stepping.largest < RISKY_STEP:
@@ -183,6 +190,33 @@ def warnings_of(stepping: Stepping) -> list[str]:
     ]
 
 
+def form_of(checkpoint: MethodCheckpoint | None) -> Form:
+    """The form of the checkpoint's steps; the default one where it names none."""
+    form: Form = DEFAULT_FORM if checkpoint is None else checkpoint.settings.get("form", DEFAULT_FORM)
+    if form not in FORMS:
+        assert checkpoint is not None
+        what = f"{checkpoint.folder}: form of a step"
+        raise InputError(describe(what, got=repr(form), expected=" or ".join(FORMS)))
+    return form
+
+
+def listed_ratios(checkpoint: MethodCheckpoint | None) -> list[float]:
+    """The ratios whose steps the checkpoint lists; ascending."""
+    return sorted(_listed(checkpoint))
+
+
+def _listed(checkpoint: MethodCheckpoint | None) -> dict[float, Any]:
+    """What the checkpoint lists as steps, by ratio; InputError where that is no table of ratios."""
+    if checkpoint is None:
+        return {}
+    steps = checkpoint.settings.get("steps", {})
+    try:
+        return {plain_ratio(ratio): lists for ratio, lists in steps.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        expected = 'a table by ratio, like {"2": [[2, 2]]}'
+        raise InputError(describe(f"{checkpoint.folder}: steps", got=steps, expected=expected)) from error
+
+
 def described_stepping(
     checkpoint: MethodCheckpoint | None, groups: Sequence[int], ratio: float, form: Form | None = None
 ) -> Stepping:
@@ -191,9 +225,7 @@ def described_stepping(
     ``form`` is by default the checkpoint's, without one ``DEFAULT_FORM``; asked for another form than the listed steps
     were chosen in, they are even. InputError where the list does not fit the model or the ratio.
     """
-    settings = checkpoint.settings if checkpoint is not None else {}
-    own: Form = settings.get("form", DEFAULT_FORM)
-    listed = settings.get("steps", {}).get(str(plain_ratio(ratio)))
+    own, listed = form_of(checkpoint), _listed(checkpoint).get(plain_ratio(ratio))
     if checkpoint is None or listed is None or form not in (None, own) or ratio == 1:
         return stepping_for_ratio(groups, ratio, form or own)
     origin = f"{checkpoint.folder}: steps of ratio {ratio:g}"

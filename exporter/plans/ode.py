@@ -14,16 +14,21 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from compexport.errors import InputError, describe
 from engines.manifest import ALL_EXITS, DECODER, EMBED, ENCODER, HEAD, head_role, prefix_role, segment_role, step_role
-from exporter.checkpoint import MethodCheckpoint, plain_ratio
-from exporter.methods.ode_stepping import Form, Stepping, described_stepping, ratios_that_work, warnings_of
+from exporter.checkpoint import MethodCheckpoint
+from exporter.methods.ode_stepping import (
+    Form,
+    Stepping,
+    described_stepping,
+    listed_ratios,
+    usual_ratios_of,
+    warnings_of,
+)
 from exporter.plans.costeff import default_exits
 from exporter.plans.plan import Plan, PlannedGraph
 from exporter.sharing import DECODERS, groups_of_folder, model_type_of
 
 if TYPE_CHECKING:
     from exporter.graphs.family import Family
-
-USUAL_RATIOS = (2, 3, 4)
 
 Kind = Literal["whole", "segment", "prefix", "all-exits", "embed", "step", "head", "exit-head"]
 
@@ -65,7 +70,7 @@ class OdePlan(Plan):
         """Weights serve every ratio, so nothing is missing; InputError for exits where there are no heads for them."""
         if self.exits is None or any(map(self.exits_of, self.ratios)):
             return
-        hint = f"train them with `compexport train ode {self.folder} --exits --data D -o OUT`"
+        hint = f"train them with `compexport train ode {self.folder} --exit-heads --data D -o OUT`"
         got = "none for these steps" if any(map(self.trained, self.ratios)) else "none"
         raise InputError(describe(f"{self.folder}: --exits needs exit heads", got=got, hint=hint))
 
@@ -113,8 +118,10 @@ class OdePlan(Plan):
 
         Heads are of the steps that they were trained with, and of no others.
         """
+        if not self.trained(ratio):
+            return None
         described = described_stepping(self.checkpoint, self.groups, ratio)
-        if not self.trained(ratio) or not self.stepping(ratio).same(described):
+        if not self.stepping(ratio).same(described):
             return None
         n = self.stepping(ratio).n
         wanted = default_exits(n) if self.exits is None else self.exits
@@ -216,7 +223,4 @@ def _steps(first: int, last: int) -> str:
 
 def usual_ratios(folder: Path, checkpoint: MethodCheckpoint | None) -> list[float]:
     """The ratios to build where none are named: those trained for, or the usual ones that the model's steps allow."""
-    if checkpoint is not None and checkpoint.settings.get("steps"):
-        return sorted(map(plain_ratio, checkpoint.settings["steps"]))
-    possible = [ratio for ratio in ratios_that_work(groups_of_folder(folder)) if ratio > 1]
-    return [ratio for ratio in possible if ratio in USUAL_RATIOS] or possible[:1]
+    return listed_ratios(checkpoint) or usual_ratios_of(groups_of_folder(folder))

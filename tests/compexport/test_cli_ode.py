@@ -14,6 +14,7 @@ from engines.bundle import Bundle
 from exporter.checkpoint import save_checkpoint
 from exporter.methods.ode_stepping import Stepping
 from exporter.plans import plan_of
+from exporter.plans.ode import OdePlan
 
 Cli = Callable[..., Any]
 
@@ -49,7 +50,7 @@ def test_build(cli: Cli, albert: Path, tmp_path: Path) -> None:
         (["--steps", "3/3"], "--steps: groups: got 2, expected 1"),
         (["--steps", "7,-1"], "size of a step: got -1"),
         (["--ratio", "4"], "no whole number of steps at ratio 4"),
-        (["--exits", "1"], "--exits needs exit heads: got none"),
+        (["--exits", "1"], "--exit-heads --data D -o OUT`"),
         (["--exits", "auto"], "--exits of the method ode: got 'auto', expected steps like 1,2,4"),
         (["--exits", "2,1"], "--exits of the method ode are steps: got 2,1, expected rising"),
         (["--method", "costeff", "--step-engine"], "--step-engine: got the method costeff, expected ode"),
@@ -71,6 +72,25 @@ def test_what_is_taken_without_a_word(albert: Path, tiny: Callable[..., Path], t
     assert stepping.usual_ratios(albert, None, [[2, 1, 1, 1, 1]]) == [1.2]
     listed = save_checkpoint(tmp_path / "c", albert, "ode", {"form": "block", "steps": {"1.5": [[1.5] * 4]}}, {})
     assert stepping.usual_ratios(albert, listed, None) == [1.5]
+
+
+def test_steps_of_a_ratio_that_is_not_whole(tmp_path: Path) -> None:
+    """3 steps of 7 iterations are ratio 2.33, of which no equal steps could be made."""
+    (tmp_path / "config.json").write_text('{"model_type": "albert", "num_hidden_layers": 7}')
+    sizes = [[3.0, 2.0, 2.0]]
+    ratio = stepping.ratio_of(tmp_path, sizes)
+    asked = stepping.Steps(sizes=sizes)
+    options = stepping.plan_options(tmp_path, None, [ratio], asked, None, lambda *_: None)
+    plan = OdePlan(tmp_path, (1, ratio), None, **options)
+    assert [part.name for part in plan.graphs()] == ["ode-r1", "ode-r2.33"]
+
+
+def test_steps_of_your_own_have_the_form_that_was_trained(albert: Path, tmp_path: Path) -> None:
+    trained = save_checkpoint(tmp_path / "c", albert, "ode", {"form": "sublayer", "steps": {"2": [[2, 2, 2]]}}, {})
+    for form, taken in ((None, "sublayer"), ("block", "block")):
+        asked = stepping.Steps(form=form, sizes=[[3, 2, 1]])
+        options = stepping.plan_options(albert, trained, [2], asked, None, lambda *_: None)
+        assert options["steppings"][2].form == taken
 
 
 def test_texts_choose_where_nothing_was_chosen(albert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

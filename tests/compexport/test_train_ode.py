@@ -117,6 +117,7 @@ def test_a_killed_run_goes_on(cli: Cli, tiny: Callable[..., Path], data: Path, t
     done = cli(*command, "-o", "killed", "--resume", "--json")
     whole = cli(*command, "-o", "whole", "--json")
     assert done.code == 0 and done.document["exits"] == whole.document["exits"]
+    assert done.document["steps"] == whole.document["steps"] and next(iter(done.document["stages"])) == "share"
     for file in ("model.safetensors", "ode-r2.safetensors"):
         assert same(tmp_path / "killed" / file, tmp_path / "whole" / file)
     assert not (tmp_path / "killed.unfinished").exists()

@@ -190,8 +190,20 @@ def test_a_decoder_that_shares_nothing_says_how_to_make_it(gpt2: Any, tmp_path: 
     with quiet_transformers():
         gpt2.save_pretrained(tmp_path)
     backbone = load_backbone(tmp_path)
-    with pytest.raises(InputError, match="shares no layers: got 4 different layers, .*compexport train ode MODEL --sh"):
+    with pytest.raises(
+        InputError, match="shares no layers: got 4 different layers, .*compexport train ode MODEL --share 1 "
+    ):
         SteppedModel(backbone)
+
+
+def test_a_decoder_whose_one_layer_is_stored_once_must_say_so(gpt2: Any, tmp_path: Path) -> None:
+    kept = {name: one for name, one in gpt2.state_dict().items() if ".h." not in name or ".h.0." in name}
+    with quiet_transformers():
+        gpt2.save_pretrained(tmp_path, state_dict=kept)
+    with pytest.raises(
+        InputError, match=r'weights are missing: .* config.json must say so, like "shared_layers": \[4\]'
+    ):
+        load_backbone(tmp_path)
 
 
 def test_a_decoder_that_says_more_than_it_holds(gpt2: Any, tmp_path: Path) -> None:

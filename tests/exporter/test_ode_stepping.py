@@ -20,6 +20,7 @@ from exporter.methods.ode_stepping import (
     described_stepping,
     ratios_that_work,
     stepping_for_ratio,
+    usual_ratios_of,
     warnings_of,
 )
 
@@ -150,8 +151,10 @@ def test_albert_shares_its_iterations_out_as_transformers_does() -> None:
 def test_folders_that_say_nothing(tmp_path: Path, tiny: Callable[..., Path]) -> None:
     assert not sharing.may_share(tmp_path)
     assert not sharing.may_share(tiny("tiny-bert"))
-    with pytest.raises(InputError, match="ode does not fit this architecture: got 'bert', expected albert, gpt2"):
+    with pytest.raises(InputError, match="got 'bert', expected albert, gpt2; make a model .* --share 1 --data D"):
         sharing.groups_of_folder(tiny("tiny-bert"))
+    with pytest.raises(InputError, match="got 'roberta', expected albert, gpt2$"):
+        sharing.groups_of_folder(tiny("tiny-roberta"))
     with pytest.raises(InputError, match="not a model: got no config.json"):
         sharing.groups_of_folder(tmp_path)
 
@@ -165,3 +168,23 @@ def test_groups_that_do_not_share_the_layers_out(stated: Any, tiny: Callable[...
     for read in (sharing.groups_of_folder, load_backbone):
         with pytest.raises(InputError, match=r"shared_layers: got .*, expected numbers of layers, 6 together"):
             read(tmp_path)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": [[3, 3]]}, "steps: got .*, expected a table by ratio"),
+        ({"steps": {"two": [[3, 3]]}}, "steps: got .*, expected a table by ratio"),
+        ({"steps": {"2": 3}}, "steps of ratio 2: no steps: got 3"),
+        ({"form": "euler"}, "form of a step: got 'euler', expected block or sublayer"),
+    ],
+)
+def test_checkpoints_that_say_nonsense(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    checkpoint = MethodCheckpoint(tmp_path, "ode", "", {}, settings)
+    with pytest.raises(InputError, match=f"{tmp_path}: {message}"):
+        described_stepping(checkpoint, (6,), 2)
+
+
+def test_ratios_where_none_are_named() -> None:
+    assert usual_ratios_of((12,)) == [2, 3, 4] and usual_ratios_of((6, 6)) == [2, 3]
+    assert usual_ratios_of((5,)) == [1.25] and usual_ratios_of((1,)) == []

@@ -99,3 +99,10 @@ def test_on_texts(tiny: Callable[..., Path]) -> None:
         assert choice.document()["tried"][0]["error"] > 0
         with pytest.raises(InputError, match="no whole number of steps at ratio 7"):
             stepping_on(backbone, Examples(TEXTS), 7)
+
+
+def test_a_model_of_no_numbers_is_no_measure(tiny: Callable[..., Path], batches: list[dict[str, Tensor]]) -> None:
+    backbone = load_backbone(tiny("tiny-albert"))
+    backbone.model.encoder.embedding_hidden_mapping_in.weight.data.fill_(torch.nan)
+    with pytest.raises(InputError, match="states of the model in steps of 1: got NaN or infinite"):
+        choose_stepping(SteppedEncoder(backbone.model), batches, 2)
