@@ -102,7 +102,7 @@ def test_an_empty_text_begins_with_the_first_token(runtime: Runtime) -> None:
     [
         (("a", "b"), {}, "text 0 is a pair: expected one text, to be written on"),
         ("   ", {}, "text 0 is empty"),
-        ("a", {"max_new_tokens": 0}, "max_new_tokens: got 0, expected a whole number >= 1"),
+        ("a", {"max_new_tokens": 0}, "max_new_tokens is out of range: got 0, expected a whole number >= 1"),
     ],
 )
 def test_what_cannot_be_written_on(runtime: Runtime, text: Any, options: dict[str, Any], match: str) -> None:
