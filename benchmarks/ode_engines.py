@@ -86,6 +86,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.quick:
         options.batch, options.length, options.runs, options.seconds, options.processes = [1], [16], 3, 0.0, 1
+        options.work /= "quick"  # what is there already is taken as it is, and is another model
     return options
 
 

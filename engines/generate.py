@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
-from compexport.errors import InputError, describe
+from compexport.errors import BundleError, InputError, describe
 from engines.answers import not_finite
 from engines.manifest import PAST, PRESENT, Generation, TensorSpec
 from engines.sampling import GREEDY, Array, Sampler, Sampling, Stop, Tokens
@@ -53,7 +54,13 @@ class Generator:
     """One open decoder. Threads may share it; a ``Cache`` belongs to one generation at a time."""
 
     def __init__(self, name: str, session: GatheringSession, generation: Generation) -> None:
-        """``name``: the variant's. The session belongs to the caller."""
+        """``name``: the variant's. The session belongs to the caller.
+
+        Raises BundleError for a graph that cannot write.
+        """
+        if fault := _fault(session, generation):
+            what = f"{name}: its graph is no decoder, or not this bundle's"
+            raise BundleError(describe(what, got=fault, hint="build the bundle again"))
         self.name = name
         self.generation = generation
         self.vocabulary = _size(next(spec for spec in session.outputs if spec.name == LOGITS).shape[-1])
@@ -110,14 +117,13 @@ class Generator:
 
         ``ids`` and ``mask`` [B, S]: prompts, padded on the left. ``rows`` [B]: their numbers in the request, by which
         each draws its own random numbers; from 0 by default. Raises InputError, before the first token, as ``read``
-        does and for an empty prompt, CompexportError for logits that are not finite.
+        does and for what is no batch of prompts, CompexportError for logits that are not finite.
         """
         stop = Stop(tuple(self.generation.eos_ids), max_new_tokens)
-        lengths = mask.sum(axis=1)
-        if not lengths.all():
-            raise InputError(describe(f"{self.name}: an empty prompt", expected="at least one token in every row"))
-        sampler = Sampler(sampling, range(len(ids)) if rows is None else rows)
-        limits = stop.limits(lengths, self.generation.max_positions)
+        numbers = range(len(ids)) if rows is None else rows
+        self._require_prompts(ids, mask, numbers)
+        sampler = Sampler(sampling, numbers)
+        limits = stop.limits(mask.sum(axis=1), self.generation.max_positions)
         last, cache = self.read_prompt(ids, mask)
         return self._written(last, cache, sampler, stop, limits)
 
@@ -150,7 +156,7 @@ class Generator:
         inside = np.arange(len(last))  # the request's rows that are in the batch
         going = np.ones(len(last), bool)  # and of these, which are not at their end
         for count in range(1, int(limits.max()) + 1):
-            self._require_finite(last, inside)
+            self._require_finite(last, inside, going)
             tokens = np.where(going, sampler.choose(last), self.generation.pad_id)
             whys = stop.ends(tokens, count, limits[inside])
             yield from (Token(int(inside[at]), int(tokens[at]), whys[at]) for at in np.flatnonzero(going))
@@ -175,10 +181,45 @@ class Generator:
         """A past of no tokens."""
         return {spec.name: np.zeros(_empty_shape(spec, batch), spec.dtype) for spec in self._pasts}
 
-    def _require_finite(self, last: Array, inside: Tokens) -> None:
-        finite = np.isfinite(last).all(axis=1)
-        if not finite.all():
-            raise not_finite(f"{self.name}: logits hold", got=f"row {', '.join(map(str, inside[~finite][:5]))}")
+    def _require_prompts(self, ids: Tokens, mask: Tokens, rows: Sequence[int]) -> None:
+        """InputError unless there are tokens in every row, padding only on their left, and a number for each row."""
+        if ids.ndim != 2 or not len(ids) or mask.shape != ids.shape or any(a.dtype != np.int64 for a in (ids, mask)):
+            got = f"ids {ids.dtype}{list(ids.shape)} and mask {mask.dtype}{list(mask.shape)}"
+            raise InputError(describe(f"{self.name}: prompts", got=got, expected="both int64[batch, sequence]"))
+        if not mask.any(axis=1).all():
+            raise InputError(describe(f"{self.name}: an empty prompt", expected="at least one token in every row"))
+        if not mask[:, -1].all():
+            raise InputError(describe(f"{self.name}: prompts are padded on the right", expected="on the left"))
+        if ids.min() < 0 or ids.max() >= self.vocabulary:
+            got, expected = f"{ids.min()} to {ids.max()}", f"ids from 0 to {self.vocabulary - 1}"
+            raise InputError(describe(f"{self.name}: tokens that the model does not have", got=got, expected=expected))
+        if len(rows) != len(ids):
+            raise InputError(describe(f"{self.name}: numbers of rows", got=len(rows), expected=len(ids)))
+
+    def _require_finite(self, last: Array, inside: Tokens, going: npt.NDArray[np.bool_]) -> None:
+        """What a row that is at its end reads is padding, and what follows from that nobody asked."""
+        broken = going & ~np.isfinite(last).all(axis=1)
+        if broken.any():
+            raise not_finite(f"{self.name}: logits hold", got=f"row {', '.join(map(str, inside[broken][:5]))}")
+
+
+def _fault(session: GatheringSession, generation: Generation) -> str:
+    """What of a graph is not as docs/bundle.md, *Decoders*, says; empty when all is."""
+    outputs = {spec.name: spec.shape for spec in session.outputs}
+    pasts = {spec.name: spec.shape for spec in session.inputs if spec.name.startswith(f"{PAST}.")}
+    others = {spec.name for spec in session.inputs} - pasts.keys()
+    logits = outputs.get(LOGITS, [])
+    if not {IDS, MASK} <= others <= {IDS, MASK, POSITIONS}:
+        return f"inputs {', '.join(sorted(others)) or 'none'}"
+    if len(logits) != 3 or not isinstance(logits[-1], int):
+        return f"outputs {', '.join(outputs)}" if LOGITS not in outputs else f"{LOGITS} {logits}"
+    if not pasts:
+        return "no past"
+    for name, shape in pasts.items():
+        sized = len(shape) == 4 and isinstance(shape[1], int) and isinstance(shape[3], int)
+        if not sized or name.replace(PAST, PRESENT, 1) not in outputs:
+            return f"{name} {shape}" if not sized else f"{name} without {PRESENT}"
+    return "" if 0 <= generation.pad_id < logits[-1] else f"pad_id {generation.pad_id} of {logits[-1]} tokens"
 
 
 def _empty_shape(spec: TensorSpec, batch: int) -> list[int]:

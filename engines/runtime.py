@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -290,14 +290,15 @@ class Runtime:
     ) -> Decision:
         """Which variant would answer ``batch`` texts padded to ``length`` tokens now, without running anything.
 
-        ``length=None``: the longest measured. A batch above the largest measured is the sum of its chunks. Raises
-        InputError as ``run_batch``.
+        ``length=None``: the longest measured that leaves room for new tokens. A batch above the largest measured is
+        the sum of its chunks. Raises InputError as ``run_batch``.
         """
         writing = writing_for(self.bundle.manifest.task, max_new_tokens, None)
         forced = self._forced(ratio, variant, None)
         self._refuse_unmeasured(budget_ms, forced)
+        room = math.inf if writing is None else writing.room(self._generation())
         if length is None:
-            length = self._longest()
+            length = int(min(self._longest(), room))
         check_count("batch", batch)
         check_count("length", length)
         predictions, rungs = self._predict([(batch, length)], writing)
@@ -400,10 +401,16 @@ class Runtime:
             raise InputError(describe(what, got=f"profiles of: {measured}", hint=hint))
 
     def _likely(self, budget_ms: float | None, forced: str | None) -> Sequence[str]:
-        """The variants that a request may be answered by: under a budget any, else one is known before."""
+        """The variants that a request may be answered by: under a budget any, else one is known before.
+
+        Of those that are as good as each other, the faster, which only the request's size tells.
+        """
         if forced is not None:
             return [forced]
-        return self.quality.variants[:1] if budget_ms is None else self.members.engines
+        if budget_ms is not None:
+            return self.members.engines
+        ranked = self.quality.ranked
+        return [name for name, rank in (ranked if self.profile is not None else ranked[:1]) if rank == ranked[0][1]]
 
     def _longest(self) -> int:
         if self.profile is not None:
@@ -459,10 +466,12 @@ class Runtime:
         found = write(generator, self._text_encoder(), chunk, rows, writing)
         engine_ms = _ms_since(started)
         if self.profile is not None:
-            tokens = max(len(answer["tokens"]) for answer in found)
-            expected = predict_writing(self.profile, [_shape(chunk)], tokens).get(engine)
+            tokens = [len(answer["tokens"]) for answer in found]
+            expected = predict_writing(self.profile, [_shape(chunk)], max(tokens)).get(engine)
             if expected is not None:
-                self._observe(engine, expected, engine_ms)
+                # Texts that end early leave the batch: then the prediction is a bound, as it is outside the grid.
+                bound = expected.extrapolated or min(tokens) < max(tokens)
+                self._observe(engine, replace(expected, extrapolated=bound), engine_ms)
         return found
 
     def _run_cascade(
@@ -510,9 +519,11 @@ class Runtime:
         return Deadline(chunk_end_s(perf_counter(), end_s, corrected), needs_ms)
 
     def _went_on(self, engine: str, outputs: Sequence[Answer]) -> bool:
-        """Whether some row passed the first exit: only such a request could have ended earlier."""
-        exits = self.bundle.manifest.variants[engine].exits
-        return exits is not None and any(output["exit"] > exits[0] for output in outputs)
+        """Whether some row passed the first exit by the clock: only such a request could have ended earlier."""
+        forecast = self.members.forecast
+        if forecast is None or not forecast.knows(engine):
+            return False
+        return any(output["exit"] > self.members.layers[engine][0] for output in outputs)
 
     def _observe(self, variant: str, expected: Prediction, engine_ms: float) -> None:
         """Outside the grid a prediction is a bound, so only running longer than it says something of the machine."""

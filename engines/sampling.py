@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compexport.errors import InputError, describe
+from engines.profile import check_count
 
 Array = npt.NDArray[Any]
 Tokens = npt.NDArray[np.int64]
@@ -39,11 +40,11 @@ class Sampling:
         """Raises InputError for a value out of its range."""
         if not 0.0 <= self.temperature < math.inf:
             raise InputError(describe("temperature", got=self.temperature, expected="a finite number >= 0"))
-        if self.top_k is not None and self.top_k < 1:
-            raise InputError(describe("top_k", got=self.top_k, expected="a whole number >= 1"))
+        if self.top_k is not None:
+            check_count("top_k", self.top_k)
         if not 0.0 < self.top_p <= 1.0:
             raise InputError(describe("top_p", got=self.top_p, expected="a number > 0 and <= 1"))
-        if self.seed < 0:
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise InputError(describe("seed", got=self.seed, expected="a whole number >= 0"))
         if self.temperature == 0.0 and (self.top_k is not None or self.top_p < 1.0):
             got = "top_k" if self.top_k is not None else "top_p"
@@ -81,11 +82,14 @@ class Sampler:
 
 def probabilities(logits: Array, sampling: Sampling) -> npt.NDArray[np.float64]:
     """[B, V] -> [B, V]: what ``sampling`` draws from, in float64; ``sampling.draws`` must be true."""
-    scores = logits.astype(np.float64) / sampling.temperature
+    scores = logits.astype(np.float64)
+    # The likeliest is 0 before it is divided, so that however low a temperature is, it stays finite.
+    with np.errstate(over="ignore"):
+        scores = (scores - scores.max(axis=-1, keepdims=True)) / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < scores.shape[-1]:
         lowest = np.partition(scores, -sampling.top_k, axis=-1)[:, -sampling.top_k, None]
         scores = np.where(scores < lowest, -np.inf, scores)
-    shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    shares = np.exp(scores)
     shares /= shares.sum(axis=-1, keepdims=True)
     if sampling.top_p < 1.0:
         shares = _nucleus(shares, sampling.top_p)
@@ -121,15 +125,15 @@ class Stop:
 
     def __post_init__(self) -> None:
         """Raises InputError for a length below 1."""
-        if isinstance(self.max_new_tokens, bool) or self.max_new_tokens < 1:
-            raise InputError(describe("max_new_tokens", got=self.max_new_tokens, expected="a whole number >= 1"))
+        check_count("max_new_tokens", self.max_new_tokens)
 
     def limits(self, lengths: Tokens, max_positions: int) -> Tokens:
         """How many tokens each row may get, [B]: prompts have ``lengths`` [B], and a model so many positions.
 
         The last token needs no position of its own, as nothing is read after it.
         """
-        return np.asarray(np.minimum(self.max_new_tokens, max_positions + 1 - lengths), dtype=np.int64)
+        most = min(self.max_new_tokens, max_positions)
+        return np.asarray(np.minimum(most, max_positions + 1 - lengths), dtype=np.int64)
 
     def ends(self, tokens: Tokens, count: int, limits: Tokens) -> list[str | None]:
         """Why each row ends with its ``count``-th token, of ``tokens`` [B]; None where it goes on."""

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from compexport.errors import BundleError, describe
 from engines.cascade import MASK, Cascade
-from engines.manifest import EMBED, HIDDEN, PREVIOUS, ROWS, STEP_SIZE, TensorSpec, Variant, step_role
+from engines.manifest import EMBED, HIDDEN, PREVIOUS, ROWS, STEP, STEP_SIZE, TensorSpec, Variant, step_role
 from engines.paths import segment_paths
 from engines.session import Array, GatheringSession, Held, Session
 
@@ -92,9 +93,11 @@ class Stepper(Session):
 def stepper(name: str, variant: Variant, graphs: Mapping[str, GatheringSession]) -> Session:
     """The session of a variant of a step engine, of one with exits a ``Cascade``.
 
-    ``graphs``: the open session of each of its graphs, by the graph's name.
+    ``graphs``: the open session of each of its graphs, by the graph's name. Raises BundleError for graphs that cannot
+    follow each other.
     """
     assert variant.steps is not None
+    _require_steps(name, variant, graphs)
     roles = [step_role(group, len(variant.steps)) for group, sizes in enumerate(variant.steps) for _ in sizes]
     sizes = [np.array([size], np.float32) for group in variant.steps for size in group]
     steps = [Step(graphs[variant.graphs[role]], size) for role, size in zip(roles, sizes, strict=True)]
@@ -106,6 +109,19 @@ def stepper(name: str, variant: Variant, graphs: Mapping[str, GatheringSession])
     if variant.exits is None:
         return Stepper(name, segments[0])
     return Cascade(name, variant.exits, segments)
+
+
+def _require_steps(name: str, variant: Variant, graphs: Mapping[str, GatheringSession]) -> None:
+    """BundleError unless every graph reads and gives what docs/bundle.md, *Steps*, says."""
+    for role, graph in variant.graphs.items():
+        given, made = _names(graphs[graph]), {spec.name for spec in graphs[graph].outputs}
+        is_step = role.startswith(STEP)
+        needed = {PREVIOUS, MASK, STEP_SIZE} if is_step else set() if role == EMBED else {PREVIOUS}
+        fits = given == needed if is_step else needed <= given
+        if not fits or (HIDDEN not in made and (is_step or role == EMBED)):
+            got = f"{', '.join(sorted(given))} -> {', '.join(sorted(made))}"
+            what = f"{name}: its graph {graph} is no {role} of a step engine"
+            raise BundleError(describe(what, got=got, hint="build the bundle again"))
 
 
 def _names(session: GatheringSession) -> set[str]:

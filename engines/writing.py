@@ -15,7 +15,7 @@ from engines.answers import Answer, Array, not_finite
 from engines.generate import MAX_NEW_TOKENS, ROOM_BYTES, Generator
 from engines.manifest import GENERATION, Generation
 from engines.points import is_part, token_name
-from engines.profile import Prediction, Profile
+from engines.profile import Prediction, Profile, check_count
 from engines.sampling import GREEDY, Sampling
 from engines.text import EncodedText, TextEncoder
 
@@ -29,8 +29,7 @@ class Writing:
 
     def __post_init__(self) -> None:
         """Raises InputError for a number of tokens below 1."""
-        if isinstance(self.max_new_tokens, bool) or self.max_new_tokens < 1:
-            raise InputError(describe("max_new_tokens", got=self.max_new_tokens, expected="a whole number >= 1"))
+        check_count("max_new_tokens", self.max_new_tokens)
 
     def room(self, generation: Generation) -> int:
         """Tokens that a prompt may have so that all new ones find a position; the last one needs none.

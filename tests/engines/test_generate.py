@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from compexport.errors import CompexportError, InputError
+from compexport.errors import BundleError, CompexportError, InputError
 from engines.backends import ort
 from engines.bundle import Bundle
 from engines.generate import Generated, Generator
@@ -192,7 +194,12 @@ def test_a_cache_of_another_number_of_steps_is_refused(whole: Generator, half: G
     ("ids", "mask", "changes", "match"),
     [
         (np.ones((2, 3)), [[0, 0, 0], [1, 1, 1]], {}, "an empty prompt: expected at least one token in every row"),
-        (np.ones((1, 2)), [[1, 1]], {"max_new_tokens": 0}, "max_new_tokens: got 0, expected a whole number >= 1"),
+        (np.ones((1, 3)), [[1, 1, 0]], {}, "ode-r2-fp32: prompts are padded on the right: expected on the left"),
+        (np.ones((1, 2)), [[1, 1, 1]], {}, r"got ids int64\[1, 2\] and mask int64\[1, 3\], expected both"),
+        (np.ones((0, 2)), np.ones((0, 2), np.int64), {}, r"got ids int64\[0, 2\] and mask"),
+        (np.full((1, 2), V), [[1, 1]], {}, "the model does not have: got 257 to 257, expected ids from 0 to 256"),
+        (np.ones((1, 2)), [[1, 1]], {"rows": [0, 1]}, "numbers of rows: got 2, expected 1"),
+        (np.ones((1, 2)), [[1, 1]], {"max_new_tokens": 0}, "max_new_tokens is out of range: got 0, expected a whole"),
         (np.ones((1, POSITIONS + 1)), [[1] * (POSITIONS + 1)], {}, "tokens: got 49, expected at most 48"),
     ],
 )
@@ -214,6 +221,48 @@ def test_logits_that_are_not_finite(half: Generator, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(half, "read", broken)
     with pytest.raises(CompexportError, match="ode-r2-fp32: logits hold NaN or infinity: got row 1"):
         half.generate(*prompts(3))
+
+
+def test_a_row_that_has_ended_may_hold_anything(
+    bundle: Bundle, whole: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three rows one ends first and stays in the batch, as half of it goes on."""
+    ids, mask = prompts(3)
+    first = whole.generate(ids, mask, max_new_tokens=1)[2].tokens[0]
+    generator = opened(bundle, 1, eos_ids=[first])
+    wanted = generator.generate(ids, mask, max_new_tokens=2)
+    read = generator.read
+
+    def broken(given: np.ndarray, given_mask: np.ndarray, cache: object = None) -> object:
+        logits, cache = read(given, given_mask, cache)  # type: ignore[arg-type]
+        logits[given_mask[:, -1] == 0] = np.nan
+        return logits, cache
+
+    monkeypatch.setattr(generator, "read", broken)
+    assert generator.generate(ids, mask, max_new_tokens=2) == wanted
+    assert [one.why for one in wanted].count("eos") == 1
+
+
+@pytest.mark.parametrize(
+    ("lost", "match"),
+    [
+        ("logits", "ode-r2-fp32: its graph is no decoder, or not this bundle's: got outputs present.0.key"),
+        ("attention_mask", "got inputs input_ids, position_ids; build the bundle again"),
+        ("present.1.value", "got past_key_values.1.value without present"),
+        ("past_key_values", "got no past"),
+    ],
+)
+def test_graphs_that_are_no_decoders(half: Generator, lost: str, match: str) -> None:
+    inputs = [spec for spec in half._session.inputs if not spec.name.startswith(lost)]
+    outputs = [spec for spec in half._session.outputs if spec.name != lost]
+    without: Any = SimpleNamespace(inputs=inputs, outputs=outputs)
+    with pytest.raises(BundleError, match=match):
+        Generator(half.name, without, half.generation)
+
+
+def test_padding_that_is_no_token(half: Generator) -> None:
+    with pytest.raises(BundleError, match=f"got pad_id -1 of {V} tokens"):
+        Generator(half.name, half._session, half.generation.model_copy(update={"pad_id": -1}))
 
 
 def test_warming_up_leaves_nothing_behind(whole: Generator) -> None:

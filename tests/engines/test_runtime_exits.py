@@ -235,7 +235,8 @@ def test_the_correction_makes_the_clock_strict(open_runtime: Open) -> None:
     """Segments said to need a second each fit into an hour, unless the machine is far slower than it was."""
     runtime = open_runtime(profile(later_ms=1e6))
     assert {why for _, why in exits_of(runtime, variant=R1, budget_ms=HOUR_MS)} == {"last"}
-    runtime.correction._clock = lambda: 0.0
+    now = runtime.correction._clock()
+    runtime.correction._clock = lambda: now
     for _ in range(50):
         runtime.correction.observe(R1, 8.0, 1.0)
     assert runtime.correction.factor(R1) > 4.0
@@ -289,6 +290,7 @@ def test_without_measured_segments_a_budget_is_not_kept_but_said(
     assert f"{R1}: its segments were not measured" in caplog.text and "compexport bench" in caplog.text
     said = [record.getMessage().partition(":")[0] for record in caplog.records if "segments" in record.getMessage()]
     assert said == [R1, R4], "once for each engine"
+    assert runtime._margin.share == 0.0, "no earlier end would have mended it"
 
 
 # --- the rest -----------------------------------------------------------------------------------------------------

@@ -63,8 +63,22 @@ def test_ends() -> None:
     stop = Stop((7, 8), 4)
     limits = stop.limits(np.array([2, 9, 10]), 10)
     assert limits.tolist() == [4, 2, 1]
+    assert Stop((), 10**30).limits(np.array([2]), 10).tolist() == [9]
     assert stop.ends(np.array([5, 5, 5]), 1, limits) == [None, None, LENGTH]
     assert stop.ends(np.array([8, 5, 7]), 2, limits) == [EOS, LENGTH, EOS]
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 5e-324])
+def test_the_coldest_draw_is_the_likeliest_token(temperature: float) -> None:
+    shares = probabilities(LOGITS, Sampling(temperature, top_k=7, top_p=0.9))
+    assert shares.argmax(1).tolist() == LOGITS.argmax(1).tolist()
+    assert shares.max(1).tolist() == [1.0] * 5
+
+
+@pytest.mark.parametrize("length", [2.5, float("nan"), True, 0])
+def test_a_length_is_a_whole_number(length: float) -> None:
+    with pytest.raises(InputError, match=f"max_new_tokens is out of range: got {length}, expected a whole number >= 1"):
+        Stop((), length)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +86,9 @@ def test_ends() -> None:
     [
         ({"temperature": -0.1}, "temperature: got -0.1, expected a finite number >= 0"),
         ({"temperature": float("nan")}, "temperature: got nan"),
-        ({"temperature": 1.0, "top_k": 0}, "top_k: got 0, expected a whole number >= 1"),
+        ({"temperature": 1.0, "top_k": 0}, "top_k is out of range: got 0, expected a whole number >= 1"),
+        ({"temperature": 1.0, "top_k": 2.5}, "top_k is out of range: got 2.5, expected a whole number >= 1"),
+        ({"temperature": 1.0, "seed": 2.5}, "seed: got 2.5, expected a whole number >= 0"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p: got 0.0, expected a number > 0 and <= 1"),
         ({"temperature": 1.0, "top_p": 1.1}, "top_p: got 1.1"),
         ({"temperature": 1.0, "seed": -1}, "seed: got -1, expected a whole number >= 0"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from calib.data import Examples
 from calib.quality import evaluate
 from compexport import latency
 from compexport.api import quiet
+from compexport.errors import BundleError
 from engines.backends import ort
 from engines.bundle import Bundle
 from engines.bundle_reader import identity
@@ -22,7 +25,7 @@ from engines.paths import segment_macs, segment_paths, whole_path
 from engines.points import segment_name
 from engines.runtime import Runtime
 from engines.session import Session
-from engines.stepper import Stepper
+from engines.stepper import Stepper, stepper
 from tests.engines.exits import feeds
 from tests.engines.steps import EXITS, HEADS, LABELS, NAMES, C, H, make_bundle, reference
 
@@ -138,3 +141,26 @@ def test_step_engines_are_measured_evaluated_and_chosen(with_exits: Bundle) -> N
         assert result.exit in {1, 2, 3, 4} and result.why in {"confident", "last"}
         quality = runtime.bundle.quality()
         assert quality is not None and quality["exits"][NAMES[1]]["layers"] == EXITS[1]
+
+
+@pytest.mark.parametrize(
+    ("role", "lost", "match"),
+    [
+        ("embed", "hidden", "is no embed of a step engine: got .*; build the bundle again"),
+        ("step-0", "attention_mask", "is no step-0 of a step engine: got dt, previous -> hidden"),
+        ("head", "previous", "is no head of a step engine"),
+    ],
+)
+def test_graphs_that_cannot_follow_each_other(plain: Bundle, role: str, lost: str, match: str) -> None:
+    name, variant = next(iter(plain.manifest.variants.items()))
+    graphs: dict[str, Any] = {
+        graph: SimpleNamespace(
+            **{
+                side: [spec for spec in getattr(plain.manifest.graphs[graph], side) if (one, spec.name) != (role, lost)]
+                for side in ("inputs", "outputs")
+            }
+        )
+        for one, graph in variant.graphs.items()
+    }
+    with pytest.raises(BundleError, match=f"{name}: its graph {variant.graphs[role]} {match}"):
+        stepper(name, variant, graphs)

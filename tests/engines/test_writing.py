@@ -19,6 +19,7 @@ from engines.points import is_part, is_segment, is_token, token_name, variant_of
 from engines.profile import Profile
 from engines.runtime import Runtime
 from engines.sampling import Sampling
+from engines.selector import Quality
 from engines.writing import Writing, next_token_scores, predict_writing, writing_for
 from tests.engines.decoders import EOS, NAMES, PAD, POSITIONS, make_bundle, model
 from tests.engines.steps import make_bundle as make_step_bundle
@@ -102,7 +103,7 @@ def test_an_empty_text_begins_with_the_first_token(runtime: Runtime) -> None:
     [
         (("a", "b"), {}, "text 0 is a pair: expected one text, to be written on"),
         ("   ", {}, "text 0 is empty"),
-        ("a", {"max_new_tokens": 0}, "max_new_tokens: got 0, expected a whole number >= 1"),
+        ("a", {"max_new_tokens": 0}, "max_new_tokens is out of range: got 0, expected a whole number >= 1"),
     ],
 )
 def test_what_cannot_be_written_on(runtime: Runtime, text: Any, options: dict[str, Any], match: str) -> None:
@@ -150,6 +151,42 @@ def test_the_budget_is_for_all_tokens(runtime: Runtime) -> None:
     decision = runtime.select(length=8, budget_ms=30)
     assert decision.variant == R4 and decision.predicted_ms == pytest.approx(4 + 31 * 0.5 * (1 + 15 / 24 / 8))
     assert runtime("Once", budget_ms=1e5, max_new_tokens=4).variant == R1
+
+
+def test_a_selection_leaves_room_for_the_new_tokens(runtime: Runtime) -> None:
+    runtime.members.profile = measured({R1: 2.0, R2: 1.0, R4: 0.5}, lengths=(8, 40))
+    assert not runtime.select(max_new_tokens=20).extrapolated, "29 tokens and 20 more"
+    at_the_end = runtime.select(max_new_tokens=POSITIONS).predicted_ms
+    assert at_the_end == runtime.select(length=1, max_new_tokens=POSITIONS).predicted_ms
+    with pytest.raises(InputError, match="max_new_tokens: got 49, expected at most 48, the model's positions"):
+        runtime.select(max_new_tokens=POSITIONS + 1)
+
+
+def test_what_is_as_good_and_faster_is_open_before_the_clock_starts(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime.members.profile = measured({R1: 2.0, R2: 1.0, R4: 0.5})
+    runtime.members.quality = Quality({R1: 1, R2: 2, R4: 4}, {R1: 0.9, R2: 0.9, R4: 0.5})
+    predict, opened = runtime._predict, []
+
+    def seen(*given: Any) -> Any:
+        opened.extend(runtime._sessions)
+        return predict(*given)
+
+    monkeypatch.setattr(runtime, "_predict", seen)
+    assert runtime("Once", max_new_tokens=2).variant == R2
+    assert opened == [R1, R2]
+
+
+@pytest.mark.parametrize(("lengths", "learns"), [((3, 3), True), ((3, 1), False)])
+def test_texts_that_end_early_do_not_make_the_machine_look_fast(
+    runtime: Runtime, lengths: tuple[int, ...], learns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime.members.profile = measured({R1: 1e6})
+    answers = [{"text": "", "tokens": [1] * length, "why": "eos"} for length in lengths]
+    monkeypatch.setattr("engines.runtime.write", lambda *_: answers)
+    runtime(["Once upon", "a time"], variant=R1, max_new_tokens=4)
+    assert (runtime.correction.factor(R1) < 1.0) is learns
 
 
 def test_decoders_are_measured_and_evaluated(folder: Path) -> None:
