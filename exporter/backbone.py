@@ -324,9 +324,10 @@ def _load_model(folder: Path, class_name: str, host: Host | None, task: str, att
     return loaded
 
 
-def _how_to_complete(model: Any, host: Host, task: Task, missing: list[str]) -> str:
+def _how_to_complete(model: Any, host: Host | None, task: str, missing: list[str]) -> str:
     """What to do about weights that are ``missing``."""
-    if host.sharing is not None and host.sharing.causal and host.sharing.stated(model.config) is None:
+    sharing = None if host is None else host.sharing
+    if host is not None and sharing is not None and sharing.causal and sharing.stated(model.config) is None:
         layers = host.layers(host.encoder(model))
         if all(name.startswith(f"{_name_of(layers, model)}.") for name in missing):
             return f'where layers are one, stored once, config.json must say so, like "{FIELD}": [{len(layers)}]'
