@@ -33,7 +33,7 @@ def test_the_example_of_the_readme(tiny: Callable[..., Path], tmp_path: Path) ->
 def test_build_checks_what_it_is_given_before_loading_anything(tmp_path: Path) -> None:
     for options, message in [
         ({"ratios": [0]}, "--ratio is too small"),
-        ({"method": "ode"}, "unknown method"),
+        ({"method": "pruning"}, "unknown method"),
         ({"backend": "x"}, "unknown backend"),
     ]:
         with pytest.raises(InputError, match=message):
