@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -67,5 +68,6 @@ def test_exits_are_not_chosen_on_the_rows_that_are_evaluated(
         return {}
 
     monkeypatch.setattr("compexport.exits.chosen_exits", chosen)
-    api._exits("model", None, [1], "auto", (tmp_path, api.COLUMNS), api.quiet)
+    read_rows = partial(api._calibration, tmp_path, api.COLUMNS, api.quiet)
+    api._exits("model", None, [1], "auto", read_rows, api.quiet)
     assert found == [f"of {read}"] * 4

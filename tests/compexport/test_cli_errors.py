@@ -110,7 +110,7 @@ def test_unknown_command(refused: Callable[..., str]) -> None:
 def test_train_needs_data_and_a_known_method(refused: Callable[..., str], tmp_path: Path) -> None:
     assert "train needs texts: expected --data FILE" in refused("train", "variator")
     data = plain_texts(tmp_path)
-    assert "unknown method: got ode, expected variator" in refused("train", "ode", ".", "--data", data)
+    assert "unknown method: got pruning, expected variator" in refused("train", "pruning", ".", "--data", data)
     assert "nothing to fit" in refused("train", "variator", ".", "--data", data, "--ratio", "1")
 
 
