@@ -11,7 +11,9 @@ from benchmarks.costeff import RECIPES, quick, reached, rows_of, set_aside
 def test_no_row_is_in_two_parts(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
-    (data / "train.tsv").write_text("\n".join(["sentence\tlabel", *(f"text {n}\t{n % 2}" for n in range(300))]) + "\n")
+    rows = [f"text {n:03d} is a review that somebody wrote one day\t{n % 2}" for n in range(300)]
+    phrase = "a review that somebody wrote\t1"  # part of every row, and too short to choose thresholds on
+    (data / "train.tsv").write_text("\n".join(["sentence\tlabel", phrase, *rows]) + "\n")
     (data / "dev.tsv").write_text("sentence\tlabel\nseen never\t1\nnor this\t0\n")
     (data / "labels.txt").write_text("no\nyes\n")
     made = set_aside(data, tmp_path / "parts", quick(RECIPES["sst2"]), dev_rows=1)
@@ -19,6 +21,7 @@ def test_no_row_is_in_two_parts(tmp_path: Path) -> None:
     parts = {name: (tmp_path / "parts" / f"{name}.tsv").read_text().splitlines() for name in made}
     assert all(lines[0] == "sentence\tlabel" for lines in parts.values())
     assert not set(parts["train"][1:]) & set(parts["calibration"][1:]) and parts["dev"][1:] == ["seen never\t1"]
+    assert not any(phrase in lines for lines in parts.values())
     assert (tmp_path / "parts" / "labels.txt").read_text() == "no\nyes\n"
     # The whole recipes leave something to choose thresholds on.
     assert all(one.rows + one.calibration <= rows for one, rows in zip(RECIPES.values(), (67349, 7000), strict=True))

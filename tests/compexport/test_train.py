@@ -217,7 +217,11 @@ def test_one_table_of_the_file_serves_both_methods(
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("finetune", ["--ratio", "2"], "--ratio: got finetune, expected the method variator or costeff or ode or modular"),
+        (
+            "finetune",
+            ["--ratio", "2"],
+            "--ratio: got finetune, expected the method variator or costeff or ode or modular",
+        ),
         ("finetune", ["--loss", "task"], "--loss: got finetune, expected the method variator"),
         ("finetune", ["--separately"], "--separately: got finetune, expected the method variator"),
         ("finetune", ["--joint"], "--joint: got finetune, expected the method costeff"),

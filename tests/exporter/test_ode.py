@@ -149,7 +149,7 @@ def test_a_linear_field_gives_the_power_of_its_step(
     for n in (1, 2, 3, 4, 6, 12):
         dt, h = 6 / n, start
         for _ in range(n):
-            h = encoder.step(h, torch.zeros(1), 0, dt)
+            h = encoder.step(h, torch.zeros(1), 0, dt, "block")
         power = torch.linalg.matrix_power(torch.eye(models.HIDDEN, dtype=torch.float64) + dt * field, n)
         torch.testing.assert_close(h, start @ power.T)
 
@@ -163,7 +163,7 @@ def test_the_block_form_converges(tiny: Callable[..., Path]) -> None:
 
     def final(n: int) -> Tensor:
         with torch.no_grad():
-            return encoder(**feed, stepping=Stepping.even((6,), (n,))).last_hidden_state
+            return encoder(**feed, stepping=Stepping.even((6,), (n,), "block")).last_hidden_state
 
     fine = final(6 * 128)
     errors = [float((final(6 * factor) - fine).norm()) for factor in (1, 2, 4, 8)]
@@ -196,7 +196,7 @@ def test_a_step_in_either_form(dt: float, loaded: Callable[..., Backbone]) -> No
         h = encoder.embed(feed["input_ids"], feed["token_type_ids"])
         bias = encoder.attention_bias(feed["attention_mask"], h)
         whole: Any = backbone.model.encoder.albert_layer_groups[1]  # type: ignore[union-attr, index]
-        torch.testing.assert_close(encoder.step(h, bias, 1, dt), (1 - dt) * h + dt * whole(h, bias))
+        torch.testing.assert_close(encoder.step(h, bias, 1, dt, "block"), (1 - dt) * h + dt * whole(h, bias))
         expected = sublayers_of_albert(layers[3], sublayers_of_albert(layers[2], h, bias, dt), bias, dt)
         torch.testing.assert_close(encoder.step(h, bias, 1, dt, "sublayer"), expected)
 
@@ -209,7 +209,7 @@ def test_a_step_of_a_decoder_in_either_form(dt: float, loaded: Callable[..., Bac
     with torch.no_grad():
         h = encoder.embed(feed["input_ids"])
         bias = encoder.attention_bias(feed["attention_mask"], h)
-        torch.testing.assert_close(encoder.step(h, bias, 0, dt), (1 - dt) * h + dt * layer(h, None, bias))
+        torch.testing.assert_close(encoder.step(h, bias, 0, dt, "block"), (1 - dt) * h + dt * layer(h, None, bias))
         middle = h + dt * layer.attn(layer.ln_1(h), attention_mask=bias)[0]
         expected = middle + dt * layer.mlp(layer.ln_2(middle))
         torch.testing.assert_close(encoder.step(h, bias, 0, dt, "sublayer"), expected)
@@ -233,7 +233,7 @@ def test_the_combination_is_made_in_fp32(loaded: Callable[..., Backbone], monkey
     h, iterated = (torch.randn(2, 3, models.HIDDEN, generator=generator).bfloat16() for _ in range(2))
     monkeypatch.setattr(encoder, "_iteration", lambda *_: iterated)
     expected = (-2 * h.float() + 3 * iterated.float()).bfloat16()
-    assert torch.equal(encoder.step(h, torch.zeros(1), 0, 3.0), expected)
+    assert torch.equal(encoder.step(h, torch.zeros(1), 0, 3.0, "block"), expected)
     assert not torch.equal(-2 * h + 3 * iterated, expected)
 
 
@@ -346,8 +346,8 @@ def test_a_cache_of_other_steps_is_refused(loaded: Callable[..., Backbone]) -> N
         _, cache = SteppedModel(backbone, stepping_for_ratio((6,), 2)).decode(**feed)
         _, whole = SteppedModel(backbone).decode(**feed)
         SteppedModel(backbone, Stepping.full((6,), "sublayer")).decode(**longer, past=whole)  # the same in either form
-        for other in (stepping_for_ratio((6,), 3), stepping_for_ratio((6,), 2, "sublayer")):
-            with pytest.raises(InputError, match="a cache of other steps: got 3 steps, block form") as caught:
+        for other in (stepping_for_ratio((6,), 3), stepping_for_ratio((6,), 2, "block")):
+            with pytest.raises(InputError, match="a cache of other steps: got 3 steps, sublayer form") as caught:
                 SteppedModel(backbone, other).decode(**longer, past=cache)
             assert "n is fixed for a whole generation" in str(caught.value)
 

@@ -293,7 +293,7 @@ def test_a_rebuild_makes_only_what_changed(tiny: Callable[..., Path], tmp_path: 
     folder, bundle = tiny("tiny-albert", "sequence-classification"), tmp_path / "bundle"
     family.build(folder, [2], bundle)
     assert family.build(folder, [2], bundle).reused == {"ode-r1", "ode-r2"}
-    other = {2: Stepping("block", ((2.5, 2, 1.5),))}
+    other = {2: Stepping("sublayer", ((2.5, 2, 1.5),))}
     changed = family.build(folder, [2], bundle, steppings=other, step_engine=True)
     assert changed.reused == {"ode-r1"}
     assert changed.manifest.variants["ode-r2-fp32"].steps == [[2.5, 2, 1.5]]
