@@ -105,7 +105,7 @@ def measure(task: str, recipe: Recipe, data: Path, work: Path, *, quick: bool = 
         "recipe": asdict(recipe),
         "train": without_paths(trained),
         "build": without_paths(built),
-        "evaluate": without_paths(evaluated),
+        "evaluate": without_paths(evaluated, work),
         "bench": {name: benched[name] for name in ("rows", "realised")},
         "rows": rows_of(evaluated),
     }

@@ -42,9 +42,13 @@ def once(record: Path, made_from: dict[str, Any], work: Callable[[], dict[str, A
     return document
 
 
-def without_paths(document: dict[str, Any]) -> dict[str, Any]:
-    """A command's document without where it wrote."""
-    return {key: value for key, value in document.items() if key not in {"output", "bundle"}}
+def without_paths(document: dict[str, Any], work: Path | None = None) -> dict[str, Any]:
+    """A command's document without where it wrote; files in ``work`` are named as from there, wherever they stand."""
+    kept = {key: value for key, value in document.items() if key not in {"output", "bundle"}}
+    if work is None:
+        return kept
+    shortened: dict[str, Any] = json.loads(json.dumps(kept).replace(f"{work}/", ""))
+    return shortened
 
 
 def say(message: str, done: float | None = None, total: float | None = None) -> None:
