@@ -3,7 +3,7 @@
     python -m benchmarks.modular cmudict --data ../shared/data/cmudict_g2p [--work DIR] [--out FILE] [--quick]
     python -m benchmarks.modular multi30k --data ../shared/data/multi30k_en_de
 
-A T5 (spelling to phonemes) or a BART (English to German) of 12 + 12 small layers learns its task from random weights;
+A T5 (spelling to phonemes) or an mBART (English to German) of 12 + 12 small layers learns its task from random weights;
 one run trains its modules. Then whole words or sentences are written for the dev split, greedily, by the base and by
 assemblies of 1.5, 2, 3 and 6 times fewer layers, chosen size-first and speed-first. Beside them, at 2, 3 and 6: models
 of the size-first assembly's numbers of layers, from random weights with as many steps as the base ("scratch"), and from
@@ -81,16 +81,16 @@ RECIPES = {
         score=word_scores,
         size=Size(hidden=64, ffn=256),
         base=api.Fit(epochs=3, batch_size=128, learning_rate=2e-3, max_length=writers.MAX_LENGTH),
-        modules=api.Fit(epochs=1.5, batch_size=128, learning_rate=1e-3, max_length=writers.MAX_LENGTH),
+        modules=api.Fit(epochs=8, batch_size=128, learning_rate=3e-3, max_length=writers.MAX_LENGTH),
         max_new_tokens=28,
     ),
     "multi30k": Recipe(
-        model=writers.bart,
+        model=writers.mbart,
         tokenizer=writers.translation_tokenizer,
         score=bleu_scores,
         size=Size(hidden=128, ffn=256),
-        base=api.Fit(epochs=4, batch_size=64, learning_rate=1e-3, max_length=writers.MAX_LENGTH),
-        modules=api.Fit(epochs=2, batch_size=64, learning_rate=5e-4, max_length=writers.MAX_LENGTH),
+        base=api.Fit(epochs=7, batch_size=64, learning_rate=1e-3, max_length=writers.MAX_LENGTH),
+        modules=api.Fit(epochs=5, batch_size=64, learning_rate=2e-3, max_length=writers.MAX_LENGTH),
         max_new_tokens=48,
     ),
 }

@@ -84,11 +84,11 @@ def t5(tokens: int, size: Size) -> Any:
     return T5ForConditionalGeneration(config)
 
 
-def bart(tokens: int, size: Size) -> Any:
-    """A BART."""
-    from transformers import BartConfig, BartForConditionalGeneration
+def mbart(tokens: int, size: Size) -> Any:
+    """A BART whose layers normalise first, as mBART's do: twelve of BART's own do not learn from random weights."""
+    from transformers import MBartConfig, MBartForConditionalGeneration
 
-    config = BartConfig(
+    config = MBartConfig(
         vocab_size=tokens,
         encoder_layers=size.encoder,
         decoder_layers=size.decoder,
@@ -106,7 +106,7 @@ def bart(tokens: int, size: Size) -> Any:
         decoder_start_token_id=SPECIAL.index(EOS),
         forced_eos_token_id=SPECIAL.index(EOS),
     )
-    return BartForConditionalGeneration(config)
+    return MBartForConditionalGeneration(config)
 
 
 def make(

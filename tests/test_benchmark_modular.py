@@ -34,7 +34,7 @@ def test_words_are_scored_against_all_pronunciations(tmp_path: Path) -> None:
     assert scores == {"word_accuracy": 0.5, "word_error_rate": 0.5, "phoneme_error_rate": 0.2}
 
 
-@pytest.mark.parametrize("model", [writers.t5, writers.bart])
+@pytest.mark.parametrize("model", [writers.t5, writers.mbart])
 def test_a_shrunk_model_is_made_of_spaced_layers(model: Callable[..., Any], tmp_path: Path) -> None:
     assert writers.spaced(12, 4) == [0, 4, 7, 11] and writers.spaced(12, 12) == list(range(12))
     size = writers.Size(encoder=4, decoder=3, hidden=16, ffn=32, heads=2)

@@ -57,5 +57,5 @@ class Lesson(nn.Module):
         tilings = {}
         for name in STACKS:
             facts = self.modular.facts.stack(name)
-            tilings[name] = draw(facts.layers, facts.granularities, probability, generator_of(seed, step, name))
+            tilings[name] = draw(facts, probability, generator_of(seed, step, name))
         return Assembly(**tilings)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import lru_cache
 
-from exporter.methods.assembly import Tiling
+from exporter.methods.assembly import StackFacts, Tiling, canonical
 
-FIRST, RISING_SHARE = 0.3, 0.5
+FIRST, RISING_SHARE = 0.3, 0.2
+CANONICAL_SHARE = 0.75
 Granularities = Sequence[int]
 
 
@@ -19,7 +21,27 @@ def replacing_probability(share: float, first: float = FIRST, rising: float = RI
     return min(1.0, first + (1.0 - first) * share / rising)
 
 
-def draw(layers: int, granularities: Granularities, probability: float, generator: random.Random) -> Tiling:
+def draw(stack: StackFacts, probability: float, generator: random.Random) -> Tiling:
+    """The tiling of one stack for one step: a canonical one with 3/4 of ``probability``, otherwise a walk.
+
+    The strategies choose canonical tilings, which a walk hardly ever comes upon; those of few tiles, where every module
+    has most to make up for, are drawn more often: as one over the number of tiles.
+    """
+    shorter = _shorter(stack)
+    if shorter and generator.random() < CANONICAL_SHARE * probability:
+        (tiling,) = generator.choices(shorter, [1 / len(one) for one in shorter])
+        return tiling
+    return walk(stack.layers, stack.granularities, probability, generator)
+
+
+@lru_cache
+def _shorter(stack: StackFacts) -> list[Tiling]:
+    """The canonical tilings with modules."""
+    counts = [count for count in stack.counts if count < stack.layers]
+    return [canonical(stack.layers, count, stack.granularities) for count in counts]
+
+
+def walk(layers: int, granularities: Granularities, probability: float, generator: random.Random) -> Tiling:
     """A tiling of 0..layers-1: at each place a module, all that may start there alike, or else the layer itself."""
     tiles: list[int] = []
     start = 0
