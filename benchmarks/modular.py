@@ -115,7 +115,7 @@ def quick(recipe: Recipe) -> Recipe:
     few = {"epochs": None, "steps": 2, "batch_size": 8}
     return replace(
         recipe,
-        size=replace(recipe.size, hidden=16, ffn=16, heads=2),
+        size=replace(recipe.size, encoder=6, decoder=6, hidden=16, ffn=16, heads=2),
         base=replace(recipe.base, **few),  # type: ignore[arg-type]
         modules=replace(recipe.modules, **few),  # type: ignore[arg-type]
         rows=60,

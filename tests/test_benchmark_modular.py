@@ -61,8 +61,8 @@ def test_all_of_it_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert modular.main([*command, "--out", str(tmp_path / "modular_TASK.json")]) == 0
     result = json.loads((tmp_path / "modular_cmudict.json").read_text())
     forms = [(row["form"], row["ratio"], row["layers"]) for row in result["rows"]]
-    both = [(1.5, 16), (2, 12), (3, 8), (6, 4)]
-    assert forms == [("base", 1, 24), *(("size-first", *one) for one in both), *(("speed-first", *one) for one in both),
+    both = [(1.5, 8), (2, 6), (3, 4), (6, 2)]
+    assert forms == [("base", 1, 12), *(("size-first", *one) for one in both), *(("speed-first", *one) for one in both),
                      *((form, *one) for form in ("scratch", "shrink") for one in both[1:])]  # fmt: skip
     assert result["quick"] and result["recipe"]["model"] == "t5" and result["train"]["steps"] == 2
     # What is there is not done again.
