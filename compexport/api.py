@@ -200,9 +200,35 @@ def load(
     return Runtime.open(path, backend=backend, threads=threads, provider=provider, variants=variants)
 
 
-def inspect(bundle: str | Path = "bundle") -> dict[str, Any]:
-    """The checked manifest."""
+def inspect(bundle: str | Path = "bundle", target: str | None = None, progress: Progress = quiet) -> dict[str, Any]:
+    """The checked manifest; with ``target``, whether the graphs are expected to pass that compiler.
+
+    ``target`` is "tensorrt" or "tensorrt-rtx", and ``bundle`` may then also be an ONNX file. Nothing is built. Where
+    tensorrt_rtx is installed, its parser is asked too. Raises InputError for a file that is no ONNX model.
+    """
+    if target is not None:
+        return _checked_for(Path(bundle), target, progress)
+    if Path(bundle).is_file():
+        hint = "an ONNX file is checked with --target tensorrt"
+        raise InputError(describe("inspect", got=bundle, expected="the folder of a bundle", hint=hint))
     return open_bundle(bundle).manifest.model_dump(mode="json")
+
+
+def _checked_for(path: Path, target: str, progress: Progress) -> dict[str, Any]:
+    from exporter.targets.check import Candidate, check
+    from exporter.targets.tensorrt import BOTH
+
+    product = choice("target", target, BOTH)
+    if path.is_file():
+        return check([Candidate(path.stem, path)], product, progress)
+    bundle = open_bundle(path)
+    manifest = bundle.manifest
+    users = {
+        key: tuple(name for name, variant in manifest.variants.items() if key in variant.graphs.values())
+        for key in manifest.graphs
+    }
+    graphs = [Candidate(key, bundle.file(graph.path), users[key]) for key, graph in manifest.graphs.items()]
+    return check(graphs, product, progress)
 
 
 def verify(bundle: str | Path = "bundle") -> dict[str, Any]:

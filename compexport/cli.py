@@ -675,14 +675,33 @@ def run(
 
 @app.command()
 def inspect(
-    bundle: BundlePath = Path("bundle"), *, as_json: Json = False, config: Config = None, debug: Debug = False
+    bundle: Annotated[
+        Path, typer.Argument(metavar="BUNDLE", help="A bundle; with --target, an ONNX file as well.")
+    ] = Path("bundle"),
+    *,
+    target: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Check the graphs for a compiler: tensorrt or tensorrt-rtx."),
+    ] = None,
+    as_json: Json = False,
+    config: Config = None,
+    debug: Debug = False,
 ) -> None:
-    """Show what a bundle holds."""
-    from compexport import api, tables
+    """Show what a bundle holds, or whether a compiler would take it.
 
-    with _screen(as_json) as screen:
-        document = api.inspect(bundle)
-    screen.document(document, tables.inspect_tables(document))
+    With --target: exit code 1 when a graph is expected to be refused. Nothing is built.
+    """
+    from compexport import api, tables
+    from compexport.present import progress
+
+    with _screen(as_json) as screen, progress() as report:
+        document = api.inspect(bundle, target, report)
+    if target is None:
+        screen.document(document, tables.inspect_tables(document))
+        return
+    screen.document(document, tables.target_tables(document))
+    if not document["ok"]:
+        raise typer.Exit(1)
 
 
 @app.command()
