@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from compexport.errors import BundleError, InputError, describe
 from compexport.present import Progress
 from compexport.stepping import Steps as Steps
+from engines.backends.trt_options import PLAN_OPTIONS, PlanOptions
 
 if TYPE_CHECKING:
     from calib.data import Examples
@@ -324,6 +325,7 @@ def build_document(
     exits: Sequence[float] | str | None = None,
     prefix: bool = False,
     steps: Steps = STEPS,
+    plans: PlanOptions = PLAN_OPTIONS,
     data: str | Path | None = None,
     columns: Columns = COLUMNS,
     fit: Fit = FIT,
@@ -336,8 +338,9 @@ def build_document(
     ``ratios`` defaults to those ``model`` was trained for, or 2, 4, 8 (method "ode": of 2, 3, 4 those that its layers
     allow). ``exits``: layers (method "costeff") or steps ("ode") counted from 1 at which segments end; costeff also
     "auto", which ``data`` alone means too. ``prefix`` adds a graph from the ids to each of them. ``steps``: method
-    "ode" alone, whose steps are chosen on ``data``. Raises InputError for bad input, in which case nothing was written,
-    and ParityError when a graph differs from PyTorch, in which case no bundle was.
+    "ode" alone, whose steps are chosen on ``data``. ``plans``: backends "trt" and "trt-rtx" alone; where "trt" cannot
+    build here it writes recipes, for ``build_recipes``. Raises InputError for bad input, in which case nothing was
+    written, and ParityError when a graph differs from PyTorch, in which case no bundle was.
     """
     from compexport import stepping, training
     from engines import backends
@@ -358,7 +361,7 @@ def build_document(
     else:
         wanted = [*whole_ratios(ratios)] if planned.whole_ratios else checked_ratios(ratios)
     _require_free(output)
-    backends.load(backend)
+    backends.builder(backend, plans)
     _require_meaning(planned.method, exits, prefix, steps)
     read = None if data is None else partial(_calibration, data, columns, progress)
     options: dict[str, Any] = {}
@@ -379,6 +382,7 @@ def build_document(
         output,
         method=planned.method,
         backend=backend,
+        plans=plans,
         precision=arithmetic,
         untrained=untrained,
         seed=fit.seed,
@@ -387,6 +391,18 @@ def build_document(
         **options,
     )
     return report.document()
+
+
+def build_recipes(bundle: str | Path = "bundle", *, progress: Progress = quiet) -> dict[str, Any]:
+    """Build the TensorRT plans that ``bundle`` has recipes of, here, and add them to it; needs no torch.
+
+    Raises BundleError without recipes, DependencyError where the library or the device is missing here too.
+    """
+    from engines.backends import trt
+    from engines.manifest import engine_rows
+
+    manifest = trt.finish_recipes(bundle, progress).manifest
+    return {"bundle": str(Path(bundle).resolve()), "engines": engine_rows(manifest)}
 
 
 def build_method(model: str | Path, method: str | None = None) -> str:

@@ -30,6 +30,16 @@ def build_table(document: Mapping[str, Any]) -> Table:
     return Table(f"{document['bundle']}: built in {document['seconds']:.1f} s", columns, rows)
 
 
+def engines_table(document: Mapping[str, Any]) -> Table:
+    """``build`` for TensorRT: every engine of the bundle, for which device, and how large its file is."""
+    columns = ("graph", "backend", "version", "device", "MiB")
+    rows = [
+        (row["graph"], row["backend"], row["version"], row["device"], row["size_bytes"] / 2**20)
+        for row in document["engines"]
+    ]
+    return Table(f"{document['bundle']}: engines", columns, rows)
+
+
 def shown_name(row: Mapping[str, Any]) -> str:
     """A variant's name, and that its plugins are random where they are."""
     return f"{row['variant']} (untrained)" if row.get("untrained") else str(row["variant"])
