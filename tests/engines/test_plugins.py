@@ -1,0 +1,149 @@
+"""The merge plugins in TensorRT's real registry: what the eager operators say, the plugins say."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from compexport.errors import DependencyError
+from engines.backends import cuda
+from engines.plugins import merge
+from exporter import ops
+from tests.engines import lean_registry
+
+needs_registry = pytest.mark.skipif(bool(lean_registry.unavailable()), reason=lean_registry.unavailable())
+TENSORS = {plugin.name: len(plugin.tensors) for plugin in merge.PLUGINS}
+KINDS = ("float32", "float16", "bfloat16")
+LAUNCHES = [
+    {"name": name, "sizes": [2, 197, 64, 3, 5], "kind": kind}
+    for name in TENSORS
+    for kind in (KINDS if name == "MaskedTokenMerge" else ("float16",))
+]
+REFUSED = [
+    ({"name": "TokenMerge", "sizes": [2, 8, 16, 2, 1], "kind": "int32"}, "merge kernels: got DataType.INT32"),
+    (
+        {"name": "TokenMerge", "sizes": [2, 8, 16, 2, 1], "kind": "float16", "dynamic_hidden": True},
+        "dynamic hidden size",
+    ),
+]
+
+
+def _sizes() -> list[list[int]]:
+    """Thousands of [B, S, H, k, r], every remainder of S by k among them."""
+    generator = np.random.default_rng(0)
+    drawn = generator.integers([1, 1, 1, 1, 1], [65, 2049, 1025, 33, 65], (2000, 5)).tolist()
+    return [*drawn, *([2, s, 8, k, 3] for k in range(1, 17) for s in range(1, 65))]
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("registry")
+    order = {"sizes": _sizes(), "launches": [*LAUNCHES, *(one for one, _ in REFUSED)], "capability": 80}
+    path = folder / "order.json"
+    path.write_text(json.dumps(order), encoding="utf-8")
+    child = Path(__file__).with_name("plugin_child.py")
+    command = [sys.executable, "-W", "ignore", child, path, folder / "answers.json"]
+    environment = lean_registry.environment(folder)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    answer: dict[str, Any] = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
+    return answer
+
+
+def _fake_shape(op: ops.Op, B: int, S: int, k: int, H: int, r: int) -> list[int]:
+    """The eager operator's output shape, from its fake kernel: no arithmetic."""
+    groups = -(-S // k)
+    shapes = {"x": (B, S, H), "y": (B, groups, H)}
+    tensors = [torch.empty(shapes.get(name, (1,)), device="meta") for name in op.inputs]
+    return list(op.fake(*tensors, k).shape)
+
+
+@pytest.mark.trt
+@needs_registry
+def test_registry_has_the_plugins_the_nodes_ask_for(answers: dict[str, Any]) -> None:
+    assert answers["creators"] == [[name, ops.DOMAIN, str(ops.VERSION)] for name in TENSORS]
+    assert [[name for name, _ in fields] for fields in answers["fields"]] == [["ratio"]] * 3
+
+
+@pytest.mark.trt
+@needs_registry
+@pytest.mark.parametrize("op", ops.OPS, ids=lambda op: op.name)
+def test_shapes_are_those_of_the_eager_operator(op: ops.Op, answers: dict[str, Any]) -> None:
+    got = answers["shapes"][op.name]
+    sizes = _sizes()
+    assert len(got) == len(sizes) > 3000
+    for (B, S, H, k, r), shape in zip(sizes, got, strict=True):
+        assert shape == _fake_shape(op, B, S, k, H, r), (B, S, H, k, r)
+
+
+@pytest.mark.trt
+@needs_registry
+@pytest.mark.parametrize("order", LAUNCHES, ids=lambda order: f"{order['name']} {order['kind']}")
+def test_launch_covers_every_group(order: dict[str, Any], answers: dict[str, Any]) -> None:
+    got = answers["launches"][LAUNCHES.index(order)]
+    assert "error" not in got, got
+    batch, length, _, ratio, _ = order["sizes"]
+    groups = -(-length // ratio)
+    assert got["sizes"] == [length, groups, batch * groups]
+    launch = got["launch"]
+    assert (launch["grid_x"] - 1) * 16 < batch * groups <= launch["grid_x"] * 16
+    assert (launch["grid_y"], launch["grid_z"], launch["block_x"], launch["block_y"]) == (1, 1, 128, 1)
+    assert 0 <= launch["shared_mem"] <= 48 * 1024
+
+
+@pytest.mark.trt
+@needs_registry
+@pytest.mark.parametrize("order", LAUNCHES, ids=lambda order: f"{order['name']} {order['kind']}")
+def test_kernel_takes_what_tensorrt_passes(order: dict[str, Any], answers: dict[str, Any]) -> None:
+    """Pointers of the inputs, the three sizes, the pointer of the output, in this order, and nothing else."""
+    got = answers["launches"][LAUNCHES.index(order)]
+    entry = re.search(r"\.entry\s+(\w+)\s*\((.*?)\)", got["ptx"], re.DOTALL)
+    assert entry is not None and entry[1] == got["kernel"]
+    kinds = re.findall(r"\.param \.(u64|u32|b64|b32)", entry[2])
+    wide = ["64" in kind for kind in kinds]
+    assert wide == [True] * TENSORS[order["name"]] + [False] * 3 + [True]
+
+
+@pytest.mark.trt
+@needs_registry
+def test_all_tensors_have_one_type_and_lie_in_order(answers: dict[str, Any]) -> None:
+    for order in LAUNCHES:
+        got = answers["launches"][LAUNCHES.index(order)]
+        tensors = TENSORS[order["name"]] + 1
+        offered = [got["combinations"][at : at + tensors] for at in range(0, len(got["combinations"]), tensors)]
+        assert {types[0][0] for types in offered} == {"DataType.FLOAT", "DataType.HALF", "DataType.BF16"}
+        assert all(one == [types[0][0], "TensorFormat.LINEAR"] for types in offered for one in types)
+
+
+@pytest.mark.trt
+@needs_registry
+@pytest.mark.parametrize("index", range(len(REFUSED)))
+def test_what_no_kernel_can_do_is_refused(index: int, answers: dict[str, Any]) -> None:
+    assert REFUSED[index][1] in answers["launches"][len(LAUNCHES) + index]["error"]
+
+
+def test_plugins_are_those_of_the_operators() -> None:
+    assert {op.name: len(op.inputs) for op in ops.OPS} == TENSORS
+    assert (merge.NAMESPACE, merge.VERSION) == (ops.DOMAIN, str(ops.VERSION))  # noqa: SIM300
+
+
+def test_registering_for_this_machine_needs_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "devices", list)
+    with pytest.raises(DependencyError, match="registering plugins for this machine needs a CUDA device"):
+        merge.register()
+
+
+@pytest.mark.parametrize(("device", "known"), [("sm89", 89), ("sm103", 100), ("sm121", 120), ("sm75", 80)])
+def test_kernels_of_the_newest_older_device_serve_a_new_one(
+    monkeypatch: pytest.MonkeyPatch, device: str, known: int
+) -> None:
+    monkeypatch.setattr(cuda, "devices", lambda: [cuda.Device(0, "one", device)])
+    assert merge._capability_here() == known
