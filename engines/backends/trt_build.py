@@ -93,7 +93,10 @@ def build(trt: Any, request: Request, report: Report, cancelled: Callable[[], bo
         raise BuildError(_parse_errors(parser) or log.first_error() or "no reason given")
     config = builder.create_builder_config()
     _configure(trt, config, request, parser)
+    inputs = {network.get_input(i).name for i in range(network.num_inputs)}
     for number, profile in enumerate(request.profiles):
+        if profile.keys() != inputs:
+            raise BuildError(f"profile {number} of {', '.join(sorted(profile))}, expected {', '.join(sorted(inputs))}")
         _add_profile(builder, config, profile, number, log)
     cache = _load_timing_cache(config, request.timing_cache)
     monitor = _monitor(trt, report, cancelled)
@@ -170,8 +173,14 @@ def _parse_errors(parser: Any) -> str:
     for error in map(parser.get_error, range(parser.num_errors)):
         calls = " in ".join(error.local_function_stack())
         where = f" in {calls}" if calls else ""
-        return f"{error.node_operator() or 'the graph'} {error.node_name()!r}{where}: {error.desc()}"
+        node = " ".join(filter(None, (error.node_operator() or "the graph", error.node_name())))
+        # Of an operator that it does not know, a parser may only say that a condition is false.
+        return f"{node}{where}: {_words(error.code().name)}" + (f", {error.desc()}" if error.desc() != "false" else "")
     return ""
+
+
+def _words(constant: str) -> str:
+    return constant.lower().replace("_", " ")
 
 
 def _tensor(tensor: Any) -> tuple[str, str, list[int | None]]:
