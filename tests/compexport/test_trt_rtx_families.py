@@ -78,7 +78,9 @@ def test_every_graph_of_every_method_becomes_a_plan(bundles: Callable[[str], Pat
         assert record.sha256 == manifest.files[engine.path].sha256
 
 
-@pytest.mark.parametrize(("family", "graph"), [("variator", "r2"), ("costeff", "costeff-r2-s1"), ("ode", "ode-r2")])
+@pytest.mark.parametrize(
+    ("family", "graph"), [("variator", "r2"), ("costeff", "costeff-r2-s1"), ("ode", "ode-r2"), ("decoder", "ode-r2")]
+)
 def test_a_second_build_gives_the_same_bytes(
     bundles: Callable[[str], Path], tmp_path: Path, family: str, graph: str
 ) -> None:
