@@ -6,6 +6,7 @@ import ctypes
 import os
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -325,3 +326,18 @@ def test_a_build_that_does_not_listen_is_killed(build_with: Any, monkeypatch: py
     thread.join(60)
     assert not thread.is_alive() and "got cancelled" in str(failed[0])
     assert process._process.returncode is not None
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.trt
+@pytest.mark.skipif(find_spec("cuda") is None, reason="cuda-python is not installed (make test-trt)")
+@pytest.mark.skipif(bool(cuda.devices()), reason="there is a device")
+def test_cuda_without_a_device_says_so() -> None:
+    from engines.backends.cuda_memory import CudaMemory
+
+    with pytest.raises(CompexportError, match="CUDA: cudaMalloc failed: got cudaError"):
+        CudaMemory().allocate(4)
+    with pytest.raises(CompexportError, match="CUDA: cudaStreamCreateWithFlags failed: got cudaError"):
+        CudaMemory().stream()
