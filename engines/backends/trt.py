@@ -7,19 +7,22 @@ is said once (``trt_product``). An engine folder holds ``<graph>.plan`` and ``<g
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from compexport.errors import BundleError, CompexportError, DependencyError, InputError, describe
 from engines.backends import cuda
+from engines.backends.cuda_memory import CudaMemory
 from engines.backends.trt_maker import PlanMaker, Progress
 from engines.backends.trt_options import PLAN_OPTIONS, PlanOptions
 from engines.backends.trt_plan import PlanRecord, read_record
 from engines.backends.trt_product import TENSORRT, TENSORRT_RTX, Product, this_platform
 from engines.backends.trt_recipe import RecipeMaker, finish
+from engines.backends.trt_session import Plan, PlanSession
 from engines.bundle import Bundle
-from engines.manifest import Engine
+from engines.manifest import ENCODER, Engine
 from engines.session import Session
 
 
@@ -75,18 +78,35 @@ class Backend:
     ) -> dict[str, Session]:
         """As ``engines.runtime.Backend``. What can be known of plan and device is checked before the library is asked.
 
-        CompexportError: executing plans is not there yet.
+        CompexportError for variants of several graphs: exits, steps in a loop and decoders are not there yet.
         """
         names = list(variants) if variants is not None else list(bundle.manifest.variants)
         self.require()
-        device = cuda.require_device(f"an engine of {self.product.title}")
+        cuda.require_device(f"an engine of {self.product.title}")
+        sessions: dict[str, Session] = {}
         for name in names:
-            for graph in bundle.manifest.variants[name].graphs.values():
-                self.checked_plan(bundle, graph, device)
-        what = f"{self.product.title} plans are built and checked, but not executed yet"
-        raise CompexportError(describe(what, hint="use --backend ort"))
+            graphs = bundle.manifest.variants[name].graphs
+            if set(graphs) != {ENCODER}:
+                what = f"{name}: {self.product.title} runs variants of one graph so far"
+                raise CompexportError(describe(what, got=", ".join(graphs), hint="use --backend ort"))
+            sessions.update({name: self.open_graphs(bundle, [graphs[ENCODER]])[graphs[ENCODER]]})
+        return sessions
 
-    open_graphs = open_sessions
+    def open_graphs(
+        self, bundle: Bundle, graphs: Sequence[str], *, threads: int | None = None, provider: str = ""
+    ) -> dict[str, Session]:
+        """Sessions of single graphs; errors as ``open_sessions``."""
+        self.require()
+        device = cuda.require_device(f"an engine of {self.product.title}")
+        checked = {graph: self.checked_plan(bundle, graph, device) for graph in graphs}
+        library, memory = importlib.import_module(self.product.module), CudaMemory()
+        sessions: dict[str, Session] = {}
+        for graph, (path, record) in checked.items():
+            facts = bundle.manifest.graphs[graph]
+            source = bundle.file(facts.path)
+            plan = Plan(library, graph, path, source, record)
+            sessions[graph] = PlanSession(graph, facts, plan, record.profiles, memory)
+        return sessions
 
     def checked_plan(self, bundle: Bundle, graph: str, device: cuda.Device) -> tuple[Path, PlanRecord]:
         """The plan of a graph for this library and device; BundleError says what the bundle has instead."""

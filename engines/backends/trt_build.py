@@ -9,6 +9,7 @@ events, a line of JSON each, to its standard output. The end of its input cancel
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
@@ -24,6 +25,8 @@ from engines.backends.trt_profiles import Profile
 
 MIB = 1 << 20
 _EVERY_S = 0.1
+_FIXED = "--fixed-addresses"
+_QUERY, _NO_RANDOM_ADDRESSES = 0xFFFFFFFF, 0x0040000  # of personality(2)
 _DTYPES = {
     "FLOAT": "float32",
     "HALF": "float16",
@@ -93,7 +96,10 @@ def build(trt: Any, request: Request, report: Report, cancelled: Callable[[], bo
         raise BuildError(_parse_errors(parser) or log.first_error() or "no reason given")
     config = builder.create_builder_config()
     _configure(trt, config, request, parser)
+    inputs = {network.get_input(i).name for i in range(network.num_inputs)}
     for number, profile in enumerate(request.profiles):
+        if profile.keys() != inputs:
+            raise BuildError(f"profile {number} of {', '.join(sorted(profile))}, expected {', '.join(sorted(inputs))}")
         _add_profile(builder, config, profile, number, log)
     cache = _load_timing_cache(config, request.timing_cache)
     monitor = _monitor(trt, report, cancelled)
@@ -170,8 +176,14 @@ def _parse_errors(parser: Any) -> str:
     for error in map(parser.get_error, range(parser.num_errors)):
         calls = " in ".join(error.local_function_stack())
         where = f" in {calls}" if calls else ""
-        return f"{error.node_operator() or 'the graph'} {error.node_name()!r}{where}: {error.desc()}"
+        node = " ".join(filter(None, (error.node_operator() or "the graph", error.node_name())))
+        # Of an operator that it does not know, a parser may only say that a condition is false.
+        return f"{node}{where}: {_words(error.code().name)}" + (f", {error.desc()}" if error.desc() != "false" else "")
     return ""
+
+
+def _words(constant: str) -> str:
+    return constant.lower().replace("_", " ")
 
 
 def _tensor(tensor: Any) -> tuple[str, str, list[int | None]]:
@@ -246,6 +258,8 @@ def _monitor(trt: Any, report: Report, cancelled: Callable[[], bool]) -> Any:
 
 def main() -> None:
     """Serve the one request of this process; its events are ``stage``, then ``built`` or ``failed``."""
+    if _FIXED not in sys.argv:
+        _fix_addresses()
     # The library's native code prints; what it prints goes to the standard error.
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -267,6 +281,21 @@ def main() -> None:
     events.close()
     # The library's objects may not outlive its own exit handlers.
     os._exit(0)
+
+
+def _fix_addresses() -> None:
+    """On Linux, start this process anew with the same memory addresses every time, where that is allowed.
+
+    The compiler puts outputs of a graph that has several in an order that follows from addresses: without this, about
+    one plan in ten of such a graph has other bytes than the rest.
+    """
+    if sys.platform != "linux":
+        return
+    personality = ctypes.CDLL(None).personality
+    personality.argtypes = [ctypes.c_ulong]
+    now = personality(_QUERY)
+    if now >= 0 and personality(now | _NO_RANDOM_ADDRESSES) >= 0:
+        os.execv(sys.executable, [sys.executable, "-m", "engines.backends.trt_build", _FIXED])
 
 
 def _await_end(stop: threading.Event) -> None:

@@ -19,7 +19,7 @@ from engines.plugins import merge
 from exporter import ops
 from tests.engines import lean_registry
 
-needs_registry = pytest.mark.skipif(bool(lean_registry.unavailable()), reason=lean_registry.unavailable())
+needs_registry = pytest.mark.skipif(bool(lean_registry.missing()), reason=lean_registry.missing() or "there")
 TENSORS = {plugin.name: len(plugin.tensors) for plugin in merge.PLUGINS}
 KINDS = ("float32", "float16", "bfloat16")
 LAUNCHES = [
