@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
 from compexport.errors import DependencyError
 from engines.backends import cuda
+from engines.backends.trt_product import TENSORRT_RTX
 from engines.plugins import merge
-from exporter import ops
+from exporter import ops, passes
 from tests.engines import lean_registry
 
 needs_registry = pytest.mark.skipif(bool(lean_registry.missing()), reason=lean_registry.missing() or "there")
@@ -147,3 +149,62 @@ def test_kernels_of_the_newest_older_device_serve_a_new_one(
 ) -> None:
     monkeypatch.setattr(cuda, "devices", lambda: [cuda.Device(0, "one", device)])
     assert merge._capability_here() == known
+
+
+# --- from the ONNX parser ---------------------------------------------------------------------------------------------
+
+# TensorRT-RTX has the same parser and a plugin registry, but ends the process when a plugin is really made: the creator
+# says what it was given, and ends it first.
+PARSING = """
+import os, sys
+import numpy as np, tensorrt_rtx as trt
+
+class Creator(trt.IPluginCreatorV3One):
+    def __init__(self, name):
+        trt.IPluginCreatorV3One.__init__(self)
+        self.name, self.plugin_namespace, self.plugin_version = name, "compexport", "1"
+        fields = [trt.PluginField("ratio", np.array([]), trt.PluginFieldType.INT64)]
+        self.field_names = trt.PluginFieldCollection(fields)
+
+    def create_plugin(self, name, fields, phase):
+        print("PLUGIN", self.name, [(f.name, f.type.name, f.data.tolist()) for f in fields], flush=True)
+        os._exit(0)
+
+if sys.argv[2] == "registered":
+    creators = [Creator(name) for name in ("TokenMerge", "MaskedTokenMerge", "TokenSplit")]
+    for creator in creators:
+        trt.get_plugin_registry().register_creator(creator, "compexport")
+log = trt.Logger(trt.Logger.INTERNAL_ERROR)
+network = trt.Builder(log).create_network(0)
+print("BODY" if trt.OnnxParser(network, log).parse_from_file(sys.argv[1]) else "REFUSED", flush=True)
+os._exit(0)
+"""
+
+
+def _bound(op: ops.Op, ratio: int) -> onnx.ModelProto:
+    """The operator alone, as graphs of a bundle have it."""
+    x, groups = ["B", "S", 16], ["B", "M", 16]
+    shapes = {"x": x, "y": groups, "mask": ["B", "S"], "weight": [ratio, ratio * 16], "bias": [ratio]}
+    shapes |= {"down_w": [4, 32], "down_b": [4], "up_w": [16, 4], "up_b": [16]}
+    value = onnx.helper.make_tensor_value_info
+    inputs = [value(name, onnx.TensorProto.FLOAT, shapes[name]) for name in op.inputs]
+    result = value("result", onnx.TensorProto.FLOAT, x if op is ops.TOKEN_SPLIT else groups)
+    node = onnx.helper.make_node(op.name, list(op.inputs), ["result"], "node", domain=ops.DOMAIN)
+    opsets = [onnx.helper.make_opsetid("", ops.BODY_OPSET), onnx.helper.make_opsetid(ops.DOMAIN, ops.VERSION)]
+    graph = onnx.helper.make_graph([node], "one", inputs, [result])
+    return passes.with_bodies(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10), ratio)
+
+
+@pytest.mark.trt
+@pytest.mark.skipif(not TENSORRT_RTX.version(), reason="tensorrt_rtx is not installed (make test-trt)")
+@pytest.mark.parametrize("op", ops.OPS, ids=lambda op: op.name)
+def test_parser_hands_the_ratio_to_the_plugin_and_uses_the_body_without_one(
+    op: ops.Op, tmp_path: Path
+) -> None:
+    path = tmp_path / "one.onnx"
+    onnx.save(_bound(op, 3), path)
+    said = {}
+    for state in ("registered", "absent"):
+        command = [sys.executable, "-W", "ignore", "-c", PARSING, path, state]
+        said[state] = subprocess.run(command, capture_output=True, text=True, timeout=100).stdout.splitlines()[-1]
+    assert said == {"registered": f"PLUGIN {op.name} [('ratio', 'INT32', [3])]", "absent": "BODY"}
