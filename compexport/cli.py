@@ -109,6 +109,9 @@ PlanVersions = Annotated[
 ]
 PlanHardware = Annotated[bool, typer.Option("--hardware-compatible", help="trt: plans for later GPUs too, Ampere on.")]
 PlanDetailed = Annotated[bool, typer.Option("--detailed", help="trt, trt-rtx: plans that can tell about their layers.")]
+PlanPlugins = Annotated[
+    bool, typer.Option("--plugins", help="trt: the merge operators as one kernel each; not yet run on a GPU.")
+]
 PlanRecipe = Annotated[
     bool, typer.Option("--recipe", help="trt, trt-rtx: build nothing, write what another machine is to build.")
 ]
@@ -156,7 +159,7 @@ BUILD_OPTIONS_OF = {
 # Those of `build` that are for plans: a file's are not meant for other backends.
 PLAN_PARAMETERS = (
     *("batch", "length", "target", "workspace_mib", "level", "strip_weights", "version_compatible"),
-    *("hardware_compatible", "detailed", "recipe"),
+    *("hardware_compatible", "detailed", "plugins", "recipe"),
 )
 
 
@@ -478,6 +481,7 @@ def build(
     version_compatible: PlanVersions = False,
     hardware_compatible: PlanHardware = False,
     detailed: PlanDetailed = False,
+    plugins: PlanPlugins = False,
     recipe: PlanRecipe = False,
     from_recipe: FromRecipe = None,
     as_json: Json = False,
@@ -511,6 +515,7 @@ def build(
         version_compatible=version_compatible,
         hardware_compatible=hardware_compatible,
         detailed=detailed,
+        plugins=plugins,
         recipe=recipe,
     )
     # The file is one for families of all methods: what it says for others is left out.

@@ -23,6 +23,7 @@ from engines.backends.trt_recipe import RecipeMaker, finish
 from engines.backends.trt_session import Plan, PlanSession
 from engines.bundle import Bundle
 from engines.manifest import ENCODER, Engine
+from engines.plugins import ptx
 from engines.session import Session
 
 
@@ -64,7 +65,11 @@ class Backend:
         if self.product.needs_device:
             if not reason and not cuda.devices():
                 reason = f"{self.product.title} compiles on a GPU only, and none is here"
-            return RecipeMaker(self.product, options, reason) if reason else PlanMaker(self.product, options)
+            if reason:
+                return RecipeMaker(self.product, options, reason)
+            if options.plugins:
+                ptx.require_compiler()
+            return PlanMaker(self.product, options)
         self.require()
         if options.strip and not cuda.devices():
             what = f"--strip-weights: {self.product.title} leaves weights out only where it finds a CUDA device"
@@ -173,6 +178,9 @@ def _require_meaning(product: Product, options: PlanOptions) -> None:
         raise InputError(
             describe("--hardware-compatible", got=f"the backend {product.name}", expected="trt", hint=hint)
         )
+    if options.plugins and product.targets:
+        hint = f"{product.title} has no plugins"
+        raise InputError(describe("--plugins", got=f"the backend {product.name}", expected="trt", hint=hint))
     if options.level is not None and not 0 <= options.level <= 5:
         raise InputError(describe("--level", got=options.level, expected="0 (quick to build) to 5 (quick to run)"))
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.backends.trt_profiles import Profile
+from engines.plugins import merge
 
 MIB = 1 << 20
 _EVERY_S = 0.1
@@ -44,7 +45,8 @@ Report = Callable[[str, float], None]
 class Request:
     """What to build. ``targets`` and ``timing_cache`` are for those of the two products that know them.
 
-    ``without_lean``: a version-compatible plan leaves out the small runtime that would execute it.
+    ``without_lean``: a version-compatible plan leaves out the small runtime that would execute it. ``plugins``: compute
+    capability that kernels of the merge operators are compiled for; None has their bodies compiled instead.
     """
 
     module: str
@@ -59,6 +61,7 @@ class Request:
     without_lean: bool = False
     hardware_compatible: bool = False
     detailed: bool = False
+    plugins: int | None = None
     timing_cache: str | None = None
 
 
@@ -87,6 +90,8 @@ def build(trt: Any, request: Request, report: Report, cancelled: Callable[[], bo
     ``report`` gets the stage and how much of the build is done, 0 to 1; ``cancelled`` is asked at every step of it.
     """
     started = time.perf_counter()
+    if request.plugins is not None:
+        merge.register(request.plugins)  # before the parser looks for them
     log = _logger(trt)
     builder = trt.Builder(log)
     network = builder.create_network(0)

@@ -18,6 +18,7 @@ from engines.backends.trt_process import PlanProcess
 from engines.backends.trt_product import Product, this_platform
 from engines.backends.trt_profiles import profiles_of, resolved
 from engines.manifest import Engine, Graph
+from engines.plugins import ptx
 
 TIMINGS = "timing.cache"
 _FOLLOW_S = 0.2
@@ -53,11 +54,20 @@ class PlanMaker:
     def engine_key(self, graph_key: str) -> str:
         """Hash of what the plan of a graph depends on."""
         facts = (graph_key, self.NAME, self.version(), this_platform(), *self.targets, str(self.options), _sources())
+        if self.options.plugins:
+            facts += (ptx.compiler(),)
         return hashlib.sha256("\0".join(facts).encode()).hexdigest()
 
     def EngineBuilder(self, root: Path, folder: str, longest: int | None = None) -> PlanBuilder:
         """A builder of the bundle staged at ``root``; ``longest``: tokens that its graphs take."""
         return PlanBuilder(self, root, folder, longest)
+
+    @property
+    def kernels(self) -> int | None:
+        """The compute capability that plugins' kernels are compiled for; None without plugins."""
+        if not self.options.plugins:
+            return None
+        return ptx.PORTABLE if self.options.hardware_compatible else ptx.capability_for(self.targets[0])
 
     def _targets(self) -> list[str]:
         if self.product.targets:
@@ -95,6 +105,7 @@ class PlanBuilder:
             without_lean=maker.product.without_lean,
             hardware_compatible=options.hardware_compatible,
             detailed=options.detailed,
+            plugins=maker.kernels,
             timing_cache=str(folder / TIMINGS) if maker.product.keeps_timings else None,
         )
         process = PlanProcess(request, f"{maker.product.title} {maker.version()}")

@@ -28,7 +28,8 @@ class PlanOptions:
     ``batch`` 1:8:32, ``length`` 1:128:512 or what the model can, ``targets`` the cards' compute capabilities
     (TensorRT-RTX alone: sm86, sm89 and sm120), ``workspace_mib`` and ``level`` (0-5) the library's own.
     ``strip``: plans without weights, which are refitted from the bundle's graphs where they are opened.
-    ``detailed``: plans that can tell about their layers. ``recipe``: build nothing, write how to.
+    ``detailed``: plans that can tell about their layers. ``plugins``: the merge operators as one kernel each (TensorRT
+    alone). ``recipe``: build nothing, write how to.
     """
 
     batch: Range | None = None
@@ -40,6 +41,7 @@ class PlanOptions:
     version_compatible: bool = False
     hardware_compatible: bool = False
     detailed: bool = False
+    plugins: bool = False
     recipe: bool = False
 
     def given(self) -> list[str]:

@@ -23,6 +23,7 @@ from engines.backends.trt_plan import Recipe, read_recipe
 from engines.backends.trt_product import Product
 from engines.bundle import Bundle, BundleWriter
 from engines.manifest import Engine, Graph
+from engines.plugins import ptx
 
 _log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ class RecipeBuilder:
         order = order_of(maker.product, name, graph, self._options)
         recipe = Recipe(**order.model_dump(), minimum_version=maker.product.oldest, onnx=graph.path)
         texts = {".json": recipe.model_dump_json(indent=1) + "\n", ".py": _polygraphy(recipe)}
-        if maker.product.name == "trt":
+        if maker.product.name == "trt" and not maker.options.plugins:  # trtexec knows no plugins of Python's
             texts[".sh"] = _trtexec(recipe)
         (self._root / self._folder).mkdir(parents=True, exist_ok=True)
         for suffix, text in texts.items():
@@ -157,9 +158,18 @@ def _polygraphy(recipe: Recipe) -> str:
         module="tensorrt_rtx" if recipe.product == "trt-rtx" else "tensorrt",
         profiles=repr(profiles),
         verbosity="DETAILED" if options["detailed"] else "LAYER_NAMES_ONLY",
+        plugins=_registering(options),
         arguments="".join(f", {argument}" for argument in chosen),
         targets=repr(options["targets"] or []),
     )
+
+
+def _registering(options: dict[str, Any]) -> str:
+    """Statements that make the plugins known, where they are wanted; they need this package."""
+    if not options["plugins"]:
+        return ""
+    capability = ptx.PORTABLE if options["hardware_compatible"] else ""
+    return f"from engines.plugins import merge  # of compexport\n\nmerge.register({capability})\n"
 
 
 def _script() -> str:

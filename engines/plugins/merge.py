@@ -14,10 +14,9 @@ from typing import Any, TypeVar
 
 from compexport.errors import CompexportError, describe
 from engines.backends import cuda
-from engines.plugins.ptx import CAPABILITIES, ROWS, KernelShape, compiled
+from engines.plugins.ptx import PORTABLE, ROWS, KernelShape, capability_for, compiled
 
 NAMESPACE, VERSION = "compexport", "1"
-PORTABLE = 80  # PTX of this compute capability is translated for every later one
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -49,7 +48,7 @@ def register(capability: int | None = None) -> None:
     """
     global _compute_capability
     if capability is None:
-        capability = _capability_here()
+        capability = capability_for(cuda.require_device("registering plugins for this machine").capability)
     import tensorrt
     import tensorrt.plugin
 
@@ -58,13 +57,6 @@ def register(capability: int | None = None) -> None:
     for plugin in PLUGINS:
         if registry.get_creator(plugin.name, VERSION, NAMESPACE) is None:
             _define(plugin, tensorrt.plugin)
-
-
-def _capability_here() -> int:
-    """This machine's; of a device for which there is no kernel, the newest that is older."""
-    device = cuda.require_device("registering plugins for this machine")
-    number = int(device.capability.removeprefix("sm"))
-    return max((known for known in CAPABILITIES if known <= number), default=PORTABLE)
 
 
 def _define(plugin: Plugin, trtp: Any) -> None:

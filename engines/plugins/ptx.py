@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-from compexport.errors import CompexportError, InputError, describe
+from compexport.errors import CompexportError, DependencyError, InputError, describe
 
 # Compute capability -> the oldest version of the PTX language that has it (as major * 10 + minor), for old drivers.
 CAPABILITIES = {80: 80, 86: 80, 89: 80, 90: 86, 100: 86, 120: 87}
+PORTABLE = 80  # PTX of this compute capability is translated for every later one
 KINDS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 SIZES = ("length", "groups", "total")  # 32-bit arguments between the inputs and the output
 ROWS = 16  # groups of one program
@@ -42,6 +47,26 @@ class Compiled:
     shared_bytes: int
     threads: int
     parameters: int
+
+
+def capability_for(device: str) -> int:
+    """The newest capability with kernels that a device such as "sm89" can run; the oldest where there is none."""
+    number = int(device.removeprefix("sm"))
+    return max((known for known in CAPABILITIES if known <= number), default=PORTABLE)
+
+
+def require_compiler() -> None:
+    """DependencyError when Triton, which compiles the kernels, is not installed."""
+    if find_spec("triton") is None:
+        hint = "pip install 'compexport[tensorrt]' on Linux installs it"
+        raise DependencyError(describe("--plugins: the package triton is missing", hint=hint))
+
+
+def compiler() -> str:
+    """What compiles the kernels, and from which source: whatever a plan with plugins depends on."""
+    here = Path(__file__).parent
+    sources = b"".join((here / name).read_bytes() for name in ("kernels.py", "merge.py", "ptx.py"))
+    return f"triton {metadata.version('triton')} {hashlib.sha256(sources).hexdigest()}"
 
 
 def constants(operator: str, kind: str, shape: KernelShape) -> dict[str, int]:

@@ -77,6 +77,16 @@ def _check_trtexec(script: str) -> None:
     assert "--stripWeights" not in words
 
 
+def test_recipes_with_plugins_register_them(cli: Cli, model: Path, bundle: Path, elsewhere: None) -> None:
+    done = build(cli, model, "--recipe", "--plugins")
+    assert done.code == 0, done.err
+    assert read_recipe(bundle / RECIPES / "r2.json").options["plugins"] is True
+    script = (bundle / RECIPES / "r2.py").read_text()
+    ast.parse(script)
+    assert "from engines.plugins import merge" in script and "\nmerge.register()\n" in script
+    assert not (bundle / RECIPES / "r2.sh").exists()  # trtexec could not
+
+
 def test_recipes_are_not_finished_where_they_cannot_be(cli: Cli, model: Path, bundle: Path, elsewhere: None) -> None:
     assert build(cli, model).code == 0
     kept = (bundle / "manifest.json").read_bytes()

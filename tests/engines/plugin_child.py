@@ -7,6 +7,7 @@ to another. Sizes of tensors are expressions in TensorRT; here each is a number,
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import tensorrt.plugin as trtp
 import tensorrt_bindings.plugin._lib as library
 import tensorrt_bindings.plugin._tensor as tensors
 
+from engines.backends.trt_build import Request, build
 from engines.plugins import merge
 
 NAMES = [plugin.name for plugin in merge.PLUGINS]
@@ -150,7 +152,27 @@ def launch(order: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def answers(order: dict[str, Any]) -> dict[str, Any]:
+def built(folder: Path) -> dict[str, Any]:
+    """What the backend's build does with plugins wanted; the core below TensorRT's bindings builds nothing."""
+    registry = trt.get_plugin_registry()
+    before = registry.get_creator(NAMES[0], merge.VERSION, merge.NAMESPACE) is not None
+    seen: list[bool] = []
+    parse = trt.OnnxParser.parse_from_file
+
+    def parsing(*given: Any) -> Any:
+        seen.append(all(registry.get_creator(name, merge.VERSION, merge.NAMESPACE) is not None for name in NAMES))
+        return parse(*given)
+
+    trt.OnnxParser.parse_from_file = parsing
+    trt.Builder.build_serialized_network = lambda *given: b"PLAN"
+    profile = {"a": [[1, 1], [1, 1], [1, 1]]}  # what the core calls its one tensor
+    request = Request("tensorrt", str(folder / "g.onnx"), str(folder / "g.plan"), [profile], [], plugins=89)
+    build(trt, request, lambda stage, share: None, lambda: False)
+    return {"before": before, "when parsing": seen, "capability": merge._compute_capability}
+
+
+def answers(order: dict[str, Any], folder: Path) -> dict[str, Any]:
+    through_the_backend = built(folder)
     merge.register(order["capability"])
     merge.register(order["capability"])  # again: harmless
     trt.IDimensionExpr = Number  # what expressions are checked to be
@@ -168,6 +190,7 @@ def answers(order: dict[str, Any]) -> dict[str, Any]:
         "fields": [[[field.name, field.type.name] for field in one.field_names] for one in creators],
         "shapes": {name: output_shapes(name, order["sizes"]) for name in NAMES},
         "launches": launches,
+        "built": through_the_backend,
     }
 
 
@@ -175,5 +198,5 @@ if __name__ == "__main__":
     with open(sys.argv[1], encoding="utf-8") as file:
         order = json.load(file)
     with open(sys.argv[2], "w", encoding="utf-8") as file:  # the library writes to stdout itself
-        json.dump(answers(order), file)
+        json.dump(answers(order, Path(sys.argv[2]).parent), file)
     os._exit(0)  # no library that is complete is unloaded here

@@ -17,7 +17,7 @@ import torch
 from compexport.errors import DependencyError
 from engines.backends import cuda
 from engines.backends.trt_product import TENSORRT_RTX
-from engines.plugins import merge
+from engines.plugins import merge, ptx
 from exporter import ops, passes
 from tests.engines import lean_registry
 
@@ -127,6 +127,12 @@ def test_all_tensors_have_one_type_and_lie_in_order(answers: dict[str, Any]) -> 
 
 @pytest.mark.trt
 @needs_registry
+def test_a_build_with_plugins_registers_them_before_it_parses(answers: dict[str, Any]) -> None:
+    assert answers["built"] == {"before": False, "when parsing": [True], "capability": 89}
+
+
+@pytest.mark.trt
+@needs_registry
 @pytest.mark.parametrize("index", range(len(REFUSED)))
 def test_what_no_kernel_can_do_is_refused(index: int, answers: dict[str, Any]) -> None:
     assert REFUSED[index][1] in answers["launches"][len(LAUNCHES) + index]["error"]
@@ -144,11 +150,8 @@ def test_registering_for_this_machine_needs_a_device(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(("device", "known"), [("sm89", 89), ("sm103", 100), ("sm121", 120), ("sm75", 80)])
-def test_kernels_of_the_newest_older_device_serve_a_new_one(
-    monkeypatch: pytest.MonkeyPatch, device: str, known: int
-) -> None:
-    monkeypatch.setattr(cuda, "devices", lambda: [cuda.Device(0, "one", device)])
-    assert merge._capability_here() == known
+def test_kernels_of_the_newest_older_device_serve_a_new_one(device: str, known: int) -> None:
+    assert ptx.capability_for(device) == known
 
 
 # --- from the ONNX parser ---------------------------------------------------------------------------------------------
@@ -198,9 +201,7 @@ def _bound(op: ops.Op, ratio: int) -> onnx.ModelProto:
 @pytest.mark.trt
 @pytest.mark.skipif(not TENSORRT_RTX.version(), reason="tensorrt_rtx is not installed (make test-trt)")
 @pytest.mark.parametrize("op", ops.OPS, ids=lambda op: op.name)
-def test_parser_hands_the_ratio_to_the_plugin_and_uses_the_body_without_one(
-    op: ops.Op, tmp_path: Path
-) -> None:
+def test_parser_hands_the_ratio_to_the_plugin_and_uses_the_body_without_one(op: ops.Op, tmp_path: Path) -> None:
     path = tmp_path / "one.onnx"
     onnx.save(_bound(op, 3), path)
     said = {}

@@ -106,6 +106,7 @@ def test_options_survive_json() -> None:
         ("ort", PlanOptions(level=2), "--level: got the backend ort, expected trt or trt-rtx"),
         ("trt", PlanOptions(targets=("sm86",)), "--target: got the backend trt, expected trt-rtx; plans fit the GPU"),
         ("trt-rtx", PlanOptions(hardware_compatible=True), "--hardware-compatible: got the backend trt-rtx"),
+        ("trt-rtx", PlanOptions(plugins=True), "--plugins: got the backend trt-rtx, expected trt; TensorRT-RTX has no"),
         ("trt", PlanOptions(level=6), "--level: got 6, expected 0"),
     ],
 )
@@ -148,6 +149,17 @@ def test_plans_are_for_the_device_that_is_there(installed: None, monkeypatch: py
     monkeypatch.setattr(cuda, "devices", list)
     recipes = backends.builder("trt")
     assert recipes.NAME == "trt-recipe" and recipes.reason == "TensorRT compiles on a GPU only, and none is here"
+
+
+def test_plugins_are_compiled_for_the_device_or_for_all(installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "devices", lambda: [ADA])
+    monkeypatch.setattr("engines.plugins.ptx.find_spec", lambda name: object())
+    assert backends.builder("trt", PlanOptions(plugins=True)).kernels == 89
+    assert backends.builder("trt", PlanOptions(plugins=True, hardware_compatible=True)).kernels == 80
+    assert backends.builder("trt", PlanOptions()).kernels is None
+    monkeypatch.setattr("engines.plugins.ptx.find_spec", lambda name: None)
+    with pytest.raises(DependencyError, match=r"--plugins: the package triton is missing; pip install"):
+        backends.builder("trt", PlanOptions(plugins=True))
 
 
 # --- devices -------------------------------------------------------------------------------------------------------
