@@ -772,11 +772,13 @@ def inspect(
     from compexport import api, tables
     from compexport.present import progress
 
-    with _screen(as_json) as screen, progress() as report:
-        document = api.inspect(bundle, target, report)
     if target is None:
+        with _screen(as_json) as screen:
+            document = api.inspect(bundle)
         screen.document(document, tables.inspect_tables(document))
         return
+    with _screen(as_json) as screen, progress() as report:
+        document = api.inspect(bundle, target, report)
     screen.document(document, tables.target_tables(document))
     if not document["ok"]:
         raise typer.Exit(1)

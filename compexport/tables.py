@@ -356,9 +356,14 @@ def _parsed(graph: Mapping[str, Any]) -> str | None:
 
 
 def _tied(document: Mapping[str, Any]) -> list[str]:
-    """Each set of axes once, however many graphs have it."""
-    ties = {f"{name}: {', '.join(axes)}" for graph in document["graphs"] for name, axes in graph["sizes"].items()}
-    return [f"one size in every profile, {tie}" for tie in sorted(ties)]
+    """Each set of axes once, however many graphs have it; of long ones the beginning, which --json has whole."""
+    ties = {(name, tuple(axes)) for graph in document["graphs"] for name, axes in graph["sizes"].items()}
+    return [f"one size in every profile, {name}: {_begun(axes)}" for name, axes in sorted(ties)]
+
+
+def _begun(names: Sequence[str], shown: int = 4) -> str:
+    rest = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _findings_tables(document: Mapping[str, Any]) -> list[Table]:

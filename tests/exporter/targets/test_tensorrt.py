@@ -15,12 +15,15 @@ import onnx
 import onnx.defs
 import onnx.parser
 import pytest
+import torch
 from onnx import numpy_helper
+from torch import nn
 
 from exporter import ops
 from exporter.targets.places import opened
 from exporter.targets.rules import NOT_BUILT, NOT_PARSED, SEEN, TO_KNOW, Finding, findings
 from exporter.targets.tensorrt import BOTH, NOT_IMPORTED, RULES, TENSORRT_RTX, tied_sizes
+from exporter.trace import onnx_from_module
 from tests.exporter.targets.broken import BROKEN, TAKEN, Broken, model, one
 
 by_name = {rule.name: rule for rule in RULES}
@@ -150,6 +153,30 @@ def test_module_as_tracers_write_it(namespace: str, name: str, module: str) -> N
     made.graph.node[0].name = name
     (finding,) = findings(RULES, opened(made))
     assert finding.module == module and finding.node == name and finding.operator == "Cast"
+
+
+class Bits(nn.Module):
+    """Keeps the lowest bit, with an operator that the parser does not have."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.bitwise_and(ids, 1)
+
+
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Identity(), Bits()])
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            input_ids = layer(input_ids)
+        return input_ids.float()
+
+
+def test_module_at_fault_of_a_traced_model() -> None:
+    traced = onnx_from_module(Outer(), ["input_ids"], ["bits"])
+    (finding,) = findings(RULES, opened(traced))
+    assert (finding.rule, finding.operator, finding.module) == ("not-imported", "BitwiseAnd", "layers.1 (Bits)")
 
 
 def test_a_stored_value_is_read_from_its_file(tmp_path: Path) -> None:
