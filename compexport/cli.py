@@ -501,6 +501,7 @@ def build(
     from engines.backends.trt_options import PLAN_OPTIONS, PlanOptions, parsed_range, parsed_targets
 
     if from_recipe is not None:
+        _require_alone(context, "from_recipe")
         with _screen(as_json) as screen, present.progress() as progress:
             document = api.build_recipes(from_recipe, progress=progress)
         screen.document(document, [tables.engines_table(document)])
@@ -831,10 +832,24 @@ def _from_file(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "DEFAULT_MAP"
 
 
+def _require_alone(context: typer.Context, option: str) -> None:
+    """InputError for anything typed beside an option that leaves it no meaning, but for how to print."""
+    allowed = {option, "as_json", "config", "debug"}
+    typed = [name for name in context.params if _typed(context, name) and name not in allowed]
+    if typed:
+        named = ", ".join("--" + name.replace("_", "-") for name in typed)
+        raise InputError(describe(f"--{option.replace('_', '-')} goes with no other option", got=named))
+
+
+def _typed(context: typer.Context, name: str) -> bool:
+    """Whether a value was typed, and does not stand in the configuration file."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def _typed_plan(context: typer.Context) -> bool:
     """Whether an option of TensorRT's plans was typed: then another backend refuses it, which it does not in a file."""
-    sources = (context.get_parameter_source(name) for name in PLAN_PARAMETERS)
-    return any(source is not None and source.name == "COMMANDLINE" for source in sources)
+    return any(_typed(context, name) for name in PLAN_PARAMETERS)
 
 
 def _own(context: typer.Context, foreign: set[str], name: str, value: Value, default: Value) -> Value:

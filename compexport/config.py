@@ -22,7 +22,7 @@ from compexport.errors import InputError, describe
 FILE_NAME = "compexport.toml"
 
 # Options that make no sense in a file: they steer one call, or name the file itself.
-_NOT_IN_FILE = {"config", "as_json", "debug", "context", "from_recipe"}
+_NOT_IN_FILE = {"config", "as_json", "debug", "context"}
 # Options that take several numbers, "2,4,8" on the command line and [2, 4, 8] in the file.
 NUMBER_LISTS = {"ratio", "batch", "length", "exits", "threshold", "steps", "granularities"}
 

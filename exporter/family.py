@@ -112,6 +112,8 @@ def build(
     for line in plan.warnings():
         _log.warning(line)
     runtime = backends.builder(backend, plans)
+    if runtime.NOTE:
+        _log.warning(runtime.NOTE)
     keys = plan.keys()
     with BundleWriter(output) as writer:
         previous = writer.previous

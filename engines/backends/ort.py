@@ -37,6 +37,7 @@ from engines.stepper import stepper
 NAME = "ort"
 FOLDER = "engines/ort-cpu"
 RUNS_HERE = True  # what is built can be compared with PyTorch at once
+NOTE = ""
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 WEIGHTS = "weights.bin"
 PAGE = 4096

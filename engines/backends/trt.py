@@ -94,7 +94,7 @@ class Backend:
             if set(graphs) != {ENCODER}:
                 what = f"{name}: {self.product.title} runs variants of one graph so far"
                 raise CompexportError(describe(what, got=", ".join(graphs), hint="use --backend ort"))
-            sessions.update({name: self.open_graphs(bundle, [graphs[ENCODER]])[graphs[ENCODER]]})
+            sessions[name] = self.open_graphs(bundle, [graphs[ENCODER]])[graphs[ENCODER]]
         return sessions
 
     def open_graphs(

@@ -114,7 +114,7 @@ def build(trt: Any, request: Request, report: Report, cancelled: Callable[[], bo
         if monitor.stopped:
             raise BuildError("cancelled", cancelled=True)
         raise BuildError(log.first_error() or "no reason given")
-    Path(request.plan).write_bytes(bytes(plan))
+    Path(request.plan).write_bytes(memoryview(plan))
     if cache is not None and request.timing_cache is not None:
         Path(request.timing_cache).write_bytes(bytes(cache.serialize()))
     return Built(

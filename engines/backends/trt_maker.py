@@ -17,6 +17,7 @@ from engines.backends.trt_plan import PlanOrder, PlanRecord
 from engines.backends.trt_process import PlanProcess
 from engines.backends.trt_product import Product, this_platform
 from engines.backends.trt_profiles import profiles_of, resolved
+from engines.bundle_reader import sha256_of
 from engines.manifest import Engine, Graph
 from engines.plugins import ptx
 
@@ -40,6 +41,7 @@ class PlanMaker:
 
     # A plan is compared with PyTorch where it can be executed, which needs a GPU.
     RUNS_HERE = False
+    NOTE = ""
 
     def __init__(self, product: Product, options: PlanOptions) -> None:
         self.product, self.options = product, options
@@ -125,25 +127,25 @@ class PlanBuilder:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._worker.shutdown(wait=False, cancel_futures=True)
         for _, process, done in self._added.values():
             if not done.done():
                 process.cancel()
-        self._worker.shutdown(cancel_futures=True)
+        self._worker.shutdown()
 
     def _engine(self, name: str, graph: Graph, built: Built) -> Engine:
         """Check what was built against the graph, write its record, and list it."""
         maker = self._maker
         _require_tensors(name, graph, built)
         plan, record_path = f"{self._folder}/{name}.plan", f"{self._folder}/{name}.json"
-        data = (self._root / plan).read_bytes()
         record = PlanRecord(
             **order_of(maker.product, name, graph, self._options).model_dump(),
             version=built.version,
             platform=this_platform(),
             targets=maker.targets,
             plugins=built.plugins,
-            size_bytes=len(data),
-            sha256=hashlib.sha256(data).hexdigest(),
+            size_bytes=(self._root / plan).stat().st_size,
+            sha256=sha256_of(self._root / plan),
             build_seconds=round(built.seconds, 3),
         )
         (self._root / record_path).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")

@@ -8,7 +8,6 @@ for Polygraphy. Nothing here is ever executed by us.
 from __future__ import annotations
 
 import hashlib
-import logging
 import shlex
 from collections.abc import Callable
 from importlib.resources import files
@@ -25,8 +24,6 @@ from engines.bundle import Bundle, BundleWriter
 from engines.manifest import Engine, Graph
 from engines.plugins import ptx
 
-_log = logging.getLogger(__name__)
-
 ANY_DEVICE = "any"
 _SUFFIX = "-recipe"
 
@@ -40,6 +37,8 @@ class RecipeMaker:
         self.product, self.options, self.reason = product, options, reason
         self.NAME = product.name + _SUFFIX
         self.FOLDER = f"engines/{self.NAME}"
+        finishing = "where there is a GPU, `compexport build --from-recipe BUNDLE` builds plans from them"
+        self.NOTE = f"{reason}; recipes are written instead: {finishing}" if reason else ""
 
     def version(self) -> str:
         """The oldest version of the library that will do."""
@@ -86,12 +85,8 @@ class RecipeBuilder:
         )
 
     def finish(self, progress: Progress) -> dict[str, Engine]:
-        """The recipes by graph name, after saying that they are no plans."""
-        maker = self._maker
-        progress(f"writing recipes for {maker.product.title}")
-        if maker.reason:
-            finishing = "there, `compexport build --from-recipe BUNDLE` builds them"
-            _log.warning("%s; recipes were written for a machine with a GPU: %s", maker.reason, finishing)
+        """The recipes by graph name."""
+        progress(f"writing recipes for {self._maker.product.title}")
         return self._engines
 
     def __enter__(self) -> RecipeBuilder:
