@@ -16,7 +16,8 @@ from compexport.errors import CompexportError, DependencyError, InputError, desc
 
 # Compute capability -> the oldest version of the PTX language that has it (as major * 10 + minor), for old drivers.
 CAPABILITIES = {80: 80, 86: 80, 89: 80, 90: 86, 100: 86, 120: 87}
-PORTABLE = 80  # PTX of this compute capability is translated for every later one
+PORTABLE = 80  # PTX of this compute capability is translated for every later one,
+_OWN_ALONE = 90  # that from this one on, as Triton writes it (sm_90a), only for the device itself
 KINDS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 SIZES = ("length", "groups", "total")  # 32-bit arguments between the inputs and the output
 ROWS = 16  # groups of one program
@@ -50,9 +51,12 @@ class Compiled:
 
 
 def capability_for(device: str) -> int:
-    """The newest capability with kernels that a device such as "sm89" can run; the oldest where there is none."""
+    """The newest capability whose kernels a device such as "sm89" can run; InputError where there is none."""
     number = int(device.removeprefix("sm"))
-    return max((known for known in CAPABILITIES if known <= number), default=PORTABLE)
+    able = [known for known in CAPABILITIES if known == number or (known < number and known < _OWN_ALONE)]
+    if not able:
+        raise InputError(describe("merge kernels", got=device, expected=f"sm{PORTABLE} or newer"))
+    return max(able)
 
 
 def require_compiler() -> None:

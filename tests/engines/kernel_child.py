@@ -23,6 +23,8 @@ KINDS = (torch.float32, torch.float16, torch.bfloat16)
 # B, S, k, H, r: one token, S below k, S divided and not, k not a power of two, H and r smaller and larger than a tile.
 SIZES = [(1, 1, 1, 5, 1), (2, 3, 4, 8, 2), (2, 7, 3, 20, 5), (3, 16, 4, 40, 17), (1, 37, 2, 16, 16), (2, 20, 5, 12, 3)]
 SIZES += [(20, 9, 2, 8, 1), (1, 16, 16, 72, 20), (1, 34, 17, 130, 33)]
+# Every remainder of S by k, in few numbers.
+MANY = [(2, S, k, 3, 2) for k in (1, 2, 3, 5, 8) for S in sorted({1, k, k + 1, 2 * k, 3 * k - 1, 3 * k + 2})]
 KERNELS = {plugin.name: plugin.kernel for plugin in PLUGINS}
 
 
@@ -97,5 +99,6 @@ def hidden_tokens() -> dict[str, bool]:
 if __name__ == "__main__":
     teach_bfloat16()
     rows = [compared(op, kind, sizes) for op in ops.OPS for kind in KINDS for sizes in SIZES]
+    rows += [compared(op, torch.float32, sizes) for op in ops.OPS for sizes in MANY]
     with open(sys.argv[1], "w", encoding="utf-8") as file:
         json.dump({"rows": rows, "hidden": hidden_tokens()}, file)

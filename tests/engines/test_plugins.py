@@ -14,7 +14,7 @@ import onnx
 import pytest
 import torch
 
-from compexport.errors import DependencyError
+from compexport.errors import DependencyError, InputError
 from engines.backends import cuda
 from engines.backends.trt_product import TENSORRT_RTX
 from engines.plugins import merge, ptx
@@ -149,9 +149,17 @@ def test_registering_for_this_machine_needs_a_device(monkeypatch: pytest.MonkeyP
         merge.register()
 
 
-@pytest.mark.parametrize(("device", "known"), [("sm89", 89), ("sm103", 100), ("sm121", 120), ("sm75", 80)])
-def test_kernels_of_the_newest_older_device_serve_a_new_one(device: str, known: int) -> None:
+@pytest.mark.parametrize(
+    ("device", "known"), [("sm80", 80), ("sm87", 86), ("sm89", 89), ("sm90", 90), ("sm103", 89), ("sm121", 89)]
+)
+def test_kernels_that_a_device_can_run(device: str, known: int) -> None:
+    """PTX as Triton writes it from sm90 on (``sm_90a``) is for that device alone; before, for every later one."""
     assert ptx.capability_for(device) == known
+
+
+def test_devices_before_ampere_have_no_kernels() -> None:
+    with pytest.raises(InputError, match="merge kernels: got sm75, expected sm80 or newer"):
+        ptx.capability_for("sm75")
 
 
 # --- from the ONNX parser ---------------------------------------------------------------------------------------------
