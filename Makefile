@@ -27,7 +27,7 @@ test: lint
 test-trt: $(VENV)/.ready-trt
 	$(BIN)/python -m pytest -m trt $(PYTEST)
 
-$(VENV)/.ready-trt: $(READY)
+$(VENV)/.ready-trt: $(READY) Makefile
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(RTX)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 	  tensorrt_cu13_bindings==$(TRT_VERSION) tensorrt_cu13==$(TRT_VERSION) tensorrt_lean_cu13_libs==$(TRT_VERSION) $(TRITON)
