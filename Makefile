@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 DEMO ?=
 PYTEST ?= -n 2
 
-# What `make test-trt` needs besides: NVIDIA's wheels, which are proprietary and large (350 MB), so that no other target
+# What `make test-trt` needs besides: NVIDIA's wheels, which are proprietary and large (300 MB), so that no other target
 # installs them. TensorRT-RTX is whole; of TensorRT these are the Python bindings alone, without the library.
 RTX := tensorrt_rtx==1.7.1.116 polygraphy==0.53.6 'cuda-python>=13'
 TRT_VERSION ?= 11.4.0.106
