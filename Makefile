@@ -8,8 +8,8 @@ READY := $(VENV)/.ready
 DEMO ?=
 PYTEST ?= -n 2
 
-# What `make test-trt` needs besides: NVIDIA's wheels, which are proprietary and large (350 MB), so that no other target
-# installs them. TensorRT-RTX is whole; of TensorRT these are the Python bindings and the lean runtime, for its plugin
+# What `make test-trt` needs besides: NVIDIA's wheels, which are proprietary and large (350 MB without Triton), so that no other
+# target installs them. TensorRT-RTX is whole; of TensorRT these are the Python bindings and the lean runtime, for its plugin
 # registry, without the library that builds. Triton compiles the plugins' kernels.
 RTX := tensorrt_rtx==1.7.1.116 polygraphy==0.53.6 'cuda-python>=13'
 TRT_VERSION ?= 11.4.0.106
