@@ -1,4 +1,4 @@
-# `make demo` and `make test` do all the set-up of a fresh machine: a virtual environment in .venv with the pinned set.
+# `make demo`, `make test` and `make test-trt` do all the set-up of a fresh machine: a virtual environment in .venv with the pinned set.
 # Options: PYTHON=python3.12 (which interpreter), DEMO="--fast" (options of the demo), PYTEST="-k cli" (of the tests).
 
 PYTHON ?= python3
@@ -8,7 +8,14 @@ READY := $(VENV)/.ready
 DEMO ?=
 PYTEST ?= -n 2
 
-.PHONY: demo test lint clean
+# What `make test-trt` needs besides: NVIDIA's wheels, which are proprietary and large (350 MB without Triton), so that no other
+# target installs them. TensorRT-RTX is whole; of TensorRT these are the Python bindings and the lean runtime, for its plugin
+# registry, without the library that builds. Triton compiles the plugins' kernels.
+RTX := tensorrt_rtx==1.7.1.116 polygraphy==0.53.6 'cuda-python>=13'
+TRT_VERSION ?= 11.4.0.106
+TRITON := triton==3.9.0
+
+.PHONY: demo test test-trt lint clean
 .DEFAULT_GOAL := test
 
 demo: $(READY)
@@ -16,6 +23,15 @@ demo: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST)
+
+test-trt: $(VENV)/.ready-trt
+	$(BIN)/python -m pytest -m trt $(PYTEST)
+
+$(VENV)/.ready-trt: $(READY) Makefile
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(RTX)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  tensorrt_cu13_bindings==$(TRT_VERSION) tensorrt_cu13==$(TRT_VERSION) tensorrt_lean_cu13_libs==$(TRT_VERSION) $(TRITON)
+	@touch $@
 
 lint: $(READY)
 	$(BIN)/ruff check .

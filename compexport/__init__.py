@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         TargetMissed,
     )
     from compexport.training import train
+    from engines.backends.trt_options import PlanOptions, Range
     from engines.bundle import Bundle
     from engines.exit_rule import ExitRule
     from engines.results import Result
@@ -70,6 +71,8 @@ __all__ = [
     "ExitRule",
     "Exits",
     "Fit",
+    "PlanOptions",
+    "Range",
     "Rows",
     "Sampling",
     "Saving",
@@ -91,6 +94,8 @@ _HOMES = {
     "Bundle": "engines.bundle",
     "Decision": "engines.selector",
     "ExitRule": "engines.exit_rule",
+    "PlanOptions": "engines.backends.trt_options",
+    "Range": "engines.backends.trt_options",
     "Result": "engines.results",
     "Runtime": "engines.runtime",
     "Sampling": "engines.sampling",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from compexport.errors import BundleError, InputError, describe
 from compexport.present import Progress
 from compexport.stepping import Steps as Steps
+from engines.backends.trt_options import PLAN_OPTIONS, PlanOptions
 
 if TYPE_CHECKING:
     from calib.data import Examples
@@ -200,9 +201,35 @@ def load(
     return Runtime.open(path, backend=backend, threads=threads, provider=provider, variants=variants)
 
 
-def inspect(bundle: str | Path = "bundle") -> dict[str, Any]:
-    """The checked manifest."""
+def inspect(bundle: str | Path = "bundle", target: str | None = None, progress: Progress = quiet) -> dict[str, Any]:
+    """The checked manifest; with ``target``, whether the graphs are expected to pass that compiler.
+
+    ``target`` is "tensorrt" or "tensorrt-rtx", and ``bundle`` may then also be an ONNX file. Nothing is built. Where
+    tensorrt_rtx is installed, its parser is asked too. Raises InputError for a file that is no ONNX model.
+    """
+    if target is not None:
+        return _checked_for(Path(bundle), target, progress)
+    if Path(bundle).is_file():
+        hint = "an ONNX file is checked with --target tensorrt"
+        raise InputError(describe("inspect", got=bundle, expected="the folder of a bundle", hint=hint))
     return open_bundle(bundle).manifest.model_dump(mode="json")
+
+
+def _checked_for(path: Path, target: str, progress: Progress) -> dict[str, Any]:
+    from exporter.targets.check import Candidate, check
+    from exporter.targets.tensorrt import BOTH
+
+    product = choice("target", target, BOTH)
+    if path.is_file():
+        return check([Candidate(path.stem, path)], product, progress)
+    bundle = open_bundle(path)
+    manifest = bundle.manifest
+    users = {
+        key: tuple(name for name, variant in manifest.variants.items() if key in variant.graphs.values())
+        for key in manifest.graphs
+    }
+    graphs = [Candidate(key, bundle.file(graph.path), users[key]) for key, graph in manifest.graphs.items()]
+    return check(graphs, product, progress)
 
 
 def verify(bundle: str | Path = "bundle") -> dict[str, Any]:
@@ -298,6 +325,7 @@ def build_document(
     exits: Sequence[float] | str | None = None,
     prefix: bool = False,
     steps: Steps = STEPS,
+    plans: PlanOptions = PLAN_OPTIONS,
     data: str | Path | None = None,
     columns: Columns = COLUMNS,
     fit: Fit = FIT,
@@ -310,8 +338,9 @@ def build_document(
     ``ratios`` defaults to those ``model`` was trained for, or 2, 4, 8 (method "ode": of 2, 3, 4 those that its layers
     allow). ``exits``: layers (method "costeff") or steps ("ode") counted from 1 at which segments end; costeff also
     "auto", which ``data`` alone means too. ``prefix`` adds a graph from the ids to each of them. ``steps``: method
-    "ode" alone, whose steps are chosen on ``data``. Raises InputError for bad input, in which case nothing was written,
-    and ParityError when a graph differs from PyTorch, in which case no bundle was.
+    "ode" alone, whose steps are chosen on ``data``. ``plans``: backends "trt" and "trt-rtx" alone; where "trt" cannot
+    build here it writes recipes, for ``build_recipes``. Raises InputError for bad input, in which case nothing was
+    written, and ParityError when a graph differs from PyTorch, in which case no bundle was.
     """
     from compexport import stepping, training
     from engines import backends
@@ -332,7 +361,7 @@ def build_document(
     else:
         wanted = [*whole_ratios(ratios)] if planned.whole_ratios else checked_ratios(ratios)
     _require_free(output)
-    backends.load(backend)
+    backends.builder(backend, plans)
     _require_meaning(planned.method, exits, prefix, steps)
     read = None if data is None else partial(_calibration, data, columns, progress)
     options: dict[str, Any] = {}
@@ -353,6 +382,7 @@ def build_document(
         output,
         method=planned.method,
         backend=backend,
+        plans=plans,
         precision=arithmetic,
         untrained=untrained,
         seed=fit.seed,
@@ -361,6 +391,18 @@ def build_document(
         **options,
     )
     return report.document()
+
+
+def build_recipes(bundle: str | Path = "bundle", *, progress: Progress = quiet) -> dict[str, Any]:
+    """Build the TensorRT plans that ``bundle`` has recipes of, here, and add them to it; needs no torch.
+
+    Raises BundleError without recipes, DependencyError where the library or the device is missing here too.
+    """
+    from engines.backends import trt
+    from engines.manifest import engine_rows
+
+    manifest = trt.finish_recipes(bundle, progress).manifest
+    return {"bundle": str(Path(bundle).resolve()), "engines": engine_rows(manifest)}
 
 
 def build_method(model: str | Path, method: str | None = None) -> str:

@@ -71,7 +71,7 @@ Ratio = Annotated[str | None, typer.Option(metavar="LIST", help="Compression rat
 TrainRatio = Annotated[
     str | None, typer.Option(metavar="LIST", help="Compression ratios: 2,4,8; fractions too, but for variator.")
 ]
-Backend = Annotated[str, typer.Option(metavar="NAME", help="Engine backend: ort.")]
+Backend = Annotated[str, typer.Option(metavar="NAME", help="Engine backend: ort, trt or trt-rtx.")]
 Provider = Annotated[str, typer.Option(metavar="NAME", help="ONNX Runtime provider: cpu or cuda.")]
 Threads = Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads of an engine [default: all cores].")]
 Seed = Annotated[int, typer.Option(metavar="N", help="Makes a run repeatable.")]
@@ -83,6 +83,42 @@ BuildSteps = Annotated[
     ),
 ]
 MaxSeconds = Annotated[float | None, typer.Option(metavar="S", help="Stop fitting after this many seconds.")]
+# Options of `build` for TensorRT's plans.
+PlanBatch = Annotated[
+    str | None, typer.Option(metavar="RANGE", help="trt, trt-rtx: batch sizes of the plans [default: 1:8:32].")
+]
+PlanLength = Annotated[
+    str | None,
+    typer.Option(metavar="RANGE", help="trt, trt-rtx: lengths in tokens [default: 1:128:512, or what MODEL takes]."),
+]
+PlanTarget = Annotated[
+    str | None, typer.Option(metavar="LIST", help="trt-rtx: compute capabilities [default: sm86,sm89,sm120].")
+]
+PlanWorkspace = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="trt, trt-rtx: scratch memory of a layer, in MiB.")
+]
+PlanLevel = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=0, max=5, help="trt, trt-rtx: effort of the compiler [default: 3]."),
+]
+PlanStrip = Annotated[
+    bool, typer.Option("--strip-weights", help="trt, trt-rtx: plans without weights, refitted when opened.")
+]
+PlanVersions = Annotated[
+    bool, typer.Option("--version-compatible", help="trt, trt-rtx: plans for later versions of the library too.")
+]
+PlanHardware = Annotated[bool, typer.Option("--hardware-compatible", help="trt: plans for later GPUs too, Ampere on.")]
+PlanDetailed = Annotated[bool, typer.Option("--detailed", help="trt, trt-rtx: plans that can tell about their layers.")]
+PlanPlugins = Annotated[
+    bool, typer.Option("--plugins", help="trt: the merge operators as one kernel each; not yet run on a GPU.")
+]
+PlanRecipe = Annotated[
+    bool, typer.Option("--recipe", help="trt, trt-rtx: build nothing, write what another machine is to build.")
+]
+FromRecipe = Annotated[
+    Path | None,
+    typer.Option(metavar="BUNDLE", help="Build the plans that BUNDLE has recipes of, here, and nothing else."),
+]
 BudgetMs = Annotated[float | None, typer.Option(metavar="MS", help="Latency budget of the request in milliseconds.")]
 MaxNewTokens = Annotated[
     int | None, typer.Option(metavar="N", min=1, help="Tokens to write, at most, where that is the task [default: 32].")
@@ -118,6 +154,13 @@ BUILD_OPTIONS_OF = {
     "form": ("ode",),
     "step_engine": ("ode",),
 }
+
+
+# Those of `build` that are for plans: a file's are not meant for other backends.
+PLAN_PARAMETERS = (
+    *("batch", "length", "target", "workspace_mib", "level", "strip_weights", "version_compatible"),
+    *("hardware_compatible", "detailed", "plugins", "recipe"),
+)
 
 
 # --- the verbs -----------------------------------------------------------------------------------------------------
@@ -429,6 +472,18 @@ def build(
         bool, typer.Option("--untrained", help="Random tensors where none are trained, for latency work only.")
     ] = False,
     seed: Seed = 0,
+    batch: PlanBatch = None,
+    length: PlanLength = None,
+    target: PlanTarget = None,
+    workspace_mib: PlanWorkspace = None,
+    level: PlanLevel = None,
+    strip_weights: PlanStrip = False,
+    version_compatible: PlanVersions = False,
+    hardware_compatible: PlanHardware = False,
+    detailed: PlanDetailed = False,
+    plugins: PlanPlugins = False,
+    recipe: PlanRecipe = False,
+    from_recipe: FromRecipe = None,
     as_json: Json = False,
     config: Config = None,
     debug: Debug = False,
@@ -436,12 +491,34 @@ def build(
     """Build all ratios of MODEL into one bundle.
 
     Each ratio is traced, checked against PyTorch and built for the backend. A rebuild reuses what did not change.
+    The backend trt-rtx builds TensorRT-RTX plans without a GPU; trt builds TensorRT's where there is one, and
+    elsewhere writes recipes, which --from-recipe finishes there.
     With --data, variator plugins that MODEL lacks are fitted first; for costeff, which `compexport train costeff`
     trains, exits are chosen on it. Of a model that shares its layers (ode), one set of weights serves every ratio.
     """
     from compexport import api, present, tables
     from compexport.stepping import parsed_steps
+    from engines.backends.trt_options import PLAN_OPTIONS, PlanOptions, parsed_range, parsed_targets
 
+    if from_recipe is not None:
+        _require_alone(context, "from_recipe")
+        with _screen(as_json) as screen, present.progress() as progress:
+            document = api.build_recipes(from_recipe, progress=progress)
+        screen.document(document, [tables.engines_table(document)])
+        return
+    plans = PlanOptions(
+        batch=parsed_range("batch", batch),
+        length=parsed_range("length", length),
+        targets=parsed_targets(target),
+        workspace_mib=workspace_mib,
+        level=level,
+        strip=strip_weights,
+        version_compatible=version_compatible,
+        hardware_compatible=hardware_compatible,
+        detailed=detailed,
+        plugins=plugins,
+        recipe=recipe,
+    )
     # The file is one for families of all methods: what it says for others is left out.
     of_file = {name for name in BUILD_OPTIONS_OF if _from_file(context, name)}
     takes = api.build_method(model, method) if of_file or steps is not None else method
@@ -463,12 +540,14 @@ def build(
                 sizes=parsed_steps(steps) if steps is not None and takes == "ode" else None,
                 engine=_own(context, foreign, "step_engine", step_engine, False),
             ),
+            plans=plans if backend != "ort" or _typed_plan(context) else PLAN_OPTIONS,
             fit=api.Fit(steps=_training_steps(steps) if takes != "ode" else None, max_seconds=max_seconds, seed=seed),
             untrained=untrained,
             command=_command_line(),
             progress=progress,
         )
-    screen.document(document, [tables.build_table(document)])
+    parts = [tables.engines_table(document)] if backend != "ort" else []
+    screen.document(document, [tables.build_table(document), *parts])
 
 
 @app.command()
@@ -675,14 +754,35 @@ def run(
 
 @app.command()
 def inspect(
-    bundle: BundlePath = Path("bundle"), *, as_json: Json = False, config: Config = None, debug: Debug = False
+    bundle: Annotated[
+        Path, typer.Argument(metavar="BUNDLE", help="A bundle; with --target, an ONNX file as well.")
+    ] = Path("bundle"),
+    *,
+    target: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Check the graphs for a compiler: tensorrt or tensorrt-rtx."),
+    ] = None,
+    as_json: Json = False,
+    config: Config = None,
+    debug: Debug = False,
 ) -> None:
-    """Show what a bundle holds."""
-    from compexport import api, tables
+    """Show what a bundle holds, or whether a compiler would take it.
 
-    with _screen(as_json) as screen:
-        document = api.inspect(bundle)
-    screen.document(document, tables.inspect_tables(document))
+    With --target: exit code 1 when a graph is expected to be refused. Nothing is built.
+    """
+    from compexport import api, tables
+    from compexport.present import progress
+
+    if target is None:
+        with _screen(as_json) as screen:
+            document = api.inspect(bundle)
+        screen.document(document, tables.inspect_tables(document))
+        return
+    with _screen(as_json) as screen, progress() as report:
+        document = api.inspect(bundle, target, report)
+    screen.document(document, tables.target_tables(document))
+    if not document["ok"]:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -730,6 +830,26 @@ def _from_file(context: typer.Context, name: str) -> bool:
     """Whether a value stands in the configuration file, and was not typed."""
     source = context.get_parameter_source(name)
     return source is not None and source.name == "DEFAULT_MAP"
+
+
+def _require_alone(context: typer.Context, option: str) -> None:
+    """InputError for anything typed beside an option that leaves it no meaning, but for how to print."""
+    allowed = {option, "as_json", "config", "debug"}
+    typed = [name for name in context.params if _typed(context, name) and name not in allowed]
+    if typed:
+        named = ", ".join("--" + name.replace("_", "-") for name in typed)
+        raise InputError(describe(f"--{option.replace('_', '-')} goes with no other option", got=named))
+
+
+def _typed(context: typer.Context, name: str) -> bool:
+    """Whether a value was typed, and does not stand in the configuration file."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _typed_plan(context: typer.Context) -> bool:
+    """Whether an option of TensorRT's plans was typed: then another backend refuses it, which it does not in a file."""
+    return any(_typed(context, name) for name in PLAN_PARAMETERS)
 
 
 def _own(context: typer.Context, foreign: set[str], name: str, value: Value, default: Value) -> Value:

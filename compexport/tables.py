@@ -30,6 +30,16 @@ def build_table(document: Mapping[str, Any]) -> Table:
     return Table(f"{document['bundle']}: built in {document['seconds']:.1f} s", columns, rows)
 
 
+def engines_table(document: Mapping[str, Any]) -> Table:
+    """``build`` for TensorRT: every engine of the bundle, for which device, and how large its file is."""
+    columns = ("graph", "backend", "version", "device", "MiB")
+    rows = [
+        (row["graph"], row["backend"], row["version"], row["device"], row["size_bytes"] / 2**20)
+        for row in document["engines"]
+    ]
+    return Table(f"{document['bundle']}: engines", columns, rows)
+
+
 def shown_name(row: Mapping[str, Any]) -> str:
     """A variant's name, and that its plugins are random where they are."""
     return f"{row['variant']} (untrained)" if row.get("untrained") else str(row["variant"])
@@ -316,3 +326,69 @@ def inspect_tables(manifest: Mapping[str, Any]) -> list[Table]:
         Table(about, columns, variants),
         Table("engines", ("engine", "graph", "backend", "version", "device"), engines),
     ]
+
+
+def target_tables(document: Mapping[str, Any]) -> list[Table]:
+    """``inspect --target``: what is expected of each graph, what the real parser said, and every broken rule."""
+    parser = f"parsed by TensorRT-RTX {document['parser'] or ''}".strip()
+    rows = [
+        (
+            graph["graph"],
+            ", ".join(graph["variants"]) or None,
+            graph["expected"],
+            _parsed(graph),
+            len(graph["findings"]),
+        )
+        for graph in document["graphs"]
+    ]
+    notes = [document["parser_missing"]] if document["parser_missing"] else []
+    notes += ["expected to parse: no known rule is broken; only the compiler itself, on its own machine, can tell"]
+    columns = ("graph", "variants", "expected", parser, "findings")
+    return [
+        Table(f"checked for {document['target']}", columns, rows, [*notes, *_tied(document)]),
+        *_findings_tables(document),
+    ]
+
+
+def _parsed(graph: Mapping[str, Any]) -> str | None:
+    parsed = graph["parsed"]
+    return None if parsed is None else "yes" if parsed["ok"] else "refused"
+
+
+def _tied(document: Mapping[str, Any]) -> list[str]:
+    """Each set of axes once, however many graphs have it; of long ones the beginning, which --json has whole."""
+    ties = {(name, tuple(axes)) for graph in document["graphs"] for name, axes in graph["sizes"].items()}
+    return [f"one size in every profile, {name}: {_begun(axes)}" for name, axes in sorted(ties)]
+
+
+def _begun(names: Sequence[str], shown: int = 4) -> str:
+    rest = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _findings_tables(document: Mapping[str, Any]) -> list[Table]:
+    found = [
+        (graph["graph"], one["operator"] or None, one["node"] or None, _where(one), one["outcome"], _asks(one))
+        for graph in document["graphs"]
+        for one in graph["findings"]
+    ]
+    refused = [
+        (graph["graph"], error["operator"] or None, error["node"] or None, " ".join(error["says"].split()))
+        for graph in document["graphs"]
+        for error in (graph["parsed"] or {"errors": ()})["errors"]
+    ]
+    tables = []
+    if found:
+        columns = ("graph", "operator", "node", "module", "outcome", "rule")
+        tables.append(Table("findings", columns, found))
+    if refused:
+        tables.append(Table("what TensorRT-RTX said", ("graph", "operator", "node", "error"), refused))
+    return tables
+
+
+def _where(finding: Mapping[str, Any]) -> str | None:
+    return ", in ".join(part for part in (finding["module"], finding["function"]) if part) or None
+
+
+def _asks(finding: Mapping[str, Any]) -> str:
+    return f"{finding['rule']}: got {finding['got']}, expected {finding['expected']} ({finding['evidence']})"

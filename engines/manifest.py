@@ -272,6 +272,25 @@ class Engine(Record):
     settings: dict[str, Any] = {}
 
 
+def engine_rows(manifest: Manifest) -> list[dict[str, Any]]:
+    """The engines of a bundle as the document of ``build`` shows them; sizes in bytes."""
+    return [
+        {
+            "graph": engine.graph,
+            "backend": engine.backend,
+            "version": engine.backend_version,
+            "device": engine.device,
+            "path": engine.path,
+            "size_bytes": sum(
+                entry.size_bytes
+                for path, entry in manifest.files.items()
+                if path == engine.path or path.startswith(f"{engine.path}/")
+            ),
+        }
+        for engine in manifest.engines.values()
+    ]
+
+
 class Tokenizer(Record):
     """How text becomes ids. ``inputs`` are the graph inputs the tokenizer feeds, in their order."""
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from compexport.errors import CompexportError
 from engines import backends
+from engines.backends.trt_options import PlanOptions
 from engines.bundle import Bundle, BundleWriter
-from engines.manifest import Engine, Graph, Manifest, Precision, Variant
+from engines.manifest import Engine, Graph, Manifest, Precision, Variant, engine_rows
 from exporter.checkpoint import MethodCheckpoint, find_checkpoint, plain_ratio
 from exporter.identity import library_versions
 from exporter.plans import Plan, plan_of
@@ -49,6 +50,7 @@ class BuildReport:
             "bundle": str(self.bundle),
             "seconds": self.seconds,
             "variants": [self._row(name, variant) for name, variant in self.manifest.variants.items()],
+            "engines": engine_rows(self.manifest),
         }
 
     def _row(self, name: str, variant: Variant) -> dict[str, Any]:
@@ -76,6 +78,7 @@ def build(
     task: str | None = None,
     checkpoint: MethodCheckpoint | None = None,
     backend: str = "ort",
+    plans: PlanOptions | None = None,
     precision: Precision = "fp32",
     untrained: bool = False,
     seed: int = 0,
@@ -86,7 +89,8 @@ def build(
     """Build the backbone in ``folder`` and its ``ratios`` into the bundle ``output``.
 
     What is trained comes from ``checkpoint``, by default the one in ``folder``; ``untrained`` allows random tensors,
-    which the manifest then says. ``method`` is by default the checkpoint's; ``options`` are those of its plan. Raises
+    which the manifest then says. ``method`` is by default the checkpoint's; ``options`` are those of its plan; for
+    TensorRT there are ``plans``. Engines of other backends and devices stay in the bundle while their graphs do. Raises
     InputError for bad input and ParityError for a graph that differs from PyTorch; then ``output`` is what it was
     before.
     """
@@ -107,7 +111,9 @@ def build(
     plan.require_trained()
     for line in plan.warnings():
         _log.warning(line)
-    runtime = backends.load(backend)
+    runtime = backends.builder(backend, plans)
+    if runtime.NOTE:
+        _log.warning(runtime.NOTE)
     keys = plan.keys()
     with BundleWriter(output) as writer:
         previous = writer.previous
@@ -122,7 +128,7 @@ def build(
 def _is_current(bundle: Bundle, plan: Plan, keys: Mapping[str, str], runtime: Any) -> bool:
     """Whether the bundle already is what would be built: same graphs, and engines for this machine."""
     manifest = bundle.manifest
-    engines = {engine.graph: engine.key for engine in manifest.engines.values() if engine.backend == runtime.NAME}
+    engines = {engine.graph: engine.key for engine in _own_engines(bundle, runtime).values()}
     return (
         {name: graph.key for name, graph in manifest.graphs.items()} == keys
         and {name: variant.graphs for name, variant in manifest.variants.items()} == plan.variants()
@@ -150,13 +156,19 @@ def _write(
     family = plan.load()
     (writer.dir / "tokenizer.json").write_text(family.backbone.tokenizer_json, encoding="utf-8")
     engines = _reused_engines(writer, keys, runtime)
-    with runtime.EngineBuilder(writer.dir, f"engines/{runtime.NAME}-cpu") as builder:
+    with runtime.EngineBuilder(writer.dir, runtime.FOLDER, family.max_length()) as builder:
         written = (lambda name, graph: None) if engines is not None else builder.add
         graphs, reused = _write_graphs(writer, plan, family, keys, written, progress, total)
         if engines is None:
             step = len(keys) + 1
-            engines = builder.finish(lambda message: progress(message, step, total))
-            family.check_engines(writer.dir, engines, runtime)
+
+            def tell(message: str, done: float | None = None, of: float | None = None) -> None:
+                progress(message, step if of is None else done, of or total)
+
+            engines = builder.finish(tell)
+            if runtime.RUNS_HERE:
+                family.check_engines(writer.dir, engines, runtime)
+    others = _other_engines(writer, keys, runtime)
     manifest = Manifest(
         backbone=family.describe(),
         method=plan.method,
@@ -168,9 +180,13 @@ def _write(
         generation=family.generation(),
         variants=family.variants(),
         graphs=graphs,
-        engines={f"{name}-{runtime.NAME}-cpu": engine for name, engine in engines.items()},
+        engines={**{f"{name}-{_place(runtime)}": engine for name, engine in engines.items()}, **others},
         files={},
-        versions={**library_versions(), runtime.NAME: runtime.version()},
+        versions={
+            **{engine.backend: engine.backend_version for engine in others.values()},
+            **library_versions(),
+            runtime.NAME: runtime.version(),
+        },
         command=command,
     )
     return manifest, reused
@@ -232,7 +248,7 @@ def _reused_engines(writer: BundleWriter, keys: Mapping[str, str], runtime: Any)
     """The previous engines, brought along, if they belong to graphs with these keys; None when any must be built."""
     if writer.previous is None:
         return None
-    old = {e.graph: e for e in writer.previous.manifest.engines.values() if e.backend == runtime.NAME}
+    old = {engine.graph: engine for engine in _own_engines(writer.previous, runtime).values()}
     if {name: e.key for name, e in old.items()} != {name: runtime.engine_key(key) for name, key in keys.items()}:
         return None
     files = sorted({file for engine in old.values() for file in engine.files})
@@ -241,3 +257,31 @@ def _reused_engines(writer: BundleWriter, keys: Mapping[str, str], runtime: Any)
     for file in files:
         writer.reuse(file)
     return old
+
+
+def _own_engines(bundle: Bundle, runtime: Any) -> dict[str, Engine]:
+    """The bundle's engines of this backend and device, by name."""
+    place = f"{runtime.FOLDER}/"
+    return {name: engine for name, engine in bundle.manifest.engines.items() if engine.path.startswith(place)}
+
+
+def _other_engines(writer: BundleWriter, keys: Mapping[str, str], runtime: Any) -> dict[str, Engine]:
+    """The previous engines of other backends and devices, brought along where they are whole and of the same graphs."""
+    if writer.previous is None:
+        return {}
+    manifest = writer.previous.manifest
+    same = {name for name, graph in manifest.graphs.items() if keys.get(name) == graph.key}
+    own = _own_engines(writer.previous, runtime)
+    kept = {
+        name: engine
+        for name, engine in manifest.engines.items()
+        if name not in own and engine.graph in same and all(map(writer.reusable, engine.files))
+    }
+    for file in sorted({file for engine in kept.values() for file in engine.files}):
+        writer.reuse(file)
+    return kept
+
+
+def _place(runtime: Any) -> str:
+    """Backend and device, as names of engines and their folder have it."""
+    return str(runtime.FOLDER).rsplit("/", 1)[1]

@@ -1,28 +1,45 @@
-"""Runtimes that execute a bundle's graphs: one module each, imported on demand, all with the same functions.
+"""Runtimes that execute a bundle's graphs, imported on demand, all with the same functions.
 
-``device_name(options)``, ``EngineBuilder``, ``engine_key(graph_key)``, ``open_sessions(...)``, ``unavailable() -> str``
-(empty when it can be used).
+To run: ``NAME``, ``unavailable() -> str`` (empty when it can be used), ``require()``, ``version()``,
+``device_name(options)``, ``open_sessions(...)``, ``open_graphs(...)``. To build: ``builder(options)``, which has
+``NAME``, ``FOLDER``, ``RUNS_HERE``, ``NOTE`` (what a user should know of what is built, if anything), ``version()``,
+``engine_key(graph_key)``, ``EngineBuilder``.
 """
 
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
+from typing import Any
 
 from compexport.errors import InputError, describe
 
-BACKENDS = {"ort": "engines.backends.ort"}
+# Name to module, or to "module:object" where one module serves several libraries.
+BACKENDS = {"ort": "engines.backends.ort", "trt": "engines.backends.trt:TRT", "trt-rtx": "engines.backends.trt:RTX"}
 
 
 def available() -> dict[str, str]:
     """Every backend by name, with the reason why it cannot be used here, or an empty text."""
-    return {name: str(importlib.import_module(module).unavailable()) for name, module in BACKENDS.items()}
+    return {name: str(_backend(name).unavailable()) for name in BACKENDS}
 
 
-def load(name: str) -> ModuleType:
-    """The module of a backend; InputError lists the choices, DependencyError says what to install."""
+def load(name: str) -> Any:
+    """A backend to run engines with; InputError lists the choices, DependencyError says what to install."""
+    backend = _backend(name)
+    backend.require()
+    return backend
+
+
+def builder(name: str, options: Any = None) -> Any:
+    """What builds a backend's engines, with ``options`` of its own (``PlanOptions`` for TensorRT); errors as ``load``.
+
+    Where TensorRT's own library is missing, this is what writes recipes instead.
+    """
+    return _backend(name).builder(options)
+
+
+def _backend(name: str) -> Any:
     if name not in BACKENDS:
         raise InputError(describe("unknown backend", got=repr(name), expected=f"one of {', '.join(BACKENDS)}"))
-    module = importlib.import_module(BACKENDS[name])
-    module.require()
-    return module
+    module, _, attribute = BACKENDS[name].partition(":")
+    loaded = importlib.import_module(module)
+    return getattr(loaded, attribute) if attribute else loaded

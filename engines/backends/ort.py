@@ -11,18 +11,21 @@ import hashlib
 import mmap
 import platform
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from compexport.errors import BundleError, CompexportError, DependencyError, InputError, describe
+from engines.backends.trt_options import PlanOptions
 from engines.bundle import Bundle
 from engines.cascade import Cascade
 from engines.manifest import Engine, Graph, TensorSpec
@@ -32,6 +35,9 @@ from engines.session import Array, Session
 from engines.stepper import stepper
 
 NAME = "ort"
+FOLDER = "engines/ort-cpu"
+RUNS_HERE = True  # what is built can be compared with PyTorch at once
+NOTE = ""
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 WEIGHTS = "weights.bin"
 PAGE = 4096
@@ -96,6 +102,14 @@ def instruction_set() -> str:
 # --- building ------------------------------------------------------------------------------------------------------
 
 
+def builder(options: PlanOptions | None = None) -> ModuleType:
+    """This module; InputError for options, which are TensorRT's."""
+    if options is not None and options.given():
+        raise InputError(describe(f"--{options.given()[0]}", got="the backend ort", expected="trt or trt-rtx"))
+    require()
+    return sys.modules[__name__]
+
+
 class EngineBuilder:
     """Builds engines of the bundle staged at ``root`` into ``root/folder``, in the background, as graphs are added.
 
@@ -103,7 +117,8 @@ class EngineBuilder:
     A context manager; leaving it early waits for what is under way and drops the rest.
     """
 
-    def __init__(self, root: Path, folder: str) -> None:
+    def __init__(self, root: Path, folder: str, longest: int | None = None) -> None:
+        """``longest``: tokens that the graphs take; an engine for any number of them has no use for it."""
         self._root, self._folder = root, folder
         self._added: dict[str, tuple[Graph, Future[None]]] = {}
         # ONNX Runtime packs with one thread and then writes: processor and disk have room for a neighbour.

@@ -246,7 +246,7 @@ def test_one_package(monkeypatch: pytest.MonkeyPatch, distribution: str) -> None
 
 
 def test_unknown_backend_and_provider(bundle: Bundle) -> None:
-    with pytest.raises(InputError, match="unknown backend: got 'tensorrt', expected one of ort"):
+    with pytest.raises(InputError, match="unknown backend: got 'tensorrt', expected one of ort, trt, trt-rtx"):
         backends.load("tensorrt")
     with pytest.raises(InputError, match="unknown provider: got 'tpu', expected one of cpu, cuda"):
         ort.open_sessions(bundle, provider="tpu")

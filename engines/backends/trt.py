@@ -1,0 +1,189 @@
+"""TensorRT and TensorRT-RTX: one plan per graph, compiled ahead, executed on an NVIDIA GPU.
+
+The two products have nearly the same Python interface, so all code takes their module as an argument, and what differs
+is said once (``trt_product``). An engine folder holds ``<graph>.plan`` and ``<graph>.json``, the plan's record
+(``trt_plan``), which is checked before the plan is read, and with TensorRT one timing cache for all graphs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from compexport.errors import BundleError, CompexportError, DependencyError, InputError, describe
+from engines.backends import cuda
+from engines.backends.cuda_memory import CudaMemory
+from engines.backends.trt_maker import PlanMaker, Progress
+from engines.backends.trt_options import PLAN_OPTIONS, PlanOptions
+from engines.backends.trt_plan import PlanRecord, read_record
+from engines.backends.trt_product import TENSORRT, TENSORRT_RTX, Product, this_platform
+from engines.backends.trt_recipe import RecipeMaker, finish
+from engines.backends.trt_session import Plan, PlanSession
+from engines.bundle import Bundle
+from engines.manifest import ENCODER, Engine
+from engines.plugins import ptx
+from engines.session import Session
+
+
+class Backend:
+    """What ``engines.backends`` asks of one, for one product."""
+
+    def __init__(self, product: Product) -> None:
+        self.product = product
+        self.NAME = product.name
+
+    # --- what is installed
+
+    def unavailable(self) -> str:
+        """Why the library cannot be used, or an empty text."""
+        return self.product.unavailable()
+
+    def require(self) -> None:
+        """DependencyError when the library cannot be used."""
+        self.product.require()
+
+    def version(self) -> str:
+        """The installed version."""
+        return self.product.version()
+
+    def device_name(self, options: Mapping[str, Any]) -> str:
+        """Key of this machine's latency profile; DependencyError without a device."""
+        device = cuda.require_device(f"an engine of {self.product.title}")
+        return "".join(c if c.isalnum() else "-" for c in device.name.lower()) + f"-{self.NAME}"
+
+    # --- building
+
+    def builder(self, options: PlanOptions | None = None) -> PlanMaker | RecipeMaker:
+        """A ``PlanMaker``, or where recipes are wanted or nothing else is possible, a ``RecipeMaker``."""
+        options = options or PLAN_OPTIONS
+        _require_meaning(self.product, options)
+        if options.recipe:
+            return RecipeMaker(self.product, options, "")
+        reason = self.unavailable()
+        if self.product.needs_device:
+            if not reason and not cuda.devices():
+                reason = f"{self.product.title} compiles on a GPU only, and none is here"
+            if reason:
+                return RecipeMaker(self.product, options, reason)
+            if options.plugins:
+                ptx.require_compiler()
+            return PlanMaker(self.product, options)
+        self.require()
+        if options.strip and not cuda.devices():
+            what = f"--strip-weights: {self.product.title} leaves weights out only where it finds a CUDA device"
+            raise DependencyError(describe(what, hint="build without it, or with --recipe for a machine with a GPU"))
+        return PlanMaker(self.product, options)
+
+    # --- running
+
+    def open_sessions(
+        self, bundle: Bundle, variants: Sequence[str] | None = None, *, threads: int | None = None, provider: str = ""
+    ) -> dict[str, Session]:
+        """As ``engines.runtime.Backend``. What can be known of plan and device is checked before the library is asked.
+
+        CompexportError for variants of several graphs: exits, steps in a loop and decoders are not there yet.
+        """
+        names = list(variants) if variants is not None else list(bundle.manifest.variants)
+        self.require()
+        cuda.require_device(f"an engine of {self.product.title}")
+        sessions: dict[str, Session] = {}
+        for name in names:
+            graphs = bundle.manifest.variants[name].graphs
+            if set(graphs) != {ENCODER}:
+                what = f"{name}: {self.product.title} runs variants of one graph so far"
+                raise CompexportError(describe(what, got=", ".join(graphs), hint="use --backend ort"))
+            sessions[name] = self.open_graphs(bundle, [graphs[ENCODER]])[graphs[ENCODER]]
+        return sessions
+
+    def open_graphs(
+        self, bundle: Bundle, graphs: Sequence[str], *, threads: int | None = None, provider: str = ""
+    ) -> dict[str, Session]:
+        """Sessions of single graphs; errors as ``open_sessions``."""
+        self.require()
+        device = cuda.require_device(f"an engine of {self.product.title}")
+        checked = {graph: self.checked_plan(bundle, graph, device) for graph in graphs}
+        library, memory = importlib.import_module(self.product.module), CudaMemory()
+        sessions: dict[str, Session] = {}
+        for graph, (path, record) in checked.items():
+            facts = bundle.manifest.graphs[graph]
+            source = bundle.file(facts.path)
+            plan = Plan(library, graph, path, source, record)
+            sessions[graph] = PlanSession(graph, facts, plan, record.profiles, memory)
+        return sessions
+
+    def checked_plan(self, bundle: Bundle, graph: str, device: cuda.Device) -> tuple[Path, PlanRecord]:
+        """The plan of a graph for this library and device; BundleError says what the bundle has instead."""
+        engines = [e for e in bundle.manifest.engines.values() if e.graph == graph and e.backend == self.NAME]
+        hint = f"build it here with `compexport build --backend {self.NAME}`"
+        if not engines:
+            recipes = any(e.backend == f"{self.NAME}-recipe" for e in bundle.manifest.engines.values())
+            hint = f"`compexport build --from-recipe {bundle.path}` builds it here" if recipes else hint
+            got = "a recipe" if recipes else None
+            raise BundleError(describe(f"{bundle.path}: no {self.NAME} engine of {graph}", got=got, hint=hint))
+        found: tuple[str, str] | None = None
+        for engine in engines:
+            record = self._record(bundle, engine)
+            found = self._mismatch(bundle, record, device)
+            if found is None:
+                return bundle.file(engine.path), record
+        assert found is not None
+        got, expected = found
+        raise BundleError(describe(f"{bundle.path}: the engine of {graph}", got=got, expected=expected, hint=hint))
+
+    def _record(self, bundle: Bundle, engine: Engine) -> PlanRecord:
+        record = read_record(bundle.file(_record_path(engine.path)))
+        entry = bundle.manifest.files[engine.path]
+        if (record.sha256, record.size_bytes) != (entry.sha256, entry.size_bytes):
+            raise BundleError(describe(f"{engine.path}: not the plan that its record describes"))
+        return record
+
+    def _mismatch(self, bundle: Bundle, record: PlanRecord, device: cuda.Device) -> tuple[str, str] | None:
+        key = bundle.manifest.graphs[record.graph].key
+        facts = {"product": self.NAME, "version": self.version(), "platform": this_platform()}
+        if wrong := record.mismatch(graph_key=key, **facts):
+            return wrong
+        if not record.runs_on(device):
+            return f"a plan for {', '.join(record.targets)}", f"one for {device.capability} ({device.name})"
+        return None
+
+
+TRT, RTX = Backend(TENSORRT), Backend(TENSORRT_RTX)
+
+
+def finish_recipes(path: str | Path, progress: Progress) -> Bundle:
+    """Build the plans that the bundle at ``path`` has recipes of; errors as ``trt_recipe.finish``.
+
+    DependencyError where they cannot be built here either.
+    """
+
+    def maker_of(product: str, options: PlanOptions) -> PlanMaker:
+        backend = TRT if product == TRT.NAME else RTX
+        maker = backend.builder(options)
+        if isinstance(maker, RecipeMaker):
+            raise DependencyError(describe("the recipes cannot be finished here", got=maker.reason))
+        return maker
+
+    return finish(path, maker_of, progress)
+
+
+def _require_meaning(product: Product, options: PlanOptions) -> None:
+    """InputError for an option that this product does not have."""
+    if options.targets is not None and not product.targets:
+        hint = "plans fit the GPU that builds them, or with --hardware-compatible newer ones too"
+        raise InputError(describe("--target", got=f"the backend {product.name}", expected="trt-rtx", hint=hint))
+    if options.hardware_compatible and product.targets:
+        hint = "--target names the cards"
+        raise InputError(
+            describe("--hardware-compatible", got=f"the backend {product.name}", expected="trt", hint=hint)
+        )
+    if options.plugins and product.targets:
+        hint = f"{product.title} has no plugins"
+        raise InputError(describe("--plugins", got=f"the backend {product.name}", expected="trt", hint=hint))
+    if options.level is not None and not 0 <= options.level <= 5:
+        raise InputError(describe("--level", got=options.level, expected="0 (quick to build) to 5 (quick to run)"))
+
+
+def _record_path(plan: str) -> str:
+    return plan.removesuffix(".plan") + ".json"

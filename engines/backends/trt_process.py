@@ -1,0 +1,116 @@
+"""The other end of ``trt_build``: starts the process that builds a plan, follows it, stops it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO
+
+from compexport.errors import CompexportError, describe
+from engines.backends.trt_build import Built, Request
+
+_ROOT = Path(__file__).resolve().parents[2]
+_GRACE_S = 15.0
+
+
+class PlanProcess:
+    """One build. ``stage`` and ``share`` (0 to 1) say how far it is; ``run`` waits for it, ``cancel`` stops it."""
+
+    def __init__(self, request: Request, title: str) -> None:
+        """``title``: library and version, for messages."""
+        self.stage, self.share = "starting", 0.0
+        self._request, self._title = request, title
+        self._name = Path(request.graph).name
+        self._process: subprocess.Popen[str] | None = None
+        self._cancelled = False
+
+    def run(self) -> Built:
+        """Build; raises CompexportError, one line, for whatever goes wrong, a compiler that dies included."""
+        with tempfile.TemporaryFile("w+", errors="replace") as said:
+            self._process = process = subprocess.Popen(
+                [sys.executable, "-m", "engines.backends.trt_build"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=said,
+                text=True,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(_search_path())},
+                start_new_session=True,  # Ctrl-C reaches this process only, which then cancels the build
+            )
+            try:
+                return self._follow(process, said)
+            finally:
+                self._end(process)
+
+    def cancel(self) -> None:
+        """Stop: the end of its input tells the process, which stops at the next step; else it is killed."""
+        self._cancelled = True
+        process = self._process
+        if process is None:
+            return
+        if process.stdin is not None and not process.stdin.closed:
+            process.stdin.close()
+        try:
+            process.wait(_GRACE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+    def _follow(self, process: subprocess.Popen[str], said: IO[str]) -> Built:
+        assert process.stdin is not None and process.stdout is not None
+        if self._cancelled:
+            raise self._error("cancelled")
+        with contextlib.suppress(OSError):  # it may be dead already, which is told below
+            process.stdin.write(json.dumps(asdict(self._request)) + "\n")
+            process.stdin.flush()
+        for line in process.stdout:
+            event = json.loads(line)
+            if "built" in event:
+                return Built(**event["built"])
+            if "failed" in event:
+                raise self._error("cancelled" if event["cancelled"] else event["failed"])
+            self.stage, self.share = event["stage"], event["share"]
+        code = process.wait()
+        if self._cancelled:
+            raise self._error("cancelled")
+        said.seek(0)
+        raise self._error(f"{_death(code)}, after {_last_line(said.read())}")
+
+    def _error(self, reason: str) -> CompexportError:
+        return CompexportError(describe(f"{self._name}: {self._title} cannot build it", got=" ".join(reason.split())))
+
+    @staticmethod
+    def _end(process: subprocess.Popen[str]) -> None:
+        for stream in (process.stdin, process.stdout):
+            if stream is not None and not stream.closed:
+                with contextlib.suppress(OSError):
+                    stream.close()
+        try:
+            process.wait(_GRACE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _search_path() -> list[str]:
+    """Our own modules first, wherever the caller found them."""
+    return [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+
+
+def _death(code: int) -> str:
+    if code >= 0:
+        return f"a compiler process that ended with code {code}"
+    try:
+        return f"a compiler process that died of {signal.Signals(-code).name}"
+    except ValueError:
+        return f"a compiler process that died of signal {-code}"
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return repr(lines[-1][:200]) if lines else "saying nothing"

@@ -1,0 +1,154 @@
+"""``compexport build`` for TensorRT: recipes where it cannot build, what they hold, and how they are finished."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compexport.errors import BundleError, DependencyError
+from engines.backends import cuda, trt
+from engines.backends.trt_plan import read_recipe
+from engines.backends.trt_product import Product
+from engines.bundle import Bundle
+
+Cli = Callable[..., Any]
+RECIPES = "engines/trt-recipe"
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without NVIDIA's libraries and devices, whatever this one has."""
+    monkeypatch.setattr("engines.backends.trt_product.find_spec", lambda name: None)
+    monkeypatch.setattr(cuda, "devices", list)
+
+
+@pytest.fixture
+def model(tiny: Callable[..., Path]) -> Path:
+    return tiny("tiny-bert", "sequence-classification")
+
+
+def build(cli: Cli, model: Path, *options: str) -> Any:
+    return cli("build", model, "--ratio", "2,4", "--untrained", "--backend", "trt", *options)
+
+
+def test_recipes_instead_of_plans(cli: Cli, model: Path, bundle: Path, elsewhere: None) -> None:
+    before = Bundle.open(bundle).manifest
+    done = build(cli, model, "--batch", "1:2:4", "--length", "8:16:64", "--workspace-mib", "64", "--detailed", "--json")
+    assert done.code == 0, done.err
+    said = "tensorrt is missing; pip install 'compexport[tensorrt]'; recipes are written instead: where there is a GPU"
+    assert f"compexport: warning: {said}, `compexport build --from-recipe BUNDLE` builds plans" in done.err
+    engines = {(row["graph"], row["backend"]) for row in done.document["engines"]}
+    # What was there for the processor stays.
+    assert engines == {(graph, backend) for graph in ("r1", "r2", "r4") for backend in ("ort", "trt-recipe")}
+    assert not list(bundle.rglob("*.plan"))
+    opened = Bundle.open(bundle)
+    assert not opened.verify()
+    assert {n: g.key for n, g in opened.manifest.graphs.items()} == {n: g.key for n, g in before.graphs.items()}
+    assert opened.manifest.versions["ort"] == before.versions["ort"]
+    recipe = read_recipe(bundle / RECIPES / "r2.json")
+    assert (recipe.product, recipe.minimum_version, recipe.onnx) == ("trt", "11.2", "graphs/r2.onnx")
+    assert recipe.profiles[0]["input_ids"] == [[1, 8], [2, 16], [4, 64]]
+    _check_trtexec((bundle / RECIPES / "r2.sh").read_text())
+    tree = ast.parse((bundle / RECIPES / "r2.py").read_text())
+    profiles = next(
+        node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "PROFILES"
+    )  # type: ignore[attr-defined]
+    assert ast.literal_eval(profiles)[0]["input_ids"] == [(1, 8), (2, 16), (4, 64)]
+    # Nothing is left to do.
+    again = build(cli, model, "--batch", "1:2:4", "--length", "8:16:64", "--workspace-mib", "64", "--detailed")
+    assert "writing recipes" not in again.err and again.code == 0
+    assert said in again.err
+
+
+def _check_trtexec(script: str) -> None:
+    assert script.startswith("#!/bin/sh\n")
+    words = shlex.split(script[script.index("exec ") :].replace("\\\n", ""))
+    inputs = ("input_ids", "attention_mask", "token_type_ids")
+    for end, size in (("min", "1x8"), ("opt", "2x16"), ("max", "4x64")):
+        (shapes,) = [word for word in words if word.startswith(f"--{end}Shapes=")]
+        assert shapes == f"--{end}Shapes=" + ",".join(f"{name}:{size}" for name in inputs)
+    assert words[:3] == ["exec", "trtexec", "--onnx=$here/../../graphs/r2.onnx"]
+    assert {"--skipInference", "--memPoolSize=workspace:64", "--profilingVerbosity=detailed"} <= set(words)
+    assert "--stripWeights" not in words
+
+
+def test_recipes_with_plugins_register_them(cli: Cli, model: Path, bundle: Path, elsewhere: None) -> None:
+    done = build(cli, model, "--recipe", "--plugins")
+    assert done.code == 0, done.err
+    assert read_recipe(bundle / RECIPES / "r2.json").options["plugins"] is True
+    script = (bundle / RECIPES / "r2.py").read_text()
+    ast.parse(script)
+    assert "from engines.plugins import merge" in script and "\nmerge.register()\n" in script
+    assert not (bundle / RECIPES / "r2.sh").exists()  # trtexec could not
+
+
+def test_recipes_are_not_finished_where_they_cannot_be(cli: Cli, model: Path, bundle: Path, elsewhere: None) -> None:
+    assert build(cli, model).code == 0
+    kept = (bundle / "manifest.json").read_bytes()
+    done = cli("build", "--from-recipe", bundle)
+    assert done.code == 2
+    assert done.error.startswith("the recipes cannot be finished here: got tensorrt is missing")
+    assert (bundle / "manifest.json").read_bytes() == kept
+
+
+def test_a_recipe_is_no_engine(cli: Cli, model: Path, bundle: Path, elsewhere: None, monkeypatch: Any) -> None:
+    assert build(cli, model).code == 0
+    monkeypatch.setattr(Product, "unavailable", lambda self: "")
+    monkeypatch.setattr(cuda, "devices", lambda: [cuda.Device(0, "some card", "sm89")])
+    with pytest.raises(
+        BundleError, match=r"no trt engine of r1: got a recipe; `compexport build --from-recipe .* here"
+    ):
+        trt.TRT.open_sessions(Bundle.open(bundle))
+
+
+def test_nothing_else_is_said_beside_from_recipe(cli: Cli, bundle: Path) -> None:
+    done = cli("build", "--from-recipe", bundle, "--target", "sm89", "--json")
+    assert done.code == 2 and done.error == "--from-recipe goes with no other option: got --target"
+
+
+def test_no_recipes(cli: Cli, bundle: Path) -> None:
+    done = cli("build", "--from-recipe", bundle)
+    assert done.code == 2 and "no recipes; `compexport build --backend trt --recipe` writes them" in done.error
+
+
+def test_the_library_is_named_where_it_could_be_installed(cli: Cli, model: Path, elsewhere: None) -> None:
+    done = cli("build", model, "--ratio", "2", "--untrained", "--backend", "trt-rtx")
+    assert done.code == 2 and done.error == "tensorrt_rtx is missing; pip install 'compexport[rtx]'"
+    with pytest.raises(DependencyError):
+        trt.RTX.require()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch", "4:2:1"], "--batch: got '4:2:1', expected 1 <= smallest <= usual <= largest"),
+        (["--length", "8:16:900"], "--length: got 8:16:900, expected at most 160 tokens"),
+        (["--target", "ada"], "--target: got 'ada', expected compute capabilities like sm86,sm89"),
+        (["--target", "sm89"], "--target: got the backend trt, expected trt-rtx"),
+    ],
+)
+def test_options_that_are_refused(
+    cli: Cli, model: Path, bundle: Path, elsewhere: None, options: list[str], message: str
+) -> None:
+    done = build(cli, model, *options)
+    assert done.code == 2 and message in done.err.splitlines()[-1]
+
+
+def test_options_of_plans_belong_to_plans(cli: Cli, model: Path, bundle: Path, tmp_path: Path) -> None:
+    """Typed with another backend they are refused; a file may hold them for when they are meant."""
+    plain = ["build", model, "--ratio", "2,4", "--untrained"]
+    done = cli(*plain, "--detailed")
+    assert done.code == 2 and done.error == "--detailed: got the backend ort, expected trt or trt-rtx"
+    (tmp_path / "compexport.toml").write_text("[build]\nlength = [8, 16, 64]\nlevel = 2\n")
+    assert cli(*plain).code == 0
+    done = build(cli, model, "--recipe")
+    assert done.code == 0, done.err
+    options = json.loads((bundle / RECIPES / "r1.json").read_text())["options"]
+    assert (options["length"], options["level"]) == ("8:16:64", 2)
+    assert "recipes are written" not in done.err  # they were asked for
