@@ -15,7 +15,8 @@ from engines.answers import label_names, not_finite
 from engines.cascade import LOGITS, Cascade
 from engines.manifest import ALL_EXITS
 from engines.paths import segment_macs
-from engines.runtime import OpenSession, Runtime
+from engines.runtime import Runtime
+from engines.session import OpenSession
 
 BATCH = 32  # texts per request
 

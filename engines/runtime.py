@@ -6,74 +6,36 @@ Importing this module loads numpy and pydantic only; tokenizers and the backend'
 from __future__ import annotations
 
 import importlib
-import logging
 import math
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Protocol, overload
+from typing import Any, overload
 
 import numpy.typing as npt
 
-from compexport.errors import CompexportError, InputError, describe
+from compexport.errors import InputError, describe
 from engines.answers import Answer, answers, needed_outputs
-from engines.anytime import Aftercare, Margin, chunk_end_s
+from engines.anytime import Anytime
 from engines.bundle import Bundle
-from engines.cascade import LOGITS, Cascade, Deadline, ExitRun
+from engines.cascade import LOGITS, Cascade
 from engines.exit_rule import TO_THE_END, ExitRule
 from engines.generate import Generator
-from engines.manifest import Generation, TensorSpec
+from engines.manifest import Generation
 from engines.members import Members, Predictions
+from engines.opening import Opening
 from engines.points import engine_of
-from engines.profile import Prediction, Profile, check_count
+from engines.profile import Profile, check_count
 from engines.results import BatchResult, Result
 from engines.sampling import Sampling
 from engines.selector import Correction, Decision, Quality, decide, time_left_ms
-from engines.text import EncodedText, Text, TextEncoder
+from engines.session import Backend, OpenSession
+from engines.text import EncodedText, Text
 from engines.writing import Writing, next_token_scores, predict_writing, write, writing_for
 
-_log = logging.getLogger(__name__)
-
 LARGEST_BATCH = 32  # what one engine run takes at most when no profile says what was measured
-WARM_UP_LENGTH = 8
-
-
-class OpenSession(Protocol):
-    """What the runtime needs of ``engines.session.Session``."""
-
-    inputs: list[TensorSpec]
-    outputs: list[TensorSpec]
-
-    def run(
-        self, feeds: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str] | None = None
-    ) -> dict[str, npt.NDArray[Any]]:
-        """Run once; thread-safe."""
-
-    def close(self) -> None:
-        """Release the engine."""
-
-
-class Backend(Protocol):
-    """What the runtime needs of a module in ``engines.backends``."""
-
-    def device_name(self, options: Mapping[str, Any]) -> str:
-        """The key of this machine's profile."""
-
-    def open_sessions(
-        self, bundle: Bundle, variants: Sequence[str] | None, *, threads: int | None, provider: str
-    ) -> Mapping[str, OpenSession]:
-        """Sessions by variant, sharing memory. BundleError when an engine fits another version or device.
-
-        That of a variant with exits is an ``engines.cascade.Cascade``.
-        """
-
-    def open_graphs(
-        self, bundle: Bundle, graphs: Sequence[str], *, threads: int | None, provider: str
-    ) -> Mapping[str, OpenSession]:
-        """Sessions of single graphs; errors as ``open_sessions``."""
 
 
 class Runtime:
@@ -99,19 +61,14 @@ class Runtime:
         """
         self.bundle = bundle
         self.backend = backend if isinstance(backend, str) else getattr(backend, "NAME", "")
-        self._backend: Backend = _load_backend(backend) if isinstance(backend, str) else backend
+        opener = _load_backend(backend) if isinstance(backend, str) else backend
         self.threads = threads
-        self._provider = provider
-        self.device = self._backend.device_name({"threads": threads, "provider": provider})
+        self.device = opener.device_name({"threads": threads, "provider": provider})
         self.members = Members(bundle, self.backend, self.device, variants)
         self.correction = correction if correction is not None else Correction()
-        self._aftercare = Aftercare()
-        self._margin = Margin()
-        self._lock = threading.RLock()
-        self._sessions: dict[str, OpenSession] = {}
-        self._encoder: TextEncoder | None = None
-        self._closed = False
-        self._warned: set[str] = set()  # engines whose segments were not measured
+        hint = f"run `compexport bench {bundle.path}`"
+        self._anytime = Anytime(self.members, self.correction, self.device, hint=hint)
+        self._opening = Opening(bundle, self.members, opener, threads=threads, provider=provider)
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -236,7 +193,7 @@ class Runtime:
         room = None if writing is None else writing.room(self._generation())
         forced = self._forced(ratio, variant, rule)
         self._refuse_unmeasured(budget_ms, forced)
-        encoder = self._text_encoder()
+        encoder = self._opening.encoder()
         self.members.load()
         self.warm_up(self._likely(budget_ms, forced))
         started = perf_counter()
@@ -265,8 +222,8 @@ class Runtime:
                 outputs[index] = output
         latency_ms = waited_ms + _ms_since(started)
         met_budget = budget_ms is None or latency_ms <= budget_ms
-        if end_s is not None and self._went_on(how.engine, outputs):
-            self._margin.observe(late=not met_budget)
+        if end_s is not None:
+            self._anytime.observe_request(how.engine, outputs, late=not met_budget)
         return BatchResult(
             decision.variant,
             decision.predicted_ms,
@@ -315,7 +272,7 @@ class Runtime:
     def session(self, variant: str) -> OpenSession:
         """The open engine of a variant, for example to time it; it belongs to the runtime. Opens it at first need."""
         engine = engine_of(self.members.known(variant))
-        return self._opened([engine])[engine]
+        return self._opening.sessions([engine])[engine]
 
     def generator(self, variant: str) -> Generator:
         """The open decoder of a variant; errors as ``session``, and InputError for a bundle that writes no text."""
@@ -332,8 +289,7 @@ class Runtime:
         graphs = self.bundle.manifest.variants[name].graphs
         if role not in graphs:
             raise InputError(describe(f"{name} has no such graph", got=role, expected=f"one of {', '.join(graphs)}"))
-        graph = graphs[role]
-        return self._backend.open_graphs(self.bundle, [graph], threads=self.threads, provider=self._provider)[graph]
+        return self._opening.graph(graphs[role])
 
     def answers(self, variant: str, texts: Sequence[Text]) -> list[Answer]:
         """What a variant answers to ``texts`` at its full depth, in one engine run, whatever it takes.
@@ -341,7 +297,7 @@ class Runtime:
         Of a bundle that writes text, how well it foresees ``texts`` (``engines.writing.next_token_scores``).
         Reads no measured table, so that ``evaluate`` can replace a damaged one. Raises InputError as ``run_batch``.
         """
-        manifest, encoder, session = self.bundle.manifest, self._text_encoder(), self.session(variant)
+        manifest, encoder, session = self.bundle.manifest, self._opening.encoder(), self.session(variant)
         encoded = encoder.encode(texts)
         if manifest.generation is not None:
             return next_token_scores(self.generator(variant), encoder, encoded)
@@ -352,21 +308,17 @@ class Runtime:
         self, session: OpenSession, texts: Sequence[Text], outputs: Sequence[str]
     ) -> tuple[dict[str, npt.NDArray[Any]], list[int]]:
         """What a session of this bundle returns for ``texts``, [B, ...] by name, and their lengths in tokens."""
-        encoder = self._text_encoder()
+        encoder = self._opening.encoder()
         encoded = encoder.encode(texts)
         return session.run(encoder.feeds(encoded), outputs), [len(one) for one in encoded]
 
     def warm_up(self, variants: Sequence[str] | None = None) -> None:
         """Open the engines (all by default) and run each once, so that the next request is as fast as later ones."""
-        self._opened(self.members.engines if variants is None else [engine_of(name) for name in variants])
+        self._opening.sessions(self.members.engines if variants is None else [engine_of(name) for name in variants])
 
     def close(self) -> None:
         """Close all engines; the runtime then refuses every request."""
-        with self._lock:
-            self._closed = True
-            sessions, self._sessions = self._sessions, {}
-            for session in sessions.values():
-                session.close()
+        self._opening.close()
 
     def __enter__(self) -> Runtime:
         return self
@@ -446,8 +398,8 @@ class Runtime:
         """
         if how.writing is not None:
             return self._write(how.engine, how.writing, chunk, rows)
-        session = self._opened([how.engine])[how.engine]
-        feeds = self._text_encoder().feeds(chunk)
+        session = self._opening.sessions([how.engine])[how.engine]
+        feeds = self._opening.encoder().feeds(chunk)
         if isinstance(session, Cascade):
             return self._run_cascade(session, how, chunk, feeds, shapes)
         manifest = self.bundle.manifest
@@ -456,14 +408,14 @@ class Runtime:
         outputs = session.run(feeds, names)
         engine_ms = _ms_since(started)
         if self.profile is not None and how.engine in self.profile.variants:
-            self._observe(how.engine, self.profile.predict(how.engine, *_shape(chunk)), engine_ms)
+            self._anytime.observe(how.engine, self.profile.predict(how.engine, *_shape(chunk)), engine_ms)
         return answers(manifest.task, outputs, chunk, manifest.labels)
 
     def _write(self, engine: str, writing: Writing, chunk: Sequence[EncodedText], rows: Sequence[int]) -> list[Answer]:
         """New text for each of a chunk. What was written, not what was allowed, is compared with its prediction."""
         generator = self.generator(engine)
         started = perf_counter()
-        found = write(generator, self._text_encoder(), chunk, rows, writing)
+        found = write(generator, self._opening.encoder(), chunk, rows, writing)
         engine_ms = _ms_since(started)
         if self.profile is not None:
             tokens = [len(answer["tokens"]) for answer in found]
@@ -471,7 +423,7 @@ class Runtime:
             if expected is not None:
                 # Texts that end early leave the batch: then the prediction is a bound, as it is outside the grid.
                 bound = expected.extrapolated or min(tokens) < max(tokens)
-                self._observe(engine, replace(expected, extrapolated=bound), engine_ms)
+                self._anytime.observe(engine, replace(expected, extrapolated=bound), engine_ms)
         return found
 
     def _run_cascade(
@@ -482,115 +434,17 @@ class Runtime:
         feeds: Mapping[str, npt.NDArray[Any]],
         shapes: Sequence[tuple[int, int]],
     ) -> list[Answer]:
-        run = cascade.run_exits(feeds, how.rule, self._deadline(how, shapes))
+        run = cascade.run_exits(feeds, how.rule, self._anytime.deadline(how.engine, how.end_s, shapes))
         ended = perf_counter()
-        self._observe_segments(how.engine, shapes[0][1], run)
+        self._anytime.observe_segments(how.engine, shapes[0][1], run)
         manifest = self.bundle.manifest
         given = answers(manifest.task, {LOGITS: run.logits}, chunk, manifest.labels)
         found = [
             {**answer, "exit": layer, "why": why}
             for answer, layer, why in zip(given, run.exit_layer.tolist(), run.why, strict=True)
         ]
-        self._aftercare.observe(len(chunk), _ms_since(ended))
+        self._anytime.aftercare.observe(len(chunk), _ms_since(ended))
         return found
-
-    def _deadline(self, how: _How, shapes: Sequence[tuple[int, int]]) -> Deadline | None:
-        """Until when the chunk of the first of ``shapes`` must be through, None when nothing can or must be kept."""
-        if how.end_s is None:
-            return None
-        forecast = self.members.forecast
-        if forecast is None or not forecast.knows(how.engine):
-            if how.engine not in self._warned:
-                self._warned.add(how.engine)
-                what = "%s: its segments were not measured on %s, so it cannot stop early to keep a budget; %s"
-                _log.warning(what, how.engine, self.device, f"run `compexport bench {self.bundle.path}`")
-            return None
-        factor = self.correction.factor(how.engine)
-        length = shapes[0][1]
-
-        def needs_ms(segment: int, rows: int) -> float:
-            return forecast.segment_ms(how.engine, segment, rows, length).p99_ms * factor
-
-        chunks = [forecast.first_and_whole_ms(how.engine, *shape) for shape in shapes]
-        corrected = [(first_ms * factor, whole_ms * factor) for first_ms, whole_ms in chunks]
-        reserve_ms = self._aftercare.reserve_ms(sum(batch for batch, _ in shapes))
-        reserve_ms += self._margin.share * sum(whole_ms for _, whole_ms in corrected)
-        end_s = how.end_s - reserve_ms / 1000.0
-        return Deadline(chunk_end_s(perf_counter(), end_s, corrected), needs_ms)
-
-    def _went_on(self, engine: str, outputs: Sequence[Answer]) -> bool:
-        """Whether some row passed the first exit by the clock: only such a request could have ended earlier."""
-        forecast = self.members.forecast
-        if forecast is None or not forecast.knows(engine):
-            return False
-        return any(output["exit"] > self.members.layers[engine][0] for output in outputs)
-
-    def _observe(self, variant: str, expected: Prediction, engine_ms: float) -> None:
-        """Outside the grid a prediction is a bound, so only running longer than it says something of the machine."""
-        if not expected.extrapolated or engine_ms > expected.p99_ms:
-            self.correction.observe(variant, engine_ms, expected.p50_ms)
-
-    def _observe_segments(self, engine: str, length: int, run: ExitRun) -> None:
-        """Compare the segments that ran with what they were expected to take together."""
-        forecast = self.members.forecast
-        if forecast is None or not forecast.knows(engine):
-            return
-        expected = Prediction(0.0, 0.0)
-        for number, (rows, _) in enumerate(run.segments):
-            expected += forecast.segment_ms(engine, number, rows, length)
-        self._observe(engine, expected, sum(ms for _, ms in run.segments))
-
-    def _opened(self, variants: Sequence[str]) -> Mapping[str, OpenSession]:
-        """The sessions, after opening those of ``variants`` that are not yet; each is opened once."""
-        sessions = self._sessions
-        if all(name in sessions for name in variants):
-            return sessions
-        with self._lock:
-            if self._closed:
-                raise CompexportError(describe("the runtime is closed", hint="load the bundle again"))
-            missing = [name for name in self._with_kin(variants) if name not in self._sessions]
-            if missing:
-                opened = self._backend.open_sessions(
-                    self.bundle, missing, threads=self.threads, provider=self._provider
-                )
-                self._run_once(opened)
-                # A new dict instead of an update: readers without the lock see either all or none of them.
-                self._sessions = {**self._sessions, **opened}
-            return self._sessions
-
-    def _with_kin(self, variants: Sequence[str]) -> list[str]:
-        """``variants``, and those in use whose step engine is the same: its graphs are opened once, for all of them."""
-        members = self.bundle.manifest.variants
-        shared = {graph for name in variants if members[name].is_stepper for graph in members[name].graphs.values()}
-        kin = [name for name in self.members.engines if shared & set(members[name].graphs.values())]
-        return list(dict.fromkeys((*variants, *kin)))
-
-    def _run_once(self, sessions: Mapping[str, OpenSession]) -> None:
-        if self.bundle.manifest.tokenizer is None:
-            return
-        if (generation := self.bundle.manifest.generation) is not None:
-            for name, decoder in sessions.items():
-                held: Any = decoder
-                Generator(name, held, generation).warm_up()
-            return
-        feeds = self._text_encoder().dummy_feeds(1, min(WARM_UP_LENGTH, self.bundle.manifest.tokenizer.max_length))
-        for session in sessions.values():
-            session.run(feeds)
-
-    def _text_encoder(self) -> TextEncoder:
-        if self._encoder is not None:
-            return self._encoder
-        with self._lock:
-            if self._encoder is None:
-                manifest = self.bundle.manifest
-                if manifest.tokenizer is None:
-                    what = f"bundle {self.bundle.path} has no tokenizer, so it cannot read text"
-                    raise InputError(describe(what, hint="build it from a model folder with a tokenizer.json"))
-                path = self.bundle.file(manifest.tokenizer.path)
-                self._encoder = TextEncoder(
-                    path, manifest.tokenizer, manifest.task, manifest.label_words, manifest.generation
-                )
-            return self._encoder
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,7 +170,7 @@ def test_what_is_as_good_and_faster_is_open_before_the_clock_starts(
     predict, opened = runtime._predict, []
 
     def seen(*given: Any) -> Any:
-        opened.extend(runtime._sessions)
+        opened.extend(runtime._opening.is_open)
         return predict(*given)
 
     monkeypatch.setattr(runtime, "_predict", seen)
@@ -226,7 +226,7 @@ def _require_right_scores(accuracy: float, perplexity: float, texts: list[str], 
 
 
 def test_scores_do_not_depend_on_how_many_rows_fit(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder, generator = runtime._text_encoder(), runtime.generator(R2)
+    encoder, generator = runtime._opening.encoder(), runtime.generator(R2)
     encoded = encoder.encode(TEXTS)
     at_once = next_token_scores(generator, encoder, encoded)
     monkeypatch.setattr("engines.writing.ROOM_BYTES", 1)
@@ -243,7 +243,7 @@ def test_only_one_token_each_cannot_be_scored(runtime: Runtime) -> None:
 
 
 def test_feeds_are_padded_on_the_left(runtime: Runtime) -> None:
-    encoder = runtime._text_encoder()
+    encoder = runtime._opening.encoder()
     feeds = encoder.feeds(encoder.encode(["ab", "a"]))
     assert feeds["attention_mask"].tolist() == [[1, 1], [0, 1]]
     assert feeds["input_ids"][1, 0] == PAD and feeds["input_ids"][1, 1] == feeds["input_ids"][0, 0]
