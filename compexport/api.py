@@ -478,7 +478,7 @@ def bench(
         tokenizer = runtime.bundle.manifest.tokenizer
         longest, generation = tokenizer.max_length if tokenizer else None, runtime.bundle.manifest.generation
         if generation is not None:  # one more token is timed after each length
-            longest = min(longest or generation.max_positions, generation.max_positions - 1)
+            longest = min(longest or generation.positions, generation.positions - 1)
         checked = latency.check_sizes("length", lengths, longest)
         table = latency.measure(
             runtime,

@@ -84,7 +84,7 @@ class Generator:
         elif len(cache.mask) != len(ids):
             raise InputError(describe(f"{self.name}: rows", got=len(ids), expected=f"{len(cache.mask)}, as cached"))
         whole = np.concatenate([cache.mask, mask], axis=1)
-        longest, limit = int(whole.sum(axis=1).max()), self.generation.max_positions
+        longest, limit = int(whole.sum(axis=1).max()), self.generation.positions
         if longest > limit:
             raise InputError(describe(f"{self.name}: tokens", got=longest, expected=f"at most {limit}"))
         positions = np.maximum(whole.cumsum(axis=1) - 1, 0)[:, -ids.shape[1] :]
@@ -123,7 +123,7 @@ class Generator:
         numbers = range(len(ids)) if rows is None else rows
         self._require_prompts(ids, mask, numbers)
         sampler = Sampler(sampling, numbers)
-        limits = stop.limits(mask.sum(axis=1), self.generation.max_positions)
+        limits = stop.limits(mask.sum(axis=1), self.generation.positions)
         last, cache = self.read_prompt(ids, mask)
         return self._written(last, cache, sampler, stop, limits)
 
@@ -146,7 +146,7 @@ class Generator:
 
     def warm_up(self) -> None:
         """Read a little and write a token on, so that the next generation is as fast as later ones."""
-        count = min(WARM_UP_TOKENS, self.generation.max_positions)
+        count = min(WARM_UP_TOKENS, self.generation.positions)
         ids = np.full((1, count), self.generation.pad_id, np.int64)
         _, cache = self.read(ids[:, 1:], np.ones_like(ids[:, 1:])) if count > 1 else (None, None)
         self.read(ids[:, :1], np.ones_like(ids[:, :1]), cache)

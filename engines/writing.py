@@ -36,9 +36,9 @@ class Writing:
 
         Raises InputError when that is none.
         """
-        room = generation.max_positions + 1 - self.max_new_tokens
+        room = generation.positions + 1 - self.max_new_tokens
         if room < 1:
-            expected = f"at most {generation.max_positions}, the model's positions"
+            expected = f"at most {generation.positions}, the model's positions"
             raise InputError(describe("max_new_tokens", got=self.max_new_tokens, expected=expected))
         return room
 
