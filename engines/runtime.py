@@ -23,8 +23,8 @@ from engines.answers import Answer, answers, needed_outputs
 from engines.anytime import Aftercare, Margin, chunk_end_s
 from engines.bundle import Bundle
 from engines.cascade import LOGITS, Cascade, Deadline, ExitRun
+from engines.causal import CausalGenerator
 from engines.exit_rule import TO_THE_END, ExitRule
-from engines.generate import Generator
 from engines.manifest import Generation, TensorSpec
 from engines.members import Members, Predictions
 from engines.points import engine_of
@@ -317,11 +317,11 @@ class Runtime:
         engine = engine_of(self.members.known(variant))
         return self._opened([engine])[engine]
 
-    def generator(self, variant: str) -> Generator:
+    def generator(self, variant: str) -> CausalGenerator:
         """The open decoder of a variant; errors as ``session``, and InputError for a bundle that writes no text."""
         name = engine_of(self.members.known(variant))
         session: Any = self.session(name)
-        return Generator(name, session, self._generation())
+        return CausalGenerator(name, session, self._generation())
 
     def open_role(self, variant: str, role: str) -> OpenSession:
         """A new session of one graph of a variant, for example "all-exits"; the caller closes it.
@@ -571,7 +571,7 @@ class Runtime:
         if (generation := self.bundle.manifest.generation) is not None:
             for name, decoder in sessions.items():
                 held: Any = decoder
-                Generator(name, held, generation).warm_up()
+                CausalGenerator(name, held, generation).warm_up()
             return
         feeds = self._text_encoder().dummy_feeds(1, min(WARM_UP_LENGTH, self.bundle.manifest.tokenizer.max_length))
         for session in sessions.values():
