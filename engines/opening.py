@@ -8,7 +8,7 @@ from typing import Any
 
 from compexport.errors import CompexportError, InputError, describe
 from engines.bundle import Bundle
-from engines.generate import Generator
+from engines.causal import CausalGenerator
 from engines.members import Members
 from engines.session import Backend, OpenSession
 from engines.text import TextEncoder
@@ -100,7 +100,7 @@ class Opening:
         if (generation := self._bundle.manifest.generation) is not None:
             for name, decoder in sessions.items():
                 held: Any = decoder
-                Generator(name, held, generation).warm_up()
+                CausalGenerator(name, held, generation).warm_up()
             return
         feeds = self.encoder().dummy_feeds(1, min(WARM_UP_LENGTH, self._bundle.manifest.tokenizer.max_length))
         for session in sessions.values():

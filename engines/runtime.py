@@ -21,8 +21,8 @@ from engines.answers import Answer, answers, needed_outputs
 from engines.anytime import Anytime
 from engines.bundle import Bundle
 from engines.cascade import LOGITS, Cascade
+from engines.causal import CausalGenerator
 from engines.exit_rule import TO_THE_END, ExitRule
-from engines.generate import Generator
 from engines.manifest import Generation
 from engines.members import Members, Predictions
 from engines.opening import Opening
@@ -274,11 +274,11 @@ class Runtime:
         engine = engine_of(self.members.known(variant))
         return self._opening.sessions([engine])[engine]
 
-    def generator(self, variant: str) -> Generator:
+    def generator(self, variant: str) -> CausalGenerator:
         """The open decoder of a variant; errors as ``session``, and InputError for a bundle that writes no text."""
         name = engine_of(self.members.known(variant))
         session: Any = self.session(name)
-        return Generator(name, session, self._generation())
+        return CausalGenerator(name, session, self._generation())
 
     def open_role(self, variant: str, role: str) -> OpenSession:
         """A new session of one graph of a variant, for example "all-exits"; the caller closes it.

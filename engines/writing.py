@@ -12,8 +12,10 @@ import numpy as np
 
 from compexport.errors import InputError, describe
 from engines.answers import Answer, Array, not_finite
-from engines.generate import MAX_NEW_TOKENS, ROOM_BYTES, Generator
+from engines.causal import ROOM_BYTES, CausalGenerator
+from engines.generate import Generator
 from engines.manifest import GENERATION, Generation
+from engines.options import MAX_NEW_TOKENS, Options
 from engines.points import is_part, token_name
 from engines.profile import Prediction, Profile, check_count
 from engines.sampling import GREEDY, Sampling
@@ -81,14 +83,13 @@ def write(
     written = generator.generate(
         feeds["input_ids"],
         feeds["attention_mask"],
-        sampling=writing.sampling,
-        max_new_tokens=writing.max_new_tokens,
+        options=Options(max_new_tokens=writing.max_new_tokens, sampling=writing.sampling),
         rows=rows,
     )
     return [{"text": encoder.decode(one.tokens), "tokens": one.tokens, "why": one.why} for one in written]
 
 
-def next_token_scores(generator: Generator, encoder: TextEncoder, encoded: Sequence[EncodedText]) -> list[Answer]:
+def next_token_scores(generator: CausalGenerator, encoder: TextEncoder, encoded: Sequence[EncodedText]) -> list[Answer]:
     """How well each text is foreseen, read as it stands: of its tokens but the first, ``tokens`` in number,
 
     so many ``hits`` were the likeliest ones, and the sum of their ``log_likelihood``, natural. Raises CompexportError
