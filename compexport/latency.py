@@ -16,13 +16,36 @@ import numpy.typing as npt
 from compexport.errors import InputError, describe
 from compexport.present import Progress
 from engines.cascade import Cascade
+from engines.causal import CausalGenerator
 from engines.exit_rule import TO_THE_END
-from engines.manifest import DECODER, Manifest, TensorSpec, backbones
+from engines.manifest import (
+    DECODER,
+    DECODER_WITH_PAST,
+    ENCODER,
+    TEXT2TEXT,
+    Generation,
+    Manifest,
+    TensorSpec,
+    backbones,
+)
 from engines.paths import segment_macs
-from engines.points import is_part, is_token, segment_name, token_name, variant_of
+from engines.points import (
+    encoder_name,
+    first_token_name,
+    is_segment,
+    is_token,
+    segment_name,
+    token_name,
+    variant_of,
+    written_before,
+)
 from engines.runtime import Runtime
+from engines.seq2seq import Seq2SeqGenerator
 
 Row = dict[str, Any]
+Ids = npt.NDArray[np.int64]
+
+MANY_WRITTEN = 64  # tokens after which one more is timed, besides the second of a text
 
 # Ids that every real vocabulary has; which ones is all the same to the time an engine takes.
 _SMALLEST_ID, _LARGEST_ID = 5, 100
@@ -66,12 +89,12 @@ def measure(
 def _calls(runtime: Runtime, batch: int, length: int) -> dict[str, Callable[[], object]]:
     """What is timed at (B, S): every variant to its end, and of one with exits every segment alone.
 
-    Of a decoder: reading S tokens, and one more token after them.
+    Of a variant that writes: up to the first token, and one more token.
     """
     calls: dict[str, Callable[[], object]] = {}
     for name in runtime.members.engines:
         if runtime.bundle.manifest.generation is not None:
-            calls |= _decoder_calls(runtime, name, batch, length)
+            calls |= _writing_calls(runtime, name, batch, length)
             continue
         session = runtime.session(name)
         feeds = random_feeds(session.inputs, batch, length)
@@ -83,13 +106,47 @@ def _calls(runtime: Runtime, batch: int, length: int) -> dict[str, Callable[[], 
     return calls
 
 
-def _decoder_calls(runtime: Runtime, name: str, batch: int, length: int) -> dict[str, Callable[[], object]]:
+def _writing_calls(runtime: Runtime, name: str, batch: int, length: int) -> dict[str, Callable[[], object]]:
     generator = runtime.generator(name)
     ids = np.random.default_rng(0).integers(_SMALLEST_ID, _LARGEST_ID, (batch, length), dtype=np.int64)
     mask = np.ones_like(ids)
+    if isinstance(generator, Seq2SeqGenerator):
+        return _reading_and_writing_calls(name, generator, ids, mask)
+    assert isinstance(generator, CausalGenerator)
     _, cache = generator.read_prompt(ids, mask)
     more = partial(generator.read, ids[:, :1], mask[:, :1], cache)
     return {name: partial(generator.read_prompt, ids, mask), token_name(name): more}
+
+
+def _reading_and_writing_calls(
+    name: str, generator: Seq2SeqGenerator, ids: Ids, mask: Ids
+) -> dict[str, Callable[[], object]]:
+    """The encoder, the first token after it, both together, and one more token after few and after many others."""
+    starts = generator.generation.decoder_start_ids
+    prompt = np.array([starts] * len(ids), np.int64)
+    encoded = generator.encode(ids, mask)
+    _, kept = generator.first_step(encoded, mask, prompt)
+    calls: dict[str, Callable[[], object]] = {
+        name: lambda: generator.first_step(generator.encode(ids, mask), mask, prompt),
+        encoder_name(name): partial(generator.encode, ids, mask),
+        first_token_name(name): partial(generator.first_step, encoded, mask, prompt),
+    }
+    written = len(starts)
+    for wanted in written_at(generator.generation):
+        while written < wanted:
+            _, kept = generator.cached_step(ids[:, 0], kept)
+            written += 1
+        calls[token_name(name, wanted)] = partial(generator.cached_step, ids[:, 0], kept)
+    return calls
+
+
+def written_at(generation: Generation) -> list[int]:
+    """After how many tokens one more is timed, for a model that reads one text and writes another.
+
+    The time between grows evenly, so that two are enough; those that writing begins with count.
+    """
+    first = len(generation.decoder_start_ids)
+    return sorted({first, max(first, min(MANY_WRITTEN, generation.positions - 1))})
 
 
 def random_feeds(inputs: Sequence[TensorSpec], batch: int, length: int) -> dict[str, npt.NDArray[np.int64]]:
@@ -102,20 +159,21 @@ def random_feeds(inputs: Sequence[TensorSpec], batch: int, length: int) -> dict[
 def realised(rows: Sequence[Row], manifest: Manifest) -> list[Row]:
     """For each compressed variant and size: the speed-up, what its FLOPs would allow, and the share of it reached.
 
-    Decoders have such rows for reading a prompt and for one more token.
+    Variants that write have such rows up to the first token and for one more token, of those that read another text
+    also for the encoder and the first token alone.
     """
-    compared = [row for row in rows if not is_part(row["variant"]) or is_token(row["variant"])]
+    compared = [row for row in rows if not is_segment(row["variant"])]
     times = {(row["variant"], row["batch"], row["length"]): row["p50_ms"] for row in compared}
     variants = manifest.variants
     whole_ones = {(variants[n].method, variants[n].precision): n for n in reversed(backbones(variants))}
     found = []
     for (name, batch, length), p50_ms in times.items():
-        variant = variants[variant_of(name)]
-        backbone = whole_ones.get((variant.method, variant.precision))
-        if backbone is not None and is_token(name):
-            backbone = token_name(backbone)
-        if backbone is None or name == backbone or (backbone, batch, length) not in times:
+        owner = variant_of(name)
+        variant = variants[owner]
+        whole = whole_ones.get((variant.method, variant.precision))
+        if whole is None or owner == whole or (whole + name.removeprefix(owner), batch, length) not in times:
             continue
+        backbone = whole + name.removeprefix(owner)
         speedup = times[backbone, batch, length] / p50_ms
         ideal = _macs(manifest, backbone, length) / _macs(manifest, name, length)
         found.append(
@@ -132,11 +190,21 @@ def realised(rows: Sequence[Row], manifest: Manifest) -> list[Row]:
 
 
 def _macs(manifest: Manifest, name: str, length: int) -> int:
-    """MACs of one row of a variant, or of one token more after ``length``."""
-    if not is_token(name):
+    """MACs of one row of a variant, of a part of it, or of one token more."""
+    variant = manifest.variants[variant_of(name)]
+    costs = {role: manifest.graphs[graph].cost for role, graph in variant.graphs.items()}
+    if manifest.task != TEXT2TEXT:
+        if is_token(name):
+            return costs[DECODER].token_macs(length)
         return sum(segment_macs(manifest, name, length))
-    graph = manifest.variants[variant_of(name)].graphs[DECODER]
-    return manifest.graphs[graph].cost.token_macs(length)
+    written = written_before(name)
+    if written is not None:
+        return costs[DECODER_WITH_PAST].token_macs(written, length)
+    assert manifest.generation is not None
+    encoder = costs[ENCODER].macs(length)
+    first = costs[DECODER].macs(len(manifest.generation.decoder_start_ids), length)
+    parts = {encoder_name(variant_of(name)): encoder, first_token_name(variant_of(name)): first}
+    return parts.get(name, encoder + first)
 
 
 def check_sizes(what: str, values: Sequence[float], largest: int | None = None) -> list[int]:

@@ -9,7 +9,10 @@ from typing import Any
 from compexport.errors import CompexportError, InputError, describe
 from engines.bundle import Bundle
 from engines.causal import CausalGenerator
+from engines.generate import Generator
+from engines.manifest import DECODER, DECODER_WITH_PAST, ENCODER, TEXT2TEXT, Generation
 from engines.members import Members
+from engines.seq2seq import Seq2SeqGenerator
 from engines.session import Backend, OpenSession
 from engines.text import TextEncoder
 
@@ -30,25 +33,37 @@ class Opening:
         self._provider = provider
         self._lock = threading.RLock()
         self._sessions: dict[str, OpenSession] = {}
+        self._graphs: dict[str, OpenSession] = {}  # of variants that are several of them, shared between variants
+        self._generators: dict[str, Generator] = {}
         self._encoder: TextEncoder | None = None
         self._closed = False
 
     @property
     def is_open(self) -> Sequence[str]:
         """The variants whose engines are open."""
-        return tuple(self._sessions)
+        return tuple(self._sessions) or tuple(self._generators)
+
+    def open(self, variants: Sequence[str]) -> None:
+        """Open the engines of ``variants`` that are not open yet, and run them once; errors as ``sessions``."""
+        if self._bundle.manifest.generation is None:
+            self.sessions(variants)
+        else:
+            self.generators(variants)
 
     def sessions(self, variants: Sequence[str]) -> Mapping[str, OpenSession]:
         """The sessions, after opening those of ``variants`` that are not yet, and running them once.
 
-        Raises CompexportError when all was closed, BundleError as the backend does.
+        Raises CompexportError when all was closed, BundleError as the backend does, InputError for variants of several
+        engines.
         """
         sessions = self._sessions
         if all(name in sessions for name in variants):
             return sessions
+        if self._bundle.manifest.task == TEXT2TEXT:
+            expected = f"the role {ENCODER}, {DECODER} or {DECODER_WITH_PAST}"
+            raise InputError(describe(f"{variants[0]} has several engines", got="none named", expected=expected))
         with self._lock:
-            if self._closed:
-                raise CompexportError(describe("the runtime is closed", hint="load the bundle again"))
+            self._require_open()
             missing = [name for name in self._with_kin(variants) if name not in self._sessions]
             if missing:
                 opened = self.backend.open_sessions(
@@ -58,6 +73,24 @@ class Opening:
                 # A new dict instead of an update: readers without the lock see either all or none of them.
                 self._sessions = {**self._sessions, **opened}
             return self._sessions
+
+    def generators(self, variants: Sequence[str]) -> Mapping[str, Generator]:
+        """What writes, after opening ``variants``; errors as ``sessions``, and for a bundle that writes no text."""
+        generators = self._generators
+        if all(name in generators for name in variants):
+            return generators
+        manifest = self._bundle.manifest
+        if manifest.generation is None:
+            raise InputError(describe(f"bundle {self._bundle.path} writes no text", got=manifest.task))
+        if manifest.task != TEXT2TEXT:
+            self.sessions(variants)
+            return self._generators
+        with self._lock:
+            self._require_open()
+            missing = dict.fromkeys(name for name in variants if name not in self._generators)
+            made = {name: self._reading_two(name, manifest.generation) for name in missing}
+            self._adopt(made)
+            return self._generators
 
     def graph(self, name: str) -> OpenSession:
         """A new session of one graph; the caller closes it."""
@@ -83,9 +116,31 @@ class Opening:
         """Close all engines; every later call for one is refused."""
         with self._lock:
             self._closed = True
-            sessions, self._sessions = self._sessions, {}
-            for session in sessions.values():
+            opened = [*self._sessions.values(), *self._graphs.values()]
+            self._sessions, self._graphs, self._generators = {}, {}, {}
+            for session in opened:
                 session.close()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise CompexportError(describe("the runtime is closed", hint="load the bundle again"))
+
+    def _reading_two(self, name: str, generation: Generation) -> Generator:
+        """That of a variant that reads one text and writes another; graphs that others have opened are theirs too."""
+        roles = self._bundle.manifest.variants[name].graphs
+        missing = [graph for graph in roles.values() if graph not in self._graphs]
+        opened = self.backend.open_graphs(self._bundle, missing, threads=self._threads, provider=self._provider)
+        self._graphs = {**self._graphs, **opened}
+        graphs: Mapping[str, Any] = self._graphs
+        encoder, first, cached = (graphs[roles[role]] for role in (ENCODER, DECODER, DECODER_WITH_PAST))
+        return Seq2SeqGenerator(name, encoder, first, cached, generation)
+
+    def _adopt(self, made: Mapping[str, Generator]) -> None:
+        """Run generators once, so that no request waits for what only a first run does."""
+        for generator in made.values():
+            generator.warm_up()
+        # A new dict instead of an update: readers without the lock see either all or none of them.
+        self._generators = {**self._generators, **made}
 
     def _with_kin(self, variants: Sequence[str]) -> list[str]:
         """``variants``, and those in use whose step engine is the same: its graphs are opened once, for all of them."""
@@ -95,12 +150,11 @@ class Opening:
         return list(dict.fromkeys((*variants, *kin)))
 
     def _run_once(self, sessions: Mapping[str, OpenSession]) -> None:
-        if self._bundle.manifest.tokenizer is None:
-            return
         if (generation := self._bundle.manifest.generation) is not None:
-            for name, decoder in sessions.items():
-                held: Any = decoder
-                CausalGenerator(name, held, generation).warm_up()
+            decoders: Mapping[str, Any] = sessions
+            self._adopt({name: CausalGenerator(name, decoder, generation) for name, decoder in decoders.items()})
+            return
+        if self._bundle.manifest.tokenizer is None:
             return
         feeds = self.encoder().dummy_feeds(1, min(WARM_UP_LENGTH, self._bundle.manifest.tokenizer.max_length))
         for session in sessions.values():

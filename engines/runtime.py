@@ -23,17 +23,28 @@ from engines.bundle import Bundle
 from engines.cascade import LOGITS, Cascade
 from engines.causal import CausalGenerator
 from engines.exit_rule import TO_THE_END, ExitRule
+from engines.generate import Generated, Generator, StepDeadline
+from engines.lengths import Expected, longest
 from engines.manifest import Generation
 from engines.members import Members, Predictions
 from engines.opening import Opening
+from engines.options import Options
 from engines.points import engine_of
 from engines.profile import Profile, check_count
 from engines.results import BatchResult, Result
 from engines.sampling import Sampling
 from engines.selector import Correction, Decision, Quality, decide, time_left_ms
 from engines.session import Backend, OpenSession
+from engines.streaming import Stream
 from engines.text import EncodedText, Text
-from engines.writing import Writing, next_token_scores, predict_writing, write, writing_for
+from engines.writing import (
+    most_tokens,
+    next_token_scores,
+    options_asked,
+    room_for,
+    rows_per_text,
+    written_answers,
+)
 
 LARGEST_BATCH = 32  # what one engine run takes at most when no profile says what was measured
 
@@ -115,6 +126,7 @@ class Runtime:
         rule: ExitRule | None = None,
         max_new_tokens: int | None = None,
         sampling: Sampling | None = None,
+        settings: Mapping[str, Any] | None = None,
         truncate: bool = True,
         waited_ms: float = 0.0,
     ) -> Result: ...
@@ -130,6 +142,7 @@ class Runtime:
         rule: ExitRule | None = None,
         max_new_tokens: int | None = None,
         sampling: Sampling | None = None,
+        settings: Mapping[str, Any] | None = None,
         truncate: bool = True,
         waited_ms: float = 0.0,
     ) -> list[Result]: ...
@@ -144,6 +157,7 @@ class Runtime:
         rule: ExitRule | None = None,
         max_new_tokens: int | None = None,
         sampling: Sampling | None = None,
+        settings: Mapping[str, Any] | None = None,
         truncate: bool = True,
         waited_ms: float = 0.0,
     ) -> Result | list[Result]:
@@ -160,6 +174,7 @@ class Runtime:
             rule=rule,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
+            settings=settings,
             truncate=truncate,
             waited_ms=waited_ms,
         )
@@ -176,6 +191,7 @@ class Runtime:
         rule: ExitRule | None = None,
         max_new_tokens: int | None = None,
         sampling: Sampling | None = None,
+        settings: Mapping[str, Any] | None = None,
         truncate: bool = True,
         waited_ms: float = 0.0,
     ) -> BatchResult:
@@ -183,56 +199,54 @@ class Runtime:
 
         ``budget_ms`` is for all of them together, ``waited_ms`` what of it was spent before this call. ``ratio`` or
         ``variant`` force a member, ``rule`` how its rows leave early. With a budget a variant with exits reads the
-        clock before every segment, and where the next one would be late its newest exit answers. A bundle that writes
-        text takes ``max_new_tokens`` (32 for None) and ``sampling`` (for None always the likeliest token). Raises
-        InputError for an empty, malformed or (``truncate=False``) too long text, a budget that is NaN or <= 0, an
-        unknown member, a rule that does not fit, or a budget without a measured profile to keep it by.
+        clock before every segment, and where the next one would be late its newest exit answers. Raises InputError for
+        an empty, malformed or (``truncate=False``) too long text, a budget that is NaN or <= 0, an unknown member, a
+        rule that does not fit, or a budget without a measured profile to keep it by.
+
+        A bundle that writes text takes ``max_new_tokens``, ``sampling`` and ``settings``, more of them by the names of
+        ``engines.options.NAMES``; where nothing was asked for, the model's own settings hold, and without any 32
+        tokens, always the likeliest. With a budget a text ends ("budget") where its next token would be late.
         """
-        time_left_ms(budget_ms, waited_ms)
-        writing = writing_for(self.bundle.manifest.task, max_new_tokens, sampling)
-        room = None if writing is None else writing.room(self._generation())
+        options = options_asked(self.bundle.manifest, max_new_tokens, sampling, settings)
         forced = self._forced(ratio, variant, rule)
-        self._refuse_unmeasured(budget_ms, forced)
-        encoder = self._opening.encoder()
-        self.members.load()
-        self.warm_up(self._likely(budget_ms, forced))
-        started = perf_counter()
-        encoded = encoder.encode(texts, truncate=truncate, room=room)
-        chunks = self._chunks(encoded)
-        shapes = [_shape([encoded[index] for index in chunk]) for chunk in chunks]
-        predictions, rungs = self._predict(shapes, writing)
-        spent_ms = waited_ms + _ms_since(started)
-        decision = decide(
-            predictions,
-            self.quality,
-            self.correction,
-            budget_ms=budget_ms,
-            waited_ms=spent_ms,
-            forced=forced,
-            rungs=rungs,
-        )
-        end_s = None if budget_ms is None or budget_ms == math.inf else started + (budget_ms - waited_ms) / 1000.0
-        how = _How(
-            engine_of(decision.variant), rule or self.members.rule(decision.variant) or TO_THE_END, end_s, writing
-        )
-        outputs: list[Answer] = [{}] * len(encoded)
-        for number, chunk in enumerate(chunks):
-            answered = self._run(how, [encoded[index] for index in chunk], chunk, shapes[number:])
+        request = self._chosen(texts, options, budget_ms, forced, rule, truncate, waited_ms)
+        outputs: list[Answer] = [{}] * len(texts)
+        for number, chunk in enumerate(request.chunks):
+            answered = self._run(request, number)
             for index, output in zip(chunk, answered, strict=True):
                 outputs[index] = output
-        latency_ms = waited_ms + _ms_since(started)
-        met_budget = budget_ms is None or latency_ms <= budget_ms
-        if end_s is not None:
-            self._anytime.observe_request(how.engine, outputs, late=not met_budget)
-        return BatchResult(
-            decision.variant,
-            decision.predicted_ms,
-            latency_ms,
-            met_budget,
-            outputs,
-            [one.truncated for one in encoded],
-            decision,
+        return self._finished(request, outputs)
+
+    def stream(
+        self,
+        text: Text,
+        *,
+        budget_ms: float | None = None,
+        ratio: float | None = None,
+        variant: str | None = None,
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        settings: Mapping[str, Any] | None = None,
+        truncate: bool = True,
+        waited_ms: float = 0.0,
+    ) -> Stream:
+        """Write one text, piece by piece as it comes; arguments and errors as ``run_batch``.
+
+        Raises InputError, before the first piece, for a bundle that writes no text, and for beams or several texts,
+        which come whole.
+        """
+        options = options_asked(self.bundle.manifest, max_new_tokens, sampling, settings)
+        if options is None:
+            self._generation()
+        request = self._chosen(
+            [text], options, budget_ms, self._forced(ratio, variant, None), None, truncate, waited_ms
         )
+        encoder = self._opening.encoder()
+        feeds = encoder.feeds(request.encoded)
+        tokens = self.generator(request.engine).stream(
+            feeds["input_ids"], feeds["attention_mask"], options=options, deadline=self._step_deadline(request, 0)
+        )
+        return Stream(tokens, encoder, lambda answer: self._finished(request, [answer]))
 
     def select(
         self,
@@ -244,21 +258,22 @@ class Runtime:
         ratio: float | None = None,
         variant: str | None = None,
         max_new_tokens: int | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> Decision:
         """Which variant would answer ``batch`` texts padded to ``length`` tokens now, without running anything.
 
         ``length=None``: the longest measured that leaves room for new tokens. A batch above the largest measured is
         the sum of its chunks. Raises InputError as ``run_batch``.
         """
-        writing = writing_for(self.bundle.manifest.task, max_new_tokens, None)
+        options = options_asked(self.bundle.manifest, max_new_tokens, None, settings)
         forced = self._forced(ratio, variant, None)
         self._refuse_unmeasured(budget_ms, forced)
-        room = math.inf if writing is None else writing.room(self._generation())
+        room = None if options is None else room_for(self.bundle.manifest, options)
         if length is None:
-            length = int(min(self._longest(), room))
+            length = min(self._longest(), room or self._longest())
         check_count("batch", batch)
         check_count("length", length)
-        predictions, rungs = self._predict([(batch, length)], writing)
+        (predictions, rungs), expected = self._predict([(batch, length)], options)
         return decide(
             predictions,
             self.quality,
@@ -267,18 +282,21 @@ class Runtime:
             waited_ms=waited_ms,
             forced=forced,
             rungs=rungs,
+            expected=expected,
         )
 
     def session(self, variant: str) -> OpenSession:
-        """The open engine of a variant, for example to time it; it belongs to the runtime. Opens it at first need."""
+        """The open engine of a variant, for example to time it; it belongs to the runtime. Opens it at first need.
+
+        Raises InputError for a variant of several engines (``open_role``, ``generator``).
+        """
         engine = engine_of(self.members.known(variant))
         return self._opening.sessions([engine])[engine]
 
-    def generator(self, variant: str) -> CausalGenerator:
-        """The open decoder of a variant; errors as ``session``, and InputError for a bundle that writes no text."""
+    def generator(self, variant: str) -> Generator:
+        """What writes the texts of a variant; it belongs to the runtime. InputError for a bundle that writes none."""
         name = engine_of(self.members.known(variant))
-        session: Any = self.session(name)
-        return CausalGenerator(name, session, self._generation())
+        return self._opening.generators([name])[name]
 
     def open_role(self, variant: str, role: str) -> OpenSession:
         """A new session of one graph of a variant, for example "all-exits"; the caller closes it.
@@ -291,18 +309,31 @@ class Runtime:
             raise InputError(describe(f"{name} has no such graph", got=role, expected=f"one of {', '.join(graphs)}"))
         return self._opening.graph(graphs[role])
 
-    def answers(self, variant: str, texts: Sequence[Text]) -> list[Answer]:
+    def answers(self, variant: str, texts: Sequence[Text], settings: Mapping[str, Any] | None = None) -> list[Answer]:
         """What a variant answers to ``texts`` at its full depth, in one engine run, whatever it takes.
 
-        Of a bundle that writes text, how well it foresees ``texts`` (``engines.writing.next_token_scores``).
+        Of a bundle that writes texts on, how well it foresees ``texts`` (``engines.writing.next_token_scores``); of one
+        that reads one text and writes another what it writes, by ``settings`` as in ``run_batch``.
         Reads no measured table, so that ``evaluate`` can replace a damaged one. Raises InputError as ``run_batch``.
         """
-        manifest, encoder, session = self.bundle.manifest, self._opening.encoder(), self.session(variant)
+        manifest, encoder = self.bundle.manifest, self._opening.encoder()
+        options = options_asked(manifest, None, None, settings)
         encoded = encoder.encode(texts)
-        if manifest.generation is not None:
-            return next_token_scores(self.generator(variant), encoder, encoded)
-        names = needed_outputs(manifest.task, [output.name for output in session.outputs])
-        return answers(manifest.task, session.run(encoder.feeds(encoded), names), encoded, manifest.labels)
+        if options is None:
+            session = self.session(variant)
+            names = needed_outputs(manifest.task, [output.name for output in session.outputs])
+            return answers(manifest.task, session.run(encoder.feeds(encoded), names), encoded, manifest.labels)
+        generator = self.generator(variant)
+        if isinstance(generator, CausalGenerator):
+            return next_token_scores(generator, encoder, encoded)
+        feeds = encoder.feeds(encoded)
+        return written_answers(
+            encoder, generator.generate(feeds["input_ids"], feeds["attention_mask"], options=options)
+        )
+
+    def token_counts(self, texts: Sequence[Text]) -> list[int]:
+        """How many tokens each text has, as the model reads it."""
+        return [len(one) for one in self._opening.encoder().encode(texts)]
 
     def run_raw(
         self, session: OpenSession, texts: Sequence[Text], outputs: Sequence[str]
@@ -314,7 +345,7 @@ class Runtime:
 
     def warm_up(self, variants: Sequence[str] | None = None) -> None:
         """Open the engines (all by default) and run each once, so that the next request is as fast as later ones."""
-        self._opening.sessions(self.members.engines if variants is None else [engine_of(name) for name in variants])
+        self._opening.open(self.members.engines if variants is None else [engine_of(name) for name in variants])
 
     def close(self) -> None:
         """Close all engines; the runtime then refuses every request."""
@@ -329,6 +360,54 @@ class Runtime:
         self.close()
 
     # choosing
+
+    def _chosen(
+        self,
+        texts: Sequence[Text],
+        options: Options | None,
+        budget_ms: float | None,
+        forced: str | None,
+        rule: ExitRule | None,
+        truncate: bool,
+        waited_ms: float,
+    ) -> _Request:
+        """Tokenise a request, cut it into chunks, and decide which variant answers; its clock starts here."""
+        time_left_ms(budget_ms, waited_ms)
+        room = None if options is None else room_for(self.bundle.manifest, options)
+        self._refuse_unmeasured(budget_ms, forced)
+        encoder = self._opening.encoder()
+        self.members.load()
+        self.warm_up(self._likely(budget_ms, forced))
+        started = perf_counter()
+        encoded = encoder.encode(texts, truncate=truncate, room=room)
+        chunks = self._chunks(encoded, 1 if options is None else rows_per_text(options))
+        shapes = [_shape([encoded[index] for index in chunk]) for chunk in chunks]
+        (predictions, rungs), expected = self._predict(shapes, options)
+        decision = decide(
+            predictions,
+            self.quality,
+            self.correction,
+            budget_ms=budget_ms,
+            waited_ms=waited_ms + _ms_since(started),
+            forced=forced,
+            rungs=rungs,
+            expected=expected,
+        )
+        end_s = None if budget_ms is None or budget_ms == math.inf else started + (budget_ms - waited_ms) / 1000.0
+        rule = rule or self.members.rule(decision.variant) or TO_THE_END
+        return _Request(
+            decision, encoded, chunks, shapes, options, rule, budget_ms, started - waited_ms / 1000.0, end_s
+        )
+
+    def _finished(self, request: _Request, outputs: list[Answer]) -> BatchResult:
+        latency_ms = _ms_since(request.began_s)
+        met_budget = request.budget_ms is None or latency_ms <= request.budget_ms
+        if request.end_s is not None:
+            self._anytime.observe_request(request.engine, outputs, late=not met_budget)
+        decision, truncated = request.decision, [one.truncated for one in request.encoded]
+        return BatchResult(
+            decision.variant, decision.predicted_ms, latency_ms, met_budget, outputs, truncated, decision
+        )
 
     def _forced(self, ratio: float | None, variant: str | None, rule: ExitRule | None) -> str | None:
         """The member that ``ratio`` or ``variant`` name, or the only one that ``rule`` fits; None when none is."""
@@ -370,16 +449,34 @@ class Runtime:
         tokenizer = self.bundle.manifest.tokenizer
         return tokenizer.max_length if tokenizer is not None else 1
 
-    def _chunks(self, encoded: Sequence[EncodedText]) -> list[list[int]]:
-        """Positions of the texts of every engine run: neighbours in length, so that little is padded."""
-        size = self.profile.largest_batch if self.profile is not None else LARGEST_BATCH
+    def _chunks(self, encoded: Sequence[EncodedText], rows: int) -> list[list[int]]:
+        """Positions of the texts of every engine run: neighbours in length, so that little is padded.
+
+        ``rows``: how many a text becomes.
+        """
+        largest = self.profile.largest_batch if self.profile is not None else LARGEST_BATCH
+        size = max(1, largest // rows)
         order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
         return [order[first : first + size] for first in range(0, len(order), size)]
 
-    def _predict(self, shapes: Sequence[tuple[int, int]], writing: Writing | None) -> Predictions:
-        if writing is None or self.profile is None:
-            return self.members.predict(shapes)
-        return predict_writing(self.profile, shapes, writing.max_new_tokens), {}
+    def _predict(
+        self, shapes: Sequence[tuple[int, int]], options: Options | None
+    ) -> tuple[Predictions, Expected | None]:
+        """Predictions of chunks after each other, and of one that writes the tokens of which they are."""
+        if options is None:
+            return self.members.predict(shapes), None
+        expected = [self._expected(shape, options) for shape in shapes]
+        times = self.members.writing_times
+        if times is None:
+            return ({}, {}), longest(expected)
+        return (times.writing(shapes, expected, rows_per_text(options)), {}), longest(expected)
+
+    def _expected(self, shape: tuple[int, int], options: Options) -> Expected:
+        """How many tokens the longest text of a chunk will have."""
+        batch, length = shape
+        most, lengths = most_tokens(self.bundle.manifest, options, length), self.members.output_lengths
+        found = Expected.at_most(most) if lengths is None else lengths.expected(batch, length, most)
+        return found.at_least(min(most, options.rules.min_new_tokens))
 
     def _generation(self) -> Generation:
         generation = self.bundle.manifest.generation
@@ -389,54 +486,72 @@ class Runtime:
 
     # running
 
-    def _run(
-        self, how: _How, chunk: Sequence[EncodedText], rows: Sequence[int], shapes: Sequence[tuple[int, int]]
-    ) -> list[Answer]:
-        """One engine run [B, S], timed for the live correction, and its answers.
-
-        ``rows``: the numbers of the texts in the request; ``shapes``: this chunk's and later.
-        """
-        if how.writing is not None:
-            return self._write(how.engine, how.writing, chunk, rows)
-        session = self._opening.sessions([how.engine])[how.engine]
+    def _run(self, request: _Request, number: int) -> list[Answer]:
+        """One engine run [B, S] of a chunk, timed for the live correction, and its answers."""
+        if request.options is not None:
+            return self._write(request, request.options, number)
+        engine, chunk = request.engine, request.texts_of(number)
+        session = self._opening.sessions([engine])[engine]
         feeds = self._opening.encoder().feeds(chunk)
         if isinstance(session, Cascade):
-            return self._run_cascade(session, how, chunk, feeds, shapes)
+            return self._run_cascade(session, request, number, feeds)
         manifest = self.bundle.manifest
         names = needed_outputs(manifest.task, [output.name for output in session.outputs])
         started = perf_counter()
         outputs = session.run(feeds, names)
         engine_ms = _ms_since(started)
-        if self.profile is not None and how.engine in self.profile.variants:
-            self._anytime.observe(how.engine, self.profile.predict(how.engine, *_shape(chunk)), engine_ms)
+        if self.profile is not None and engine in self.profile.variants:
+            self._anytime.observe(engine, self.profile.predict(engine, *_shape(chunk)), engine_ms)
         return answers(manifest.task, outputs, chunk, manifest.labels)
 
-    def _write(self, engine: str, writing: Writing, chunk: Sequence[EncodedText], rows: Sequence[int]) -> list[Answer]:
-        """New text for each of a chunk. What was written, not what was allowed, is compared with its prediction."""
-        generator = self.generator(engine)
+    def _write(self, request: _Request, options: Options, number: int) -> list[Answer]:
+        """Text for each of a chunk. What was written, not what was expected, is compared with its prediction."""
+        engine, encoder = request.engine, self._opening.encoder()
+        generator, feeds = self.generator(engine), encoder.feeds(request.texts_of(number))
+        deadline = self._step_deadline(request, number)
+        rows = request.chunks[number]
         started = perf_counter()
-        found = write(generator, self._opening.encoder(), chunk, rows, writing)
-        engine_ms = _ms_since(started)
-        if self.profile is not None:
-            tokens = [len(answer["tokens"]) for answer in found]
-            expected = predict_writing(self.profile, [_shape(chunk)], max(tokens)).get(engine)
-            if expected is not None:
-                # Texts that end early leave the batch: then the prediction is a bound, as it is outside the grid.
-                bound = expected.extrapolated or min(tokens) < max(tokens)
-                self._anytime.observe(engine, replace(expected, extrapolated=bound), engine_ms)
+        written = generator.generate(
+            feeds["input_ids"], feeds["attention_mask"], options=options, rows=rows, deadline=deadline
+        )
+        ended = perf_counter()
+        self._observe_writing(request, options, number, written, (ended - started) * 1000.0)
+        found = written_answers(encoder, written)
+        self._anytime.aftercare.observe(len(rows), _ms_since(ended))
         return found
 
+    def _step_deadline(self, request: _Request, number: int) -> StepDeadline | None:
+        """Until when chunk ``number`` must be written; None when nothing can or must be kept."""
+        times, options, engine = self.members.writing_times, request.options, request.engine
+        shapes = request.shapes[number:]
+        whole_ms: list[float] = []
+        if times is not None and options is not None and times.knows(engine) and request.end_s is not None:
+            for shape in shapes:
+                found = times.writing([shape], [self._expected(shape, options)], rows_per_text(options))
+                whole_ms.append(found[engine].p99_ms)
+        return self._anytime.step_deadline(engine, request.end_s, shapes, whole_ms)
+
+    def _observe_writing(
+        self, request: _Request, options: Options, number: int, written: Sequence[Generated], engine_ms: float
+    ) -> None:
+        times, engine = self.members.writing_times, request.engine
+        # How many steps a search with beams took does not show in what it found.
+        if times is None or not times.knows(engine) or options.beams.num_beams > 1:
+            return
+        tokens = [len(text.tokens) for one in written for text in (one, *one.others)]
+        count = Expected.at_most(max(tokens))
+        expected = times.writing([request.shapes[number]], [count], rows_per_text(options))[engine]
+        # Texts that end early leave the batch: then the prediction is a bound, as it is outside the grid.
+        bound = expected.extrapolated or min(tokens) < max(tokens)
+        self._anytime.observe(engine, replace(expected, extrapolated=bound), engine_ms)
+
     def _run_cascade(
-        self,
-        cascade: Cascade,
-        how: _How,
-        chunk: Sequence[EncodedText],
-        feeds: Mapping[str, npt.NDArray[Any]],
-        shapes: Sequence[tuple[int, int]],
+        self, cascade: Cascade, request: _Request, number: int, feeds: Mapping[str, npt.NDArray[Any]]
     ) -> list[Answer]:
-        run = cascade.run_exits(feeds, how.rule, self._anytime.deadline(how.engine, how.end_s, shapes))
+        engine, chunk, shapes = request.engine, request.texts_of(number), request.shapes[number:]
+        run = cascade.run_exits(feeds, request.rule, self._anytime.deadline(engine, request.end_s, shapes))
         ended = perf_counter()
-        self._anytime.observe_segments(how.engine, shapes[0][1], run)
+        self._anytime.observe_segments(engine, shapes[0][1], run)
         manifest = self.bundle.manifest
         given = answers(manifest.task, {LOGITS: run.logits}, chunk, manifest.labels)
         found = [
@@ -448,16 +563,31 @@ class Runtime:
 
 
 @dataclass(frozen=True, slots=True)
-class _How:
-    """How a request is answered: by which engine, by what rule rows leave it early, and until when (perf_counter).
+class _Request:
+    """A request whose variant was chosen. ``chunks``: the numbers of the texts of each engine run, ``shapes`` [B, S].
 
-    ``writing``: how its texts are written on, where that is the task.
+    ``options``: how its texts are written, where that is the task; ``rule``: how rows leave early. ``began_s`` and
+    ``end_s`` (perf_counter): when it came, and when it must be answered, None without a budget.
     """
 
-    engine: str
+    decision: Decision
+    encoded: list[EncodedText]
+    chunks: list[list[int]]
+    shapes: list[tuple[int, int]]
+    options: Options | None
     rule: ExitRule
+    budget_ms: float | None
+    began_s: float
     end_s: float | None
-    writing: Writing | None
+
+    @property
+    def engine(self) -> str:
+        """The variant whose engines answer."""
+        return engine_of(self.decision.variant)
+
+    def texts_of(self, number: int) -> list[EncodedText]:
+        """The texts of a chunk."""
+        return [self.encoded[index] for index in self.chunks[number]]
 
 
 def _load_backend(name: str) -> Backend:
