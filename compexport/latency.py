@@ -13,17 +13,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from compexport import writing_parts
 from compexport.errors import InputError, describe
 from compexport.present import Progress
 from engines.cascade import Cascade
-from engines.causal import CausalGenerator
 from engines.exit_rule import TO_THE_END
 from engines.manifest import (
     DECODER,
     DECODER_WITH_PAST,
     ENCODER,
     TEXT2TEXT,
-    Generation,
     Manifest,
     TensorSpec,
     backbones,
@@ -35,17 +34,12 @@ from engines.points import (
     is_segment,
     is_token,
     segment_name,
-    token_name,
     variant_of,
     written_before,
 )
 from engines.runtime import Runtime
-from engines.seq2seq import Seq2SeqGenerator
 
 Row = dict[str, Any]
-Ids = npt.NDArray[np.int64]
-
-MANY_WRITTEN = 64  # tokens after which one more is timed, besides the second of a text
 
 # Ids that every real vocabulary has; which ones is all the same to the time an engine takes.
 _SMALLEST_ID, _LARGEST_ID = 5, 100
@@ -71,7 +65,9 @@ def measure(
     sizes = [(batch, length) for batch in batches for length in lengths]
     for done, (batch, length) in enumerate(sizes):
         progress(f"timing batch {batch} x length {length}", done, len(sizes))
-        timings = interleave(_calls(runtime, batch, length), min_runs=min_runs, min_seconds=0.0, warmup=3)
+        calls, same = _calls(runtime, batch, length)
+        timings = interleave(calls, min_runs=min_runs, min_seconds=0.0, warmup=3)
+        timings |= {name: timings[other] for name, other in same.items()}
         rows += [
             {"variant": name, "batch": batch, "length": length, "p50_ms": t.p50_ms, "p99_ms": t.p99_ms, "runs": t.runs}
             for name, t in timings.items()
@@ -86,16 +82,15 @@ def measure(
     }
 
 
-def _calls(runtime: Runtime, batch: int, length: int) -> dict[str, Callable[[], object]]:
+def _calls(runtime: Runtime, batch: int, length: int) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
     """What is timed at (B, S): every variant to its end, and of one with exits every segment alone.
 
-    Of a variant that writes: up to the first token, and one more token.
+    Those that write are timed in parts (``compexport.writing_parts``). Besides, names that have the times of another.
     """
+    if runtime.bundle.manifest.generation is not None:
+        return writing_parts.calls_of(runtime, _random_ids(batch, length))
     calls: dict[str, Callable[[], object]] = {}
     for name in runtime.members.engines:
-        if runtime.bundle.manifest.generation is not None:
-            calls |= _writing_calls(runtime, name, batch, length)
-            continue
         session = runtime.session(name)
         feeds = random_feeds(session.inputs, batch, length)
         if isinstance(session, Cascade):
@@ -103,57 +98,18 @@ def _calls(runtime: Runtime, batch: int, length: int) -> dict[str, Callable[[], 
             calls |= {segment_name(name, number): call for number, call in enumerate(session.segment_calls(feeds))}
         else:
             calls[name] = partial(session.run, feeds)
-    return calls
-
-
-def _writing_calls(runtime: Runtime, name: str, batch: int, length: int) -> dict[str, Callable[[], object]]:
-    generator = runtime.generator(name)
-    ids = np.random.default_rng(0).integers(_SMALLEST_ID, _LARGEST_ID, (batch, length), dtype=np.int64)
-    mask = np.ones_like(ids)
-    if isinstance(generator, Seq2SeqGenerator):
-        return _reading_and_writing_calls(name, generator, ids, mask)
-    assert isinstance(generator, CausalGenerator)
-    _, cache = generator.read_prompt(ids, mask)
-    more = partial(generator.read, ids[:, :1], mask[:, :1], cache)
-    return {name: partial(generator.read_prompt, ids, mask), token_name(name): more}
-
-
-def _reading_and_writing_calls(
-    name: str, generator: Seq2SeqGenerator, ids: Ids, mask: Ids
-) -> dict[str, Callable[[], object]]:
-    """The encoder, the first token after it, both together, and one more token after few and after many others."""
-    starts = generator.generation.decoder_start_ids
-    prompt = np.array([starts] * len(ids), np.int64)
-    encoded = generator.encode(ids, mask)
-    _, kept = generator.first_step(encoded, mask, prompt)
-    calls: dict[str, Callable[[], object]] = {
-        name: lambda: generator.first_step(generator.encode(ids, mask), mask, prompt),
-        encoder_name(name): partial(generator.encode, ids, mask),
-        first_token_name(name): partial(generator.first_step, encoded, mask, prompt),
-    }
-    written = len(starts)
-    for wanted in written_at(generator.generation):
-        while written < wanted:
-            _, kept = generator.cached_step(ids[:, 0], kept)
-            written += 1
-        calls[token_name(name, wanted)] = partial(generator.cached_step, ids[:, 0], kept)
-    return calls
-
-
-def written_at(generation: Generation) -> list[int]:
-    """After how many tokens one more is timed, for a model that reads one text and writes another.
-
-    The time between grows evenly, so that two are enough; those that writing begins with count.
-    """
-    first = len(generation.decoder_start_ids)
-    return sorted({first, max(first, min(MANY_WRITTEN, generation.positions - 1))})
+    return calls, {}
 
 
 def random_feeds(inputs: Sequence[TensorSpec], batch: int, length: int) -> dict[str, npt.NDArray[np.int64]]:
     """Feeds [B, S] without padding, the same for every variant: random ids, a mask of ones, types of zero."""
-    ids = np.random.default_rng(0).integers(_SMALLEST_ID, _LARGEST_ID, (batch, length), dtype=np.int64)
+    ids = _random_ids(batch, length)
     made = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
     return {spec.name: made[spec.name] for spec in inputs}
+
+
+def _random_ids(batch: int, length: int) -> npt.NDArray[np.int64]:
+    return np.random.default_rng(0).integers(_SMALLEST_ID, _LARGEST_ID, (batch, length), dtype=np.int64)
 
 
 def realised(rows: Sequence[Row], manifest: Manifest) -> list[Row]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from compexport.latency import faster_from
 from compexport.present import Table, cell
-from engines.points import is_part, is_point, is_segment, is_token
+from engines.points import is_part, is_point, is_segment, is_token, variant_of, written_before
 
 
 def build_table(document: Mapping[str, Any]) -> Table:
@@ -63,20 +63,55 @@ def bench_table(document: Mapping[str, Any], variants: Mapping[str, Any], qualit
     measured = ("batch", "length", "p50 ms", "p99 ms", "FLOPs ceiling", "speed-up", "realised")
     gains = faster_from([row for row in document["realised"] if not is_part(row["variant"])])
     notes = [faster_from_note(name, size) for name, size in gains.items()]
+    if any(is_token(row["variant"]) for row in document["rows"]):
+        notes.append("up to the first token that is written")
     return Table(f"latency on {document['device']}", ("variant", "ratio", *measured, metric), rows, notes)
 
 
 def tokens_table(document: Mapping[str, Any]) -> Table:
     """``bench``: what one more token costs each decoder after so many others, and what that gains."""
-    realised = {(row["variant"], row["batch"], row["length"]): row for row in document["realised"]}
-    tokens = [row for row in document["rows"] if is_token(row["variant"])]
-    names, gains = ("variant", "batch", "length", "p50_ms", "p99_ms"), ("ideal", "speedup", "realised")
+    rows = [
+        (row["variant"], *_timed(row), *_gains(document, row))
+        for row in _by_size(document)
+        if is_token(row["variant"]) and written_before(row["variant"]) is None
+    ]
+    columns = ("one more token", "batch", "after", "p50 ms", "p99 ms", "tokens/s")
+    return Table("generation", (*columns, "FLOPs ceiling", "speed-up", "realised"), rows)
+
+
+def reading_and_writing_table(document: Mapping[str, Any]) -> Table:
+    """``bench``: what the parts cost of variants that read one text and write another."""
     rows = []
-    for row in sorted(tokens, key=lambda r: (r["batch"], r["length"])):
-        gain = realised.get((row["variant"], row["batch"], row["length"]), {})
-        rows.append((*(row[name] for name in names), *(gain.get(name) for name in gains)))
-    columns = ("one more token", "batch", "after", "p50 ms", "p99 ms", "FLOPs ceiling", "speed-up", "realised")
-    return Table("generation", columns, rows)
+    for row in _by_size(document):
+        name = row["variant"]
+        if is_segment(name) or not is_part(name) or (is_token(name) and written_before(name) is None):
+            continue
+        part = name.removeprefix(f"{variant_of(name)}/").replace("-", " ")
+        written = written_before(name)
+        if written is not None:
+            part = f"one more token after {written}"
+        timed = list(_timed(row))
+        timed[-1] = timed[-1] if written is not None else None
+        rows.append((variant_of(name), part, *timed, *_gains(document, row)))
+    columns = ("variant", "part", "batch", "length read", "p50 ms", "p99 ms", "tokens/s")
+    return Table("reading and writing", (*columns, "FLOPs ceiling", "speed-up", "realised"), rows)
+
+
+def _by_size(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return sorted(document["rows"], key=lambda row: (row["batch"], row["length"]))
+
+
+def _timed(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Size, times, and tokens per second, where it is the row of one more token for every text of the batch."""
+    return (row["batch"], row["length"], row["p50_ms"], row["p99_ms"], 1e3 * row["batch"] / row["p50_ms"])
+
+
+def _gains(document: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What ``realised`` says of a row."""
+    keys = ("variant", "batch", "length")
+    found = (one for one in document["realised"] if all(one[key] == row[key] for key in keys))
+    gain: Mapping[str, Any] = next(found, {})
+    return tuple(gain.get(name) for name in ("ideal", "speedup", "realised"))
 
 
 def segments_table(document: Mapping[str, Any]) -> Table:
@@ -129,10 +164,13 @@ def _thresholds(rule: Mapping[str, Any]) -> str:
 
 def select_table(document: Mapping[str, Any]) -> Table:
     """``select``: all candidates, with the reason each won or lost."""
-    rows = [(row["variant"], row["predicted_ms"], row["quality"], row["verdict"]) for row in document["candidates"]]
+    writes = "expected_tokens" in document
+    columns = ("candidate", *(["usual ms"] if writes else []), "predicted ms", "quality", "verdict")
+    names = ("variant", *(["usual_ms"] if writes else []), "predicted_ms", "quality", "verdict")
+    rows = [tuple(row[name] for name in names) for row in document["candidates"]]
     met = "" if document["met_budget"] else " (budget not met)"
     title = f"{document['variant']}: {cell(document['predicted_ms'])} ms predicted{met}: {document['reason']}"
-    return Table(title, ("candidate", "predicted ms", "quality", "verdict"), rows)
+    return Table(title, columns, rows)
 
 
 def run_table(document: Mapping[str, Any], texts: Sequence[str]) -> Table:
@@ -147,10 +185,16 @@ def run_table(document: Mapping[str, Any], texts: Sequence[str]) -> Table:
     return Table(title, ("text", "answer"), rows)
 
 
+# Why a text ends, where the word alone would not say it.
+_WHY = {"budget": "stopped to keep the budget"}
+
+
 def answer_text(output: Mapping[str, Any]) -> str:
     """One output of ``run`` in a few words."""
     if "text" in output:
-        return f"{output['text']!r} ({len(output['tokens'])} tokens, {output['why']})"
+        score = f", score {output['score']:.3f}" if "score" in output else ""
+        shown = f"{output['text']!r} ({len(output['tokens'])} tokens, {_WHY.get(output['why'], output['why'])}{score})"
+        return "; ".join((shown, *map(answer_text, output.get("others", ()))))
     if "embedding" in output:
         values = output["embedding"]
         return f"[{', '.join(f'{x:.3f}' for x in values[:4])}, ...] {len(values)} values"
@@ -159,8 +203,8 @@ def answer_text(output: Mapping[str, Any]) -> str:
     if "labels" in output:
         return " ".join(map(str, output["labels"]))
     left = f" (exit {output['exit']}, {output['why']})" if "exit" in output else ""
-    score = max(output.get("scores", {}).values(), default=None) if isinstance(output.get("scores"), dict) else None
-    return f"{output.get('label')}" + (f" {score:.3f}" if score is not None else "") + left
+    best = max(output.get("scores", {}).values(), default=None) if isinstance(output.get("scores"), dict) else None
+    return f"{output.get('label')}" + (f" {best:.3f}" if best is not None else "") + left
 
 
 def verify_table(document: Mapping[str, Any]) -> Table:

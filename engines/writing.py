@@ -34,10 +34,8 @@ def options_asked(
     if sampling is not None:
         also |= {name: value for name, value in asdict(sampling).items() if value is not None}
     if manifest.generation is None:
-        for what in ("max_new_tokens", "sampling", "settings"):
-            if {"max_new_tokens": max_new_tokens, "sampling": sampling, "settings": asked or None}[what] is not None:
-                got = f"the task {manifest.task}"
-                raise InputError(describe(f"{what} is for bundles that write text", got=got))
+        if what := next(iter([*asked, *also]), None):
+            raise InputError(describe(f"{what} is for bundles that write text", got=f"the task {manifest.task}"))
         return None
     if twice := asked.keys() & also.keys():
         raise InputError(describe("a setting is there twice", got=min(twice), expected="each once"))

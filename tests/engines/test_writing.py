@@ -119,9 +119,9 @@ def test_other_tasks_write_nothing(tmp_path: Path) -> None:
     with Runtime(make_step_bundle(tmp_path / "bundle", with_exits=False)) as runtime:
         with pytest.raises(InputError, match="max_new_tokens is for bundles that write text: got the task sequence-c"):
             runtime("a film", max_new_tokens=3)
-        with pytest.raises(InputError, match="sampling is for bundles"):
+        with pytest.raises(InputError, match="temperature is for bundles"):
             runtime("a film", sampling=SAMPLING)
-        with pytest.raises(InputError, match="settings is for bundles"):
+        with pytest.raises(InputError, match="num_beams is for bundles"):
             runtime("a film", settings={"num_beams": 2})
         for write in (runtime.generator, runtime.stream):
             with pytest.raises(InputError, match="writes no text"):
