@@ -322,11 +322,12 @@ def build_document(
 ) -> dict[str, Any]:
     """Trace, check and build; with ``data``, plugins that ``model`` lacks are fitted first and kept in its folder.
 
-    ``ratios`` defaults to those ``model`` was trained for, or 2, 4, 8 (of methods "ode" and "modular" to 2, 3, 4 and
-    1.5, 2, 3, 6, those that its layers allow). ``exits``: layers (method "costeff") or steps ("ode") counted from 1 at which segments end; costeff also
-    "auto", which ``data`` alone means too. ``prefix`` adds a graph from the ids to each of them. ``steps``: method
-    "ode" alone, whose steps are chosen on ``data``; ``assemblies``: method "modular" alone. Raises InputError for bad input, in which case nothing was written,
-    and ParityError when a graph differs from PyTorch, in which case no bundle was.
+    ``ratios`` defaults to those ``model`` was trained for, or 2, 4, 8; of methods "ode" and "modular" to those of 2, 3,
+    4 and of 1.5, 2, 3, 6 that its layers allow. ``exits``: layers (method "costeff") or steps ("ode") counted from 1 at
+    which segments end; costeff also "auto", which ``data`` alone means too. ``prefix`` adds a graph from the ids to each
+    of them. ``steps``: method "ode" alone, whose steps are chosen on ``data``. ``assemblies``: method "modular" alone.
+    Raises InputError for bad input, in which case nothing was written, and ParityError when a graph differs from
+    PyTorch, in which case no bundle was.
     """
     from compexport import assembling, stepping, training
     from engines import backends
