@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from calib.data import Examples
 from calib.text_scores import bleu, edit_share, wrong_share
 from compexport.errors import InputError, describe
@@ -77,4 +79,6 @@ def output_tokens(runtime: Runtime, variant: str, examples: Examples, given: Ans
     cut = [answer["why"] != EOS for answer in given]
     lengths = OutputLengths.measured(runtime.token_counts(examples.inputs), written, cut)
     most = options_for(generation, settings).max_new_tokens
-    return {"variant": variant, "max_new_tokens": most, "groups": lengths.table()}
+    usual, longest = (int(np.quantile(written, share, method="higher")) for share in (0.5, 0.99))
+    whole = {"p50": usual, "p99": longest, "cut": sum(cut)}
+    return {"variant": variant, "max_new_tokens": most, **whole, "groups": lengths.table()}

@@ -335,8 +335,8 @@ def build_document(
 
     ``ratios`` defaults to those ``model`` was trained for, or 2, 4, 8; of methods "ode" and "modular" to those of 2, 3,
     4 and of 1.5, 2, 3, 6 that its layers allow. ``exits``: layers (method "costeff") or steps ("ode") counted from 1 at
-    which segments end; costeff also "auto", which ``data`` alone means too. ``prefix`` adds a graph from the ids to each
-    of them. ``steps``: method "ode" alone, whose steps are chosen on ``data``. ``assemblies``: method "modular" alone.
+    which segments end; costeff also "auto", which ``data`` alone means too. ``prefix`` adds a graph from the ids to
+    every one. ``steps``: of "ode" alone, whose steps are chosen on ``data``. ``assemblies``: of "modular" alone.
     Raises InputError for bad input, in which case nothing was written, and ParityError when a graph differs from
     PyTorch, in which case no bundle was.
     """

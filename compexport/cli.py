@@ -538,8 +538,8 @@ def bench(
         variants, quality = opened.manifest.variants, opened.quality()
         if plot is not None and quality is not None:
             report.write_bytes(plot, report.pareto_png(document, quality, variants))
-    parts = (tables.segments_table, tables.tokens_table, tables.reading_and_writing_table)
-    further = [table for table in (part(document) for part in parts) if table.rows]
+    parts = [tables.segments_table(document), tables.tokens_table(document)]
+    further = [table for table in (*parts, tables.reading_and_writing_table(document, variants)) if table.rows]
     screen.document(document, [tables.bench_table(document, variants, quality), *further])
 
 

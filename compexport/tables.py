@@ -10,7 +10,17 @@ from typing import Any
 
 from compexport.latency import faster_from
 from compexport.present import Table, cell
-from engines.points import is_part, is_point, is_segment, is_token, variant_of, written_before
+from engines.manifest import DECODER, DECODER_WITH_PAST, ENCODER
+from engines.points import (
+    encoder_name,
+    first_token_name,
+    is_part,
+    is_point,
+    is_segment,
+    is_token,
+    variant_of,
+    written_before,
+)
 
 
 def build_table(document: Mapping[str, Any]) -> Table:
@@ -79,22 +89,26 @@ def tokens_table(document: Mapping[str, Any]) -> Table:
     return Table("generation", (*columns, "FLOPs ceiling", "speed-up", "realised"), rows)
 
 
-def reading_and_writing_table(document: Mapping[str, Any]) -> Table:
-    """``bench``: what the parts cost of variants that read one text and write another."""
-    rows = []
+def reading_and_writing_table(document: Mapping[str, Any], variants: Mapping[str, Any]) -> Table:
+    """``bench``: what each graph costs of variants that read one text and write another, whoever shares it."""
+    rows: dict[object, tuple[Any, ...]] = {}
     for row in _by_size(document):
-        name = row["variant"]
-        if is_segment(name) or not is_part(name) or (is_token(name) and written_before(name) is None):
+        name, owner = row["variant"], variant_of(row["variant"])
+        part, written = name.removeprefix(f"{owner}/"), written_before(name)
+        role = DECODER_WITH_PAST if written is not None else _ROLES.get(part)
+        if role is None:
             continue
-        part = name.removeprefix(f"{variant_of(name)}/").replace("-", " ")
-        written = written_before(name)
-        if written is not None:
-            part = f"one more token after {written}"
-        timed = list(_timed(row))
-        timed[-1] = timed[-1] if written is not None else None
-        rows.append((variant_of(name), part, *timed, *_gains(document, row)))
-    columns = ("variant", "part", "batch", "length read", "p50 ms", "p99 ms", "tokens/s")
-    return Table("reading and writing", (*columns, "FLOPs ceiling", "speed-up", "realised"), rows)
+        shown = part.replace("-", " ") if written is None else f"one more token after {written}"
+        graph = variants[owner].graphs[role]
+        *timed, per_second = _timed(row)
+        timed.append(None if written is None else per_second)
+        rows.setdefault((graph, shown, *timed[:2]), (graph, shown, *timed, *_gains(document, row)))
+    columns = ("graph", "part", "batch", "length read", "p50 ms", "p99 ms", "tokens/s")
+    return Table("reading and writing", (*columns, "FLOPs ceiling", "speed-up", "realised"), list(rows.values()))
+
+
+# The graph that a part of this name runs.
+_ROLES = {encoder_name("").strip("/"): ENCODER, first_token_name("").strip("/"): DECODER}
 
 
 def _by_size(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -141,7 +155,14 @@ def evaluate_table(document: Mapping[str, Any], variants: Mapping[str, Any]) -> 
         rows.append((name, variant.ratio, variant.flops_ratio, *values))
     title = f"{document['metric']} on {document['n']} examples"
     notes = [f"exit thresholds chosen on {document['calibration']['rows']}"] if "calibration" in document else []
+    if "output_tokens" in document:
+        notes.append(_lengths_note(document["output_tokens"]))
     return Table(title, ("variant", "ratio", "FLOPs ceiling", document["metric"], "drop", *further), rows, notes)
+
+
+def _lengths_note(found: Mapping[str, Any]) -> str:
+    cut = f"; {found['cut']} were cut at {found['max_new_tokens']}" if found["cut"] else ""
+    return f"outputs of {found['variant']} have {found['p50']} tokens (p50) to {found['p99']} (p99){cut}"
 
 
 def points_table(document: Mapping[str, Any]) -> Table:

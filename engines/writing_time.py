@@ -5,6 +5,7 @@ Letters: B batch, S tokens read, T tokens written before.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from engines.lengths import Expected
@@ -58,13 +59,19 @@ class WritingTimes:
         return Prediction(p50_ms, max(p50_ms, p99_ms), first.extrapolated or written > measured[-1])
 
     def later_tokens(self, variant: str, rows: int, length: int, tokens: int) -> Prediction:
-        """All of so many tokens but the first. Their time grows evenly, so the one in the middle stands for all."""
+        """All of so many tokens but the first. Their time grows evenly, so the one in the middle stands for all.
+
+        What makes one step slow, another process or an interrupt, is gone with the next: spreads add up as those of
+        independent times do, by their squares. What slows all of them alike is the live correction's.
+        """
         count = tokens - 1
         if count < 1:
             return NOTHING
         start = 0 if not self._written[variant] else 1  # the first step of a second text has its first token alone
         middle = self.token(variant, rows, length, start + (count - 1) // 2)
-        return Prediction(count * middle.p50_ms, count * middle.p99_ms, middle.extrapolated)
+        usual_ms = count * middle.p50_ms
+        spread_ms = math.sqrt(count) * (middle.p99_ms - middle.p50_ms)
+        return Prediction(usual_ms, usual_ms + spread_ms, middle.extrapolated)
 
     def writing(
         self, shapes: Sequence[tuple[int, int]], expected: Sequence[Expected], beams: int = 1
