@@ -31,7 +31,7 @@ def profile(early_ms: float = 1.0, late_ms: float = 3.0, spread_ms: float = 0.0)
     def cells(ms: float) -> dict[tuple[int, int], tuple[float, float]]:
         return {(b, s): (ms * (2 if b == 4 else 1), ms * (2 if b == 4 else 1) + spread_ms) for b, s in SIZES}
 
-    first = {size: (10.0, 10.0) for size in SIZES}
+    first = dict.fromkeys(SIZES, (10.0, 10.0))
     return Profile(
         {
             BOTH: first,
