@@ -128,6 +128,20 @@ class Modules:
 
 
 @dataclass(frozen=True)
+class Assemblies:
+    """What is assembled of layers and modules (method modular); None keeps the method's own default.
+
+    ``strategy``: "speed-first" or "size-first", by which ratios choose. ``more``: assemblies beside those of ratios, in
+    a JSON file (name -> {"encoder": [tile sizes], "decoder": [tile sizes]}), or names that the checkpoint has, with
+    commas. ``pairs``: variants of every pair of an encoder and a decoder that are built.
+    """
+
+    strategy: str | None = None
+    more: str | Path | None = None
+    pairs: bool = False
+
+
+@dataclass(frozen=True)
 class Rows:
     """Which rows of the training data to use: at most ``limit``, drawn by the seed, or the ``first`` ones."""
 
@@ -169,7 +183,7 @@ class Exits:
 # The defaults.
 COLUMNS, FIT, ROWS, SAVING = Columns(), Fit(), Rows(), Saving()
 SLENDER, SHARED, MODULES = Slender(), Shared(), Modules()
-DEVICE, EXITS, STEPS = Device(), Exits(), Steps()
+DEVICE, EXITS, STEPS, ASSEMBLIES = Device(), Exits(), Steps(), Assemblies()
 
 
 def quiet(message: str, done: float | None = None, total: float | None = None) -> None:
@@ -298,6 +312,7 @@ def build_document(
     exits: Sequence[float] | str | None = None,
     prefix: bool = False,
     steps: Steps = STEPS,
+    assemblies: Assemblies = ASSEMBLIES,
     data: str | Path | None = None,
     columns: Columns = COLUMNS,
     fit: Fit = FIT,
@@ -307,13 +322,14 @@ def build_document(
 ) -> dict[str, Any]:
     """Trace, check and build; with ``data``, plugins that ``model`` lacks are fitted first and kept in its folder.
 
-    ``ratios`` defaults to those ``model`` was trained for, or 2, 4, 8 (method "ode": of 2, 3, 4 those that its layers
-    allow). ``exits``: layers (method "costeff") or steps ("ode") counted from 1 at which segments end; costeff also
-    "auto", which ``data`` alone means too. ``prefix`` adds a graph from the ids to each of them. ``steps``: method
-    "ode" alone, whose steps are chosen on ``data``. Raises InputError for bad input, in which case nothing was written,
-    and ParityError when a graph differs from PyTorch, in which case no bundle was.
+    ``ratios`` defaults to those ``model`` was trained for, or 2, 4, 8; of methods "ode" and "modular" to those of 2, 3,
+    4 and of 1.5, 2, 3, 6 that its layers allow. ``exits``: layers (method "costeff") or steps ("ode") counted from 1 at
+    which segments end; costeff also "auto", which ``data`` alone means too. ``prefix`` adds a graph from the ids to each
+    of them. ``steps``: method "ode" alone, whose steps are chosen on ``data``. ``assemblies``: method "modular" alone.
+    Raises InputError for bad input, in which case nothing was written, and ParityError when a graph differs from
+    PyTorch, in which case no bundle was.
     """
-    from compexport import stepping, training
+    from compexport import assembling, stepping, training
     from engines import backends
     from exporter import family
     from exporter.checkpoint import find_checkpoint
@@ -327,13 +343,15 @@ def build_document(
     there = checkpoint.ratios if checkpoint is not None else []
     if ratios is None and planned.method == "ode":
         wanted = stepping.usual_ratios(model, checkpoint, steps.sizes)
+    elif ratios is None and planned.method == "modular":
+        wanted = assembling.usual_ratios(model, checkpoint)
     elif ratios is None:
         wanted = there or list(DEFAULT_RATIOS)
     else:
         wanted = [*whole_ratios(ratios)] if planned.whole_ratios else checked_ratios(ratios)
     _require_free(output)
     backends.load(backend)
-    _require_meaning(planned.method, exits, prefix, steps)
+    _require_meaning(planned.method, exits, prefix, steps, assemblies)
     read = None if data is None else partial(_calibration, data, columns, progress)
     options: dict[str, Any] = {}
     if planned.method == "costeff":
@@ -342,6 +360,9 @@ def build_document(
     elif planned.method == "ode":
         chosen = stepping.plan_options(model, checkpoint, wanted, steps, read, progress)
         options = {**chosen, "exits": _exit_steps(exits), "prefixes": prefix}
+    elif planned.method == "modular":
+        assembling.require_no_data(data)
+        options = assembling.plan_options(checkpoint, assemblies.strategy, assemblies.more, assemblies.pairs)
     elif data is not None and not untrained and (missing := [ratio for ratio in wanted if ratio not in there]):
         texts = read_examples(data, "train", columns, progress)
         if fit.span is None:
@@ -417,15 +438,18 @@ def _exit_steps(wanted: Sequence[float] | str | None) -> tuple[int, ...] | None:
     return tuple(steps)
 
 
-def _require_meaning(method: str, exits: object, prefix: bool, steps: Steps) -> None:
+def _require_meaning(method: str, exits: object, prefix: bool, steps: Steps, assemblies: Assemblies) -> None:
     """InputError for an option that means nothing to the method."""
-    ode, both = ("ode",), ("costeff", "ode")
+    ode, both, modular = ("ode",), ("costeff", "ode"), ("modular",)
     asked = {
         "exits": (exits is not None, both),
         "prefix": (prefix, both),
         "form": (steps.form is not None, ode),
         "steps": (steps.sizes is not None, ode),
         "step-engine": (steps.engine, ode),
+        "strategy": (assemblies.strategy is not None, modular),
+        "assemblies": (assemblies.more is not None, modular),
+        "pairs": (assemblies.pairs, modular),
     }
     for name, (given, methods) in asked.items():
         if given and method not in methods:

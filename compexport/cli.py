@@ -117,6 +117,9 @@ BUILD_OPTIONS_OF = {
     "prefix": ("costeff", "ode"),
     "form": ("ode",),
     "step_engine": ("ode",),
+    "strategy": ("modular",),
+    "assemblies": ("modular",),
+    "pairs": ("modular",),
 }
 
 
@@ -399,7 +402,8 @@ def build(
     backend: Backend = "ort",
     precision: Annotated[str, typer.Option(metavar="NAME", help="Arithmetic of the engines: fp32.")] = "fp32",
     method: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Method, where MODEL does not say: variator, costeff or ode.")
+        str | None,
+        typer.Option(metavar="NAME", help="Method, where MODEL does not say: variator, costeff, modular or ode."),
     ] = None,
     exits: Annotated[
         str | None,
@@ -424,6 +428,19 @@ def build(
             help="ode: block, sublayer, or auto: with the steps, on --data [default: MODEL's, or block].",
         ),
     ] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="modular: ratios take layers speed-first or size-first [default: speed-first]."
+        ),
+    ] = None,
+    assemblies: Annotated[
+        str | None,
+        typer.Option(metavar="WHAT", help="modular: more assemblies: a JSON file, or names that MODEL has."),
+    ] = None,
+    pairs: Annotated[
+        bool, typer.Option("--pairs", help="modular: also variants of every pair of a built encoder and decoder.")
+    ] = False,
     max_seconds: MaxSeconds = None,
     untrained: Annotated[
         bool, typer.Option("--untrained", help="Random tensors where none are trained, for latency work only.")
@@ -437,7 +454,8 @@ def build(
 
     Each ratio is traced, checked against PyTorch and built for the backend. A rebuild reuses what did not change.
     With --data, variator plugins that MODEL lacks are fitted first; for costeff, which `compexport train costeff`
-    trains, exits are chosen on it. Of a model that shares its layers (ode), one set of weights serves every ratio.
+    trains, exits are chosen on it. Of a model that shares its layers (ode), one set of weights serves every ratio. Of
+    modules (modular), which `compexport train modular` trains, assemblies are made that share every tile.
     """
     from compexport import api, present, tables
     from compexport.stepping import parsed_steps
@@ -462,6 +480,11 @@ def build(
                 form=_own(context, foreign, "form", form, None),
                 sizes=parsed_steps(steps) if steps is not None and takes == "ode" else None,
                 engine=_own(context, foreign, "step_engine", step_engine, False),
+            ),
+            assemblies=api.Assemblies(
+                strategy=_own(context, foreign, "strategy", strategy, None),
+                more=_own(context, foreign, "assemblies", assemblies, None),
+                pairs=_own(context, foreign, "pairs", pairs, False),
             ),
             fit=api.Fit(steps=_training_steps(steps) if takes != "ode" else None, max_seconds=max_seconds, seed=seed),
             untrained=untrained,

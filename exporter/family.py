@@ -179,7 +179,7 @@ def _write(
 def _write_graphs(
     writer: BundleWriter,
     plan: Plan,
-    family: Family,
+    family: Family[Any],
     keys: Mapping[str, str],
     written: Callable[[str, Graph], None],
     progress: Progress,

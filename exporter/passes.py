@@ -220,6 +220,49 @@ def with_tensors(template: onnx.ModelProto, tensors: Mapping[str, np.ndarray]) -
     return model
 
 
+def with_names(model: onnx.ModelProto, names: Mapping[str, str]) -> onnx.ModelProto:
+    """Other names for initialisers; two that get the same name become one. In place."""
+    kept: dict[str, onnx.TensorProto] = {}
+    for tensor in model.graph.initializer:
+        tensor.name = names.get(tensor.name, tensor.name)
+        kept.setdefault(tensor.name, tensor)
+    stored = list(kept.values())
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(stored)
+    for node in model.graph.node:
+        for index, name in enumerate(node.input):
+            node.input[index] = names.get(name, name)
+    return model
+
+
+def with_axis(model: onnx.ModelProto, outputs: Iterable[str], axis: int, name: str) -> onnx.ModelProto:
+    """Name an axis of outputs, which the tracer calls a sum of others. In place."""
+    wanted = set(outputs)
+    for value in model.graph.output:
+        if value.name in wanted:
+            value.type.tensor_type.shape.dim[axis].dim_param = name
+    return model
+
+
+def without_zero_bias(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Drop biases of products that are stored and all 0.
+
+        Gemm(x, w, 0)   ->   Gemm(x, w)
+
+    In place.
+    """
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        bias = stored.get(node.input[2]) if node.op_type == "Gemm" and len(node.input) == 3 else None
+        if bias is not None and not numpy_helper.to_array(bias).any():
+            del node.input[2]
+    used = {name for node in model.graph.node for name in node.input}
+    kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    return model
+
+
 def renamed_value(value: onnx.ValueInfoProto, name: str) -> onnx.ValueInfoProto:
     """A copy of an input's or output's type and shape under another name."""
     copy = onnx.ValueInfoProto()
