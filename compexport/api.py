@@ -7,7 +7,7 @@ command prints return that command's JSON document as a dict.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from engines.bundle import Bundle
     from engines.exit_rule import ExitRule
     from engines.runtime import Runtime
-    from engines.sampling import Sampling
     from engines.text import Text
     from exporter.checkpoint import MethodCheckpoint
 
@@ -180,10 +179,22 @@ class Exits:
     temperature: bool = False
 
 
+@dataclass(frozen=True)
+class WritingCheck:
+    """How texts are written to be compared, by the names of ``engines.options.NAMES``, and the metric that leads.
+
+    ``metric``: "bleu" (for None), "exact_match" or "word_error_rate"; all three are measured.
+    """
+
+    metric: str | None = None
+    settings: Mapping[str, Any] | None = None
+
+
 # The defaults.
 COLUMNS, FIT, ROWS, SAVING = Columns(), Fit(), Rows(), Saving()
 SLENDER, SHARED, MODULES = Slender(), Shared(), Modules()
-DEVICE, EXITS, STEPS, ASSEMBLIES = Device(), Exits(), Steps(), Assemblies()
+DEVICE, EXITS, STEPS = Device(), Exits(), Steps()
+WRITING, ASSEMBLIES = WritingCheck(), Assemblies()
 
 
 def quiet(message: str, done: float | None = None, total: float | None = None) -> None:
@@ -510,12 +521,14 @@ def bench(
 ) -> dict[str, Any]:
     """Measure every variant at every batch size and length, keep the table in the bundle, and return it."""
     from compexport import latency
+    from engines.manifest import GENERATION
 
     with _runtime(bundle, device) as runtime:
         tokenizer = runtime.bundle.manifest.tokenizer
         longest, generation = tokenizer.max_length if tokenizer else None, runtime.bundle.manifest.generation
-        if generation is not None:  # one more token is timed after each length
-            longest = min(longest or generation.positions, generation.positions - 1)
+        if generation is not None:  # one more token is timed after each length, where both are one text
+            more = 1 if runtime.bundle.manifest.task == GENERATION else 0
+            longest = min(longest or generation.positions, generation.positions - more)
         checked = latency.check_sizes("length", lengths, longest)
         table = latency.measure(
             runtime,
@@ -536,17 +549,21 @@ def evaluate(
     columns: Columns = COLUMNS,
     limit: int | None = None,
     exits: Exits = EXITS,
+    writing: WritingCheck = WRITING,
     device: Device = DEVICE,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Measure the quality of every variant on ``data``, keep the table in the bundle, and return the rows.
 
     Without labels the backbone's own answers are the truth. Variants with exits get named operating points, found as
-    ``exits`` says and measured on other rows than those they were found on.
+    ``exits`` says and measured on other rows than those they were found on. Written texts are compared as ``writing``
+    says, and how long they are is kept too.
     """
     open_bundle(bundle)  # a wrong bundle is said before a large file is read
     examples = read_examples(data, "dev or test", columns, progress, limit)
-    return evaluate_examples(bundle, examples, columns=columns, exits=exits, device=device, progress=progress)
+    return evaluate_examples(
+        bundle, examples, columns=columns, exits=exits, writing=writing, device=device, progress=progress
+    )
 
 
 def evaluate_examples(
@@ -555,6 +572,7 @@ def evaluate_examples(
     *,
     columns: Columns = COLUMNS,
     exits: Exits = EXITS,
+    writing: WritingCheck = WRITING,
     device: Device = DEVICE,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
@@ -567,7 +585,15 @@ def evaluate_examples(
     if exits.calibration is not None:
         calibration = read_examples(exits.calibration, "dev", columns, progress)
     with _runtime(bundle, device) as runtime:
-        evaluation = quality.evaluate(runtime, examples, calibration=calibration, search=search, progress=progress)
+        evaluation = quality.evaluate(
+            runtime,
+            examples,
+            calibration=calibration,
+            search=search,
+            metric=writing.metric,
+            settings=writing.settings,
+            progress=progress,
+        )
         runtime.bundle.save_quality(evaluation.table)
     return evaluation.document()
 
@@ -581,16 +607,15 @@ def select(
     budget_ms: float | None,
     batch: int = 1,
     length: int | None = None,
-    max_new_tokens: int | None = None,
+    settings: Mapping[str, Any] | None = None,
     device: Device = DEVICE,
 ) -> dict[str, Any]:
     """Which variant would answer ``batch`` sequences of ``length`` tokens, and why each other one lost.
 
-    ``max_new_tokens``: how many more each gets, in a bundle that writes text.
+    ``settings``: how texts are written, in a bundle that writes some, by the names of ``engines.options.NAMES``.
     """
     with _runtime(bundle, device) as runtime:
-        decision = runtime.select(batch=batch, length=length, budget_ms=budget_ms, max_new_tokens=max_new_tokens)
-        return decision.document()
+        return runtime.select(batch=batch, length=length, budget_ms=budget_ms, settings=settings).document()
 
 
 def run(
@@ -601,26 +626,29 @@ def run(
     ratio: float | None = None,
     variant: str | None = None,
     rule: ExitRule | None = None,
-    max_new_tokens: int | None = None,
-    sampling: Sampling | None = None,
+    settings: Mapping[str, Any] | None = None,
     truncate: bool = True,
+    show: Callable[[str], None] | None = None,
     device: Device = DEVICE,
 ) -> dict[str, Any]:
-    """Answer ``texts`` together; arguments and errors as ``Runtime.run_batch``."""
+    """Answer ``texts`` together; arguments and errors as ``Runtime.run_batch``.
+
+    ``show`` is told a text that is written, piece by piece as it comes: then there may be one only, and no ``rule``.
+    """
     if not texts:
         raise InputError(describe("nothing to run", expected='--text "..."'))
+    asked: dict[str, Any] = {"budget_ms": budget_ms, "ratio": ratio, "variant": variant, "settings": settings}
+    if show is not None and (len(texts) > 1 or rule is not None):
+        got = f"{len(texts)} texts" if rule is None else "exit thresholds"
+        raise InputError(describe("a text that is shown as it comes", got=got, expected="one text to be written"))
     with _runtime(bundle, device) as runtime:
-        batch = runtime.run_batch(
-            texts,
-            budget_ms=budget_ms,
-            ratio=ratio,
-            variant=variant,
-            rule=rule,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            truncate=truncate,
-        )
-        return batch.document()
+        if show is None:
+            return runtime.run_batch(texts, rule=rule, truncate=truncate, **asked).document()
+        stream = runtime.stream(texts[0], truncate=truncate, **asked)
+        for piece in stream:
+            show(piece)
+        assert stream.batch is not None
+        return stream.batch.document()
 
 
 def exit_rule(thresholds: Sequence[float] | None, statistic: str | None, mode: str | None) -> ExitRule | None:
@@ -633,15 +661,6 @@ def exit_rule(thresholds: Sequence[float] | None, statistic: str | None, mode: s
                 raise InputError(describe(f"{option} without a threshold", got=given, expected="--threshold too"))
         return None
     return ExitRule(thresholds_of(thresholds), statistic or ENTROPY, mode or PER_ROW)
-
-
-def sampling_of(temperature: float | None, top_k: int | None, top_p: float | None, seed: int | None) -> Sampling | None:
-    """How tokens are drawn, as far as that was said; None without a word of it."""
-    from engines.sampling import Sampling
-
-    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    said = {name: value for name, value in given.items() if value is not None}
-    return Sampling(**said) if said else None  # type: ignore[arg-type]
 
 
 def paired(texts: Sequence[str], seconds: Sequence[str] | None) -> list[Text]:

@@ -85,7 +85,13 @@ BuildSteps = Annotated[
 MaxSeconds = Annotated[float | None, typer.Option(metavar="S", help="Stop fitting after this many seconds.")]
 BudgetMs = Annotated[float | None, typer.Option(metavar="MS", help="Latency budget of the request in milliseconds.")]
 MaxNewTokens = Annotated[
-    int | None, typer.Option(metavar="N", min=1, help="Tokens to write, at most, where that is the task [default: 32].")
+    int | None,
+    typer.Option(
+        metavar="N", min=1, help="Tokens to write, at most, where that is the task [default: the model's, or 32]."
+    ),
+]
+NumBeams = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Texts followed at a time, to find the likeliest [default: 1].")
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Exit with code 3 when no variant meets the budget.")]
 
@@ -532,8 +538,9 @@ def bench(
         variants, quality = opened.manifest.variants, opened.quality()
         if plot is not None and quality is not None:
             report.write_bytes(plot, report.pareto_png(document, quality, variants))
-    parts = [table for table in (tables.segments_table(document), tables.tokens_table(document)) if table.rows]
-    screen.document(document, [tables.bench_table(document, variants, quality), *parts])
+    parts = [tables.segments_table(document), tables.tokens_table(document)]
+    further = [table for table in (*parts, tables.reading_and_writing_table(document, variants)) if table.rows]
+    screen.document(document, [tables.bench_table(document, variants, quality), *further])
 
 
 @app.command()
@@ -544,7 +551,14 @@ def evaluate(
     text: TextColumn = None,
     text_pair: PairColumn = None,
     label: LabelColumn = None,
+    target: TargetColumn = None,
     limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Use the first N examples only.")] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="What ranks written texts: bleu, exact_match or word_error_rate."),
+    ] = None,
+    max_new_tokens: MaxNewTokens = None,
+    num_beams: NumBeams = None,
     calibration: Annotated[
         Path | None,
         typer.Option(metavar="D", help="Choose exit thresholds on these rows [default: on one half of --data]."),
@@ -565,7 +579,8 @@ def evaluate(
 
     The engines themselves are measured. The bundle keeps the table; `select` and `run` choose by it. Variants with
     exits get operating points (drop-1%, 2x, ...), which are members of the family from then on: their thresholds are
-    chosen on some rows and everything is measured on others.
+    chosen on some rows and everything is measured on others. Where texts are written from others, it is kept how long
+    they are, for `select` and `run` to know what to expect.
     """
     from compexport import api, present, tables
 
@@ -573,9 +588,10 @@ def evaluate(
         document = api.evaluate(
             bundle,
             data,
-            columns=api.Columns(text=text, text_pair=text_pair, label=label),
+            columns=api.Columns(text=text, text_pair=text_pair, label=label, target=target),
             limit=limit,
             exits=api.Exits(calibration, statistic, per_exit, temperature),
+            writing=api.WritingCheck(metric, {"max_new_tokens": max_new_tokens, "num_beams": num_beams}),
             device=api.Device(backend, provider, threads),
             progress=progress,
         )
@@ -592,6 +608,7 @@ def select(
     batch: Annotated[int, typer.Option(metavar="N", help="Sequences in the request.")] = 1,
     length: Annotated[int | None, typer.Option(metavar="N", help="Tokens of the longest one [default: 128].")] = None,
     max_new_tokens: MaxNewTokens = None,
+    num_beams: NumBeams = None,
     backend: Backend = "ort",
     provider: Provider = "cpu",
     threads: Threads = None,
@@ -612,7 +629,7 @@ def select(
             budget_ms=budget_ms,
             batch=batch,
             length=length,
-            max_new_tokens=max_new_tokens,
+            settings={"max_new_tokens": max_new_tokens, "num_beams": num_beams},
             device=api.Device(backend, provider, threads),
         )
     screen.document(document, [tables.select_table(document)])
@@ -646,6 +663,34 @@ def run(
         str | None, typer.Option(metavar="NAME", help="Who leaves: per-row, or batch-maximum (all or none).")
     ] = None,
     max_new_tokens: MaxNewTokens = None,
+    min_new_tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="Tokens to write, at least, before a text may end.")
+    ] = None,
+    num_beams: NumBeams = None,
+    num_return_sequences: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Texts to give for each, of the beams or drawn [default: 1].")
+    ] = None,
+    length_penalty: Annotated[
+        float | None, typer.Option(metavar="X", help="Of beams: above 0 favours long texts [default: 1].")
+    ] = None,
+    early_stopping: Annotated[
+        str | None, typer.Option(metavar="WHEN", help="Of beams: true, false or never [default: false].")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(metavar="X", help="Above 1 makes what was written less likely [default: 1].")
+    ] = None,
+    no_repeat_ngram_size: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="No N tokens in a row come twice [default: 0, any may].")
+    ] = None,
+    encoder_no_repeat_ngram_size: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="No N tokens in a row of the text read are written.")
+    ] = None,
+    forced_bos_id: Annotated[
+        int | None, typer.Option(metavar="ID", min=0, help="The first token written, such as a language's.")
+    ] = None,
+    forced_eos_id: Annotated[
+        int | None, typer.Option(metavar="ID", min=0, help="The last token of a text as long as may be.")
+    ] = None,
     temperature: Annotated[
         float | None, typer.Option(metavar="X", help="Draw tokens at this temperature [default: take the likeliest].")
     ] = None,
@@ -656,6 +701,7 @@ def run(
     seed: Annotated[
         int | None, typer.Option(metavar="N", help="What tokens are drawn by, the same way again [default: 0].")
     ] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Show one text while it is written.")] = False,
     truncate: Annotated[
         bool, typer.Option("--truncate/--no-truncate", help="Cut texts that are too long, or refuse them.")
     ] = True,
@@ -671,12 +717,29 @@ def run(
 
     All texts are answered together, by the best variant that is predicted to meet the budget. A variant with exits
     reads the clock between them, and answers from the newest where going on would be too late. A bundle that writes
-    text goes on from each of them.
+    text goes on from each of them, or writes another from it, and stops where its next token would be too late.
     """
     from compexport import api, tables
 
     texts = api.paired(text or [], text_pair)
     thresholds = None if threshold is None else _numbers("threshold", threshold, "numbers like 0.3")
+    settings = {
+        "max_new_tokens": max_new_tokens,
+        "min_new_tokens": min_new_tokens,
+        "num_beams": num_beams,
+        "num_return_sequences": num_return_sequences,
+        "length_penalty": length_penalty,
+        "early_stopping": _early_stopping(early_stopping),
+        "repetition_penalty": repetition_penalty,
+        "no_repeat_ngram_size": no_repeat_ngram_size,
+        "encoder_no_repeat_ngram_size": encoder_no_repeat_ngram_size,
+        "forced_bos_id": forced_bos_id,
+        "forced_eos_id": forced_eos_id,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+    }
     with _screen(as_json) as screen:
         document = api.run(
             bundle,
@@ -685,11 +748,13 @@ def run(
             ratio=ratio,
             variant=variant,
             rule=api.exit_rule(thresholds, statistic, exit_mode),
-            max_new_tokens=max_new_tokens,
-            sampling=api.sampling_of(temperature, top_k, top_p, seed),
+            settings=settings,
             truncate=truncate,
+            show=screen.piece if stream else None,
             device=api.Device(backend, provider, threads),
         )
+        if stream:
+            screen.line("")
     screen.document(document, [tables.run_table(document, text or [])])
     if strict and not document["met_budget"]:
         took, budget = f"{document['latency_ms']:.3g} ms", f"at most {budget_ms:g} ms"
@@ -796,6 +861,15 @@ def _training_steps(steps: str | None) -> int | None:
 def _layers(exits: str | None) -> list[float] | str | None:
     """``--exits``: numbers, the word auto, or nothing."""
     return exits if exits in (None, "auto") else _numbers("exits", exits, "layers like 2,4,6, or auto")
+
+
+def _early_stopping(word: str | None) -> bool | str | None:
+    """``--early-stopping``: a truth value, or the word never."""
+    if word is None or word == "never":
+        return word
+    if word not in ("true", "false"):
+        raise InputError(describe("--early-stopping", got=repr(word), expected="true, false or never"))
+    return word == "true"
 
 
 def _numbers(option: str, text: str, wanted: str = "numbers like 2,4,8") -> list[float]:

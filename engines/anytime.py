@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Sequence
+from time import perf_counter
+
+from engines.answers import Answer
+from engines.cascade import Deadline, ExitRun
+from engines.forecast import Forecast
+from engines.generate import StepDeadline
+from engines.members import Members
+from engines.profile import Prediction
+from engines.selector import Correction
+from engines.writing_time import WritingTimes
+
+_log = logging.getLogger(__name__)
 
 
 class Aftercare:
@@ -67,3 +80,111 @@ def chunk_end_s(now_s: float, end_s: float, chunks: Sequence[tuple[float, float]
     whole = sum(whole_ms for _, whole_ms in chunks)
     share = chunks[0][1] / whole if whole else 1.0 / len(chunks)
     return min(end_s - later_s, now_s + (end_s - now_s) * share)
+
+
+class Anytime:
+    """What the requests of one runtime tell each other: how late this machine is now, and by what each must stop.
+
+    Threads may share it.
+    """
+
+    def __init__(self, members: Members, correction: Correction, device: str, *, hint: str) -> None:
+        """``device``: where the members were, or were not, measured; ``hint``: how to measure them."""
+        self._members = members
+        self._correction = correction
+        self._device = device
+        self._hint = hint
+        self.aftercare = Aftercare()
+        self.margin = Margin()
+        self._warned: set[str] = set()  # engines whose segments or tokens were not measured
+
+    def deadline(self, engine: str, end_s: float | None, shapes: Sequence[tuple[int, int]]) -> Deadline | None:
+        """Until when the chunk of the first of ``shapes`` [B, S] must be through; None when that cannot be said.
+
+        ``end_s`` (perf_counter): when the whole request must be answered, None without a budget.
+        """
+        if end_s is None:
+            return None
+        forecast = self._forecast(engine)
+        if forecast is None:
+            self._warn_once(engine, "segments")
+            return None
+        factor = self._correction.factor(engine)
+        length = shapes[0][1]
+
+        def needs_ms(segment: int, rows: int) -> float:
+            return forecast.segment_ms(engine, segment, rows, length).p99_ms * factor
+
+        chunks = [forecast.first_and_whole_ms(engine, *shape) for shape in shapes]
+        return Deadline(self._chunk_end_s(end_s, shapes, chunks, factor), needs_ms)
+
+    def step_deadline(
+        self, engine: str, end_s: float | None, shapes: Sequence[tuple[int, int]], whole_ms: Sequence[float]
+    ) -> StepDeadline | None:
+        """``deadline`` of a variant that writes. ``whole_ms``: what each chunk is predicted to take, p99."""
+        if end_s is None:
+            return None
+        times = self._times(engine)
+        if times is None:
+            self._warn_once(engine, "tokens")
+            return None
+        factor = self._correction.factor(engine)
+        first_ms = [times.first_token(engine, *shape).p99_ms for shape in shapes]
+        chunks = list(zip(first_ms, whole_ms, strict=True))
+        at_s = self._chunk_end_s(end_s, shapes, chunks, factor)
+        return StepDeadline(at_s, times.step_ms(engine, shapes[0][1], factor))
+
+    def _chunk_end_s(
+        self,
+        end_s: float,
+        shapes: Sequence[tuple[int, int]],
+        chunks: Sequence[tuple[float, float]],
+        factor: float,
+    ) -> float:
+        """``chunk_end_s`` of the first of ``chunks``, in times of this moment, with what is kept for afterwards."""
+        corrected = [(first_ms * factor, whole_ms * factor) for first_ms, whole_ms in chunks]
+        reserve_ms = self.aftercare.reserve_ms(sum(batch for batch, _ in shapes))
+        reserve_ms += self.margin.share * sum(whole_ms for _, whole_ms in corrected)
+        return chunk_end_s(perf_counter(), end_s - reserve_ms / 1000.0, corrected)
+
+    def observe(self, variant: str, expected: Prediction, engine_ms: float) -> None:
+        """Tell what a run took. Outside the grid a prediction is a bound, so that only more than it says something."""
+        if not expected.extrapolated or engine_ms > expected.p99_ms:
+            self._correction.observe(variant, engine_ms, expected.p50_ms)
+
+    def observe_segments(self, engine: str, length: int, run: ExitRun) -> None:
+        """Compare the segments that ran with what they were expected to take together."""
+        forecast = self._forecast(engine)
+        if forecast is None:
+            return
+        expected = Prediction(0.0, 0.0)
+        for number, (rows, _) in enumerate(run.segments):
+            expected += forecast.segment_ms(engine, number, rows, length)
+        self.observe(engine, expected, sum(ms for _, ms in run.segments))
+
+    def observe_request(self, engine: str, outputs: Sequence[Answer], *, late: bool) -> None:
+        """Tell how a request with a budget ended; what could not have ended earlier says nothing of the margin."""
+        if self._times(engine) is not None:
+            earlier = any(len(output["tokens"]) > 1 for output in outputs)
+        elif self._forecast(engine) is not None:
+            earlier = any(output["exit"] > self._members.layers[engine][0] for output in outputs)
+        else:
+            return
+        if earlier:
+            self.margin.observe(late)
+
+    def _forecast(self, engine: str) -> Forecast | None:
+        """What is predicted of the segments of a variant; None where they were not measured, or there are none."""
+        forecast = self._members.forecast
+        return forecast if forecast is not None and forecast.knows(engine) else None
+
+    def _times(self, engine: str) -> WritingTimes | None:
+        """What is predicted of the tokens of a variant; None where they were not measured, or it writes none."""
+        times = self._members.writing_times
+        return times if times is not None and times.knows(engine) else None
+
+    def _warn_once(self, engine: str, parts: str) -> None:
+        if engine not in self._warned:
+            self._warned.add(engine)
+            what = "%s: its %s were not measured on %s, so it cannot stop early to keep a budget; %s"
+            _log.warning(what, engine, parts, self._device, self._hint)

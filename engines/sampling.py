@@ -20,7 +20,7 @@ from engines.profile import check_count
 Array = npt.NDArray[Any]
 Tokens = npt.NDArray[np.int64]
 
-EOS, LENGTH = "eos", "length"
+EOS, LENGTH, BUDGET = "eos", "length", "budget"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +62,16 @@ GREEDY = Sampling()
 class Sampler:
     """One generation's choices: ``sampling``, and a stream of random numbers for each of its rows."""
 
-    def __init__(self, sampling: Sampling, rows: Sequence[int]) -> None:
-        """``rows``: the number of each row in its request; rows of different numbers draw independently."""
+    def __init__(self, sampling: Sampling, rows: Sequence[int], copies: int = 1) -> None:
+        """``rows``: the number of each row in its request; rows of different numbers draw independently.
+
+        ``copies`` of each, after each other, are rows of the batch, of which the first draws what an only one does.
+        """
         self.sampling = sampling
-        self._streams = [np.random.default_rng((sampling.seed, row)) for row in rows] if sampling.draws else []
+        self._streams = []
+        if sampling.draws:
+            seeds = [(row, copy) if copy else (row,) for row in rows for copy in range(copies)]
+            self._streams = [np.random.default_rng((sampling.seed, *seed)) for seed in seeds]
 
     def choose(self, logits: Array) -> Tokens:
         """[B, V] -> [B]; of equally likely tokens the first."""
@@ -118,10 +124,14 @@ def drawn(shares: npt.NDArray[np.float64], uniform: npt.NDArray[np.float64]) -> 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """When a row ends: at one of ``eos_ids``, which is its last token, or after ``max_new_tokens``."""
+    """When a row ends: at one of ``eos_ids``, which is its last token, or after ``max_new_tokens``,
+
+    or where it has, with its prompt, ``max_length`` tokens.
+    """
 
     eos_ids: tuple[int, ...]
     max_new_tokens: int
+    max_length: int | None = None
 
     def __post_init__(self) -> None:
         """Raises InputError for a length below 1."""
@@ -133,7 +143,8 @@ class Stop:
         The last token needs no position of its own, as nothing is read after it.
         """
         most = min(self.max_new_tokens, max_positions)
-        return np.asarray(np.minimum(most, max_positions + 1 - lengths), dtype=np.int64)
+        longest = max_positions + 1 if self.max_length is None else min(max_positions + 1, self.max_length)
+        return np.asarray(np.minimum(most, longest - lengths), dtype=np.int64)
 
     def ends(self, tokens: Tokens, count: int, limits: Tokens) -> list[str | None]:
         """Why each row ends with its ``count``-th token, of ``tokens`` [B]; None where it goes on."""

@@ -226,6 +226,8 @@ _BART_DEEP = {
     "decoder_ffn_dim": 32,
 }
 SEQ2SEQ = {
+    # As deep as makes a difference, where graphs are to be made in seconds.
+    "tiny-t5-pair": Tiny("T5", {**_T5_DEEP, "num_layers": 2}, _unigram, _TEXT_TO_TEXT),
     "tiny-t5-twelve": Tiny("T5", _T5_DEEP, _unigram, _TEXT_TO_TEXT),
     "tiny-t5-gated-twelve": Tiny(
         "T5",
