@@ -336,7 +336,7 @@ def build_document(
     ``ratios`` defaults to those ``model`` was trained for, or 2, 4, 8; of methods "ode" and "modular" to those of 2, 3,
     4 and of 1.5, 2, 3, 6 that its layers allow. ``exits``: layers (method "costeff") or steps ("ode") counted from 1 at
     which segments end; costeff also "auto", which ``data`` alone means too. ``prefix`` adds a graph from the ids to
-    every one. ``steps``: of "ode" alone, whose steps are chosen on ``data``. ``assemblies``: of "modular" alone.
+    each of them. ``steps``: method "ode" alone, whose steps are chosen on ``data``. ``assemblies``: "modular" alone.
     Raises InputError for bad input, in which case nothing was written, and ParityError when a graph differs from
     PyTorch, in which case no bundle was.
     """
@@ -393,6 +393,19 @@ def build_document(
         **options,
     )
     return report.document()
+
+
+def export(
+    bundle: str | Path = "bundle", output: str | Path = "exported", variant: str | None = None
+) -> dict[str, Any]:
+    """Write one variant (by default that of ratio 1), which reads one text and writes another, to a new folder.
+
+    Hugging Face's optimum loads it: ``ORTModelForSeq2SeqLM.from_pretrained(output)``. Raises InputError for another
+    task, an unknown variant, and an output that holds something already.
+    """
+    from compexport.handing_on import export as write
+
+    return write(bundle, output, variant)
 
 
 def build_method(model: str | Path, method: str | None = None) -> str:

@@ -774,6 +774,30 @@ def inspect(
 
 
 @app.command()
+def export(
+    bundle: BundlePath = Path("bundle"),
+    *,
+    variant: Annotated[str | None, typer.Option(metavar="NAME", help="Which one [default: that of ratio 1].")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write.")] = Path(
+        "exported"
+    ),
+    as_json: Json = False,
+    config: Config = None,
+    debug: Debug = False,
+) -> None:
+    """Write one variant as a folder that Hugging Face's optimum loads.
+
+    For bundles that read one text and write another: ORTModelForSeq2SeqLM.from_pretrained(DIR). DIR holds its three
+    graphs and the weights that they use, without the rest of the family.
+    """
+    from compexport import api, tables
+
+    with _screen(as_json) as screen:
+        document = api.export(bundle, output, variant)
+    screen.document(document, [tables.export_table(document)])
+
+
+@app.command()
 def verify(
     bundle: BundlePath = Path("bundle"), *, as_json: Json = False, config: Config = None, debug: Debug = False
 ) -> None:

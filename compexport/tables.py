@@ -316,6 +316,13 @@ TRAIN_TABLES = {
 }
 
 
+def export_table(document: Mapping[str, Any]) -> Table:
+    """``export``: which variant, and where it is now."""
+    size = f"{document['size_bytes'] / 1e6:.1f} MB"
+    title = f"{document['output']}: {document['variant']}, {size}: {', '.join(document['files'])}"
+    return Table(title, (), [], [])
+
+
 def import_table(document: Mapping[str, Any]) -> Table:
     """``import``: what the file added to the model, and what its backbone is made of."""
     if document["method"] == "costeff":

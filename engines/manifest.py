@@ -59,6 +59,10 @@ STEP_SIZE = "dt"
 PAST, PRESENT = "past_key_values", "present"
 
 
+# Folder of the model's own config.json and the like, which other tools want of a variant; nothing here reads them.
+MODEL_SETTINGS: Final = "graphs/model"
+
+
 # "@" and "/" follow a variant's name in those of its points and segments (``engines.points``).
 VARIANT_NAME: Final = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}"
 

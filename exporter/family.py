@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from compexport.errors import CompexportError
 from engines import backends
 from engines.bundle import Bundle, BundleWriter
-from engines.manifest import Engine, Graph, Manifest, Precision, Variant
+from engines.manifest import MODEL_SETTINGS, Engine, Graph, Manifest, Precision, Variant
 from exporter.checkpoint import MethodCheckpoint, find_checkpoint, plain_ratio
 from exporter.identity import library_versions
 from exporter.plans import Plan, plan_of
@@ -157,6 +157,7 @@ def _write(
             step = len(keys) + 1
             engines = builder.finish(lambda message: progress(message, step, total))
             family.check_engines(writer.dir, engines, runtime)
+    family.write_settings(writer.dir / MODEL_SETTINGS)
     manifest = Manifest(
         backbone=family.describe(),
         method=plan.method,
@@ -207,6 +208,7 @@ def _write_graphs(
                 graphs[graph.name] = family.write_graph(graph, writer.dir, path, weights, keys[graph.name])
             weights.flush()
             written(graph.name, graphs[graph.name])
+    family.check_weights([writer.dir / graph.path for graph in graphs.values()])
     return graphs, reused
 
 

@@ -244,6 +244,30 @@ def with_axis(model: onnx.ModelProto, outputs: Iterable[str], axis: int, name: s
     return model
 
 
+def with_kept_axes(template: onnx.ModelProto) -> onnx.ModelProto:
+    """Let reshapes keep their first two axes by saying so, and not by computing what they are.
+
+        Reshape(x, Concat(batch, sequence, 12, 64))   ->   Reshape(x, (0, 0, 12, 64))
+
+    In place. Requires that every reshape to two computed sizes and stored ones keeps its first two axes.
+    """
+    stored = {tensor.name: tensor for tensor in template.graph.initializer}
+    made = {node.output[0]: node for node in template.graph.node}
+    for node in template.graph.node:
+        shape = made.get(node.input[1]) if node.op_type == "Reshape" else None
+        if shape is None or shape.op_type != "Concat" or [name in stored for name in shape.input[:3]] != [0, 0, 1]:
+            continue
+        sizes = [numpy_helper.to_array(stored[name]) for name in shape.input[2:] if name in stored]
+        kept = np.concatenate([np.zeros(2, np.int64), *sizes])
+        name = f"keeps_{'_'.join(map(str, kept[2:]))}"
+        if name not in stored:
+            stored[name] = numpy_helper.from_array(kept, name)
+            template.graph.initializer.append(stored[name])
+        node.input[1] = name
+        del node.attribute[:]  # the tracer's allowzero, by which a 0 is a size
+    return part(template, {value.name: value.name for value in template.graph.output})
+
+
 def without_zero_bias(model: onnx.ModelProto) -> onnx.ModelProto:
     """Drop biases of products that are stored and all 0.
 

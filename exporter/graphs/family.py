@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -119,6 +119,9 @@ class Family(ABC, Generic[Loaded]):
             key=key,
         )
 
+    def check_weights(self, graphs: Sequence[Path]) -> None:
+        """Whatever a method promises of how its graphs, all of them written, share their weights; ValueError if not."""
+
     def check_engines(self, root: Path, engines: Mapping[str, Engine], runtime: Any) -> None:
         """Compare every engine with what PyTorch gave for its graph; ParityError if one differs."""
         graphs = {graph.name: graph for graph in self.plan.graphs()}
@@ -160,6 +163,9 @@ class Family(ABC, Generic[Loaded]):
         )
 
     # --- records for the manifest
+
+    def write_settings(self, folder: Path) -> None:
+        """Write to ``folder``, which there is not yet, what other tools want of the model; nothing by default."""
 
     def describe(self) -> BackboneRecord:
         """The backbone's entry."""

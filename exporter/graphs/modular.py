@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,21 +23,22 @@ from exporter.backbone import Seq2Seq
 from exporter.graphs.family import REPORTED_LENGTH, Family, Run
 from exporter.graphs.modular_feeds import decoder_feeds
 from exporter.graphs.modular_join import joined
-from exporter.graphs.modular_trace import Pieces
+from exporter.graphs.modular_trace import TRANSPOSED, Pieces
 from exporter.methods.assembly import STACKS, Assembly, cost
 from exporter.methods.modular import ModularModel
 from exporter.methods.modular_checkpoint import load_modular, untrained_modular
 from exporter.methods.modular_steps import CachedStep, EncoderPass, FirstStep
 from exporter.plans import PlannedGraph
-from exporter.plans.modular import ModularPlan, Part, PlannedStack, as_stack
-from exporter.weights import WeightsFile
+from exporter.plans.modular import GENERATION_CONFIG, ModularPlan, Part, PlannedStack, as_stack
+from exporter.weights import WeightsFile, stored_places
 
 _log = logging.getLogger(__name__)
 
 REPORTED_TOKENS = 32  # new tokens, after REPORTED_LENGTH that are read, for which FLOPs ratios are quoted
 _PARTS: dict[Part, Callable[[Any], nn.Module]] = {"encoder": EncoderPass, "first": FirstStep, "cached": CachedStep}
+_SETTINGS = ("config.json", "tokenizer_config.json", "special_tokens_map.json")
 # Settings that say what a model does besides choosing tokens, or how its implementation is to do it.
-_NO_CHOICE = {"transformers_version", "use_cache", "cache_implementation", "return_dict_in_generate"}
+_NO_CHOICE = {"transformers_version", "use_cache", "_from_model_config", "return_dict_in_generate"}
 
 
 class ModularFamily(Family[Seq2Seq]):
@@ -72,6 +75,20 @@ class ModularFamily(Family[Seq2Seq]):
         else:
             assembly = Assembly(base.encoder, part.tiling)
         return self.modular.base if assembly == base else self.modular.assemble(assembly)
+
+    def check_weights(self, graphs: Sequence[Path]) -> None:
+        """Every tensor of the base and of the modules is stored at most once, however many graphs use it."""
+        tensors = {**self.modular.base.state_dict(), **self.modular.module_tensors()}
+        places: dict[str, set[tuple[int, int]]] = {}
+        for name, where in stored_places(graphs).items():
+            places.setdefault(name.removesuffix(TRANSPOSED), set()).update(where)
+        for name, where in places.items():
+            if len(where) > 1:
+                raise ValueError(f"{name} is stored {len(where)} times, as {sorted(where)}")
+        known = sum(tensors[name].numel() * tensors[name].element_size() for name in places if name in tensors)
+        found = sum(length for _, length in set().union(*(places[name] for name in places if name in tensors)))
+        if found > known:
+            raise ValueError(f"the tensors of tiles take {found} bytes, but have {known}")
 
     # --- parity
 
@@ -134,9 +151,20 @@ class ModularFamily(Family[Seq2Seq]):
             settings={**chosen, "layers": [len(assembly.encoder), len(assembly.decoder)]},
         )
 
+    def write_settings(self, folder: Path) -> None:
+        """Configurations as transformers reads them, and what says how the tokenizer is used."""
+        folder.mkdir()
+        for name in _SETTINGS:
+            if (self.plan.folder / name).is_file():
+                shutil.copyfile(self.plan.folder / name, folder / name)
+        self.backbone.model.generation_config.to_json_file(folder / GENERATION_CONFIG)
+
     def generation(self) -> Generation:
         given = self.backbone.generation
         settings = self.backbone.model.generation_config.to_diff_dict()
+        own = {name for name in settings if not name.endswith("_token_id")} - _NO_CHOICE
+        if unknown := sorted(own - GENERATION_SETTINGS.keys()):
+            _log.warning("%s: engines generate without %s", self.plan.folder / GENERATION_CONFIG, ", ".join(unknown))
         chosen = {name: settings[name] for name in GENERATION_SETTINGS if settings.get(name) is not None}
         return Generation(
             eos_ids=list(given.eos),

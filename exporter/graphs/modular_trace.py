@@ -112,7 +112,8 @@ class Pieces:
             traced = trace.onnx_from_inputs(module.eval(), [state, self._bias(part)], [HIDDEN])
         else:
             traced = self._traced_decoder_tile(part, layer)
-        return passes.with_divisions(traced), located(traced, layer.state_dict())
+        clean = passes.with_kept_axes(passes.with_divisions(traced))
+        return clean, located(clean, layer.state_dict())
 
     def _traced_decoder_tile(self, part: Part, layer: nn.Module) -> onnx.ModelProto:
         state = TracedInput(PREVIOUS, torch.float32, (BATCH, TARGET, self._hidden))
@@ -169,7 +170,8 @@ class Pieces:
         return graph
 
 
-_SUFFIX = {"whole": "", "transposed": ".T"}  # of a name, for how a tensor is stored
+TRANSPOSED = ".T"  # what the name of a tensor ends in that is stored the other way round, as products want it
+_SUFFIX = {"whole": "", "transposed": TRANSPOSED}
 
 
 def _form(array: np.ndarray, form: str) -> np.ndarray:
