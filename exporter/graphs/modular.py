@@ -37,8 +37,9 @@ _log = logging.getLogger(__name__)
 REPORTED_TOKENS = 32  # new tokens, after REPORTED_LENGTH that are read, for which FLOPs ratios are quoted
 _PARTS: dict[Part, Callable[[Any], nn.Module]] = {"encoder": EncoderPass, "first": FirstStep, "cached": CachedStep}
 _SETTINGS = ("config.json", "tokenizer_config.json", "special_tokens_map.json")
-# Settings that say what a model does besides choosing tokens, or how its implementation is to do it.
-_NO_CHOICE = {"transformers_version", "use_cache", "_from_model_config", "return_dict_in_generate"}
+# What else a generation_config.json says, which changes no token.
+_NO_CHOICE = {"_from_model_config", "return_dict_in_generate", "transformers_version", "use_cache"}
+_NO_CHOICE |= {f"output_{what}" for what in ("attentions", "hidden_states", "logits", "scores")}
 
 
 class ModularFamily(Family[Seq2Seq]):

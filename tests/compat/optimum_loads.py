@@ -70,9 +70,10 @@ def cases(folder: Path) -> Iterator[tuple[dict[str, Any], list[list[int]]]]:
 
 
 def main(folder: Path) -> int:
+    folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    python = environment(folder.absolute())
-    asked, expected = zip(*cases(folder.absolute()), strict=True)
+    python = environment(folder)
+    asked, expected = zip(*cases(folder), strict=True)
     (folder / "request.json").write_text(json.dumps(asked))
     script = Path(__file__).with_name("optimum_generates.py")
     done = subprocess.run(
