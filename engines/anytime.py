@@ -138,7 +138,8 @@ class Anytime:
             return forecast.segment_ms(engine, segment, rows, length).p99_ms * factor
 
         chunks = [forecast.first_and_whole_ms(engine, *shape) for shape in shapes]
-        return Deadline(self._chunk_end_s(end_s, shapes, chunks, factor), needs_ms)
+        corrected = [(first_ms * factor, whole_ms * factor) for first_ms, whole_ms in chunks]
+        return Deadline(self._chunk_end_s(end_s, shapes, corrected), needs_ms)
 
     def step_deadline(
         self,
@@ -146,14 +147,13 @@ class Anytime:
         end_s: float,
         times: WritingTimes,
         shapes: Sequence[tuple[int, int]],
-        whole_ms: Sequence[float],
+        whole: Sequence[Prediction],
     ) -> StepDeadline:
-        """``deadline`` of a variant that writes. ``whole_ms``: what each chunk is predicted to take, p99."""
+        """``deadline`` of a variant that writes. ``whole``: what each chunk is predicted to take."""
         factor = self._correction.factor(engine)
-        first_ms = [times.first_token(engine, *shape).p99_ms for shape in shapes]
-        chunks = list(zip(first_ms, whole_ms, strict=True))
-        at_s = self._chunk_end_s(end_s, shapes, chunks, factor)
-        return StepDeadline(at_s, times.step_ms(engine, shapes[0][1], factor))
+        first = [times.first_token(engine, *shape) for shape in shapes]
+        chunks = [(one.slowed_ms(factor), all_.slowed_ms(factor)) for one, all_ in zip(first, whole, strict=True)]
+        return StepDeadline(self._chunk_end_s(end_s, shapes, chunks), times.step_ms(engine, shapes[0][1], factor))
 
     def own_pace(self, end_s: float, shapes: Sequence[tuple[int, int]]) -> StepDeadline:
         """``step_deadline`` where nothing was measured: chunks share the time evenly, and go by their own steps."""
@@ -162,17 +162,12 @@ class Anytime:
         return StepDeadline(chunk_end_s(perf_counter(), end_s - reserve_ms / 1000.0, chunks), OwnPace())
 
     def _chunk_end_s(
-        self,
-        end_s: float,
-        shapes: Sequence[tuple[int, int]],
-        chunks: Sequence[tuple[float, float]],
-        factor: float,
+        self, end_s: float, shapes: Sequence[tuple[int, int]], chunks: Sequence[tuple[float, float]]
     ) -> float:
-        """``chunk_end_s`` of the first of ``chunks``, in times of this moment, with what is kept for afterwards."""
-        corrected = [(first_ms * factor, whole_ms * factor) for first_ms, whole_ms in chunks]
+        """``chunk_end_s`` of the first of ``chunks``, which take so long now, with what is kept for afterwards."""
         reserve_ms = self.aftercare.reserve_ms(sum(batch for batch, _ in shapes))
-        reserve_ms += self.margin.share * sum(whole_ms for _, whole_ms in corrected)
-        return chunk_end_s(perf_counter(), end_s - reserve_ms / 1000.0, corrected)
+        reserve_ms += self.margin.share * sum(whole_ms for _, whole_ms in chunks)
+        return chunk_end_s(perf_counter(), end_s - reserve_ms / 1000.0, chunks)
 
     def observe(self, variant: str, expected: Prediction, engine_ms: float) -> None:
         """Tell what a run took. Outside the grid a prediction is a bound, so that only more than it says something."""

@@ -79,10 +79,9 @@ class Writer:
         times, engine, shapes = self._members.writing_times, request.engine, request.shapes[number:]
         if times is None or not times.knows(engine):
             return self._anytime.own_pace(request.end_s, shapes)
-        rows, whole_ms = rows_per_text(request.options), []
-        for shape in shapes:
-            whole_ms.append(times.writing([shape], [self._expected(shape, request.options)], rows)[engine].p99_ms)
-        return self._anytime.step_deadline(engine, request.end_s, times, shapes, whole_ms)
+        rows = rows_per_text(request.options)
+        whole = [times.writing([shape], [self._expected(shape, request.options)], rows)[engine] for shape in shapes]
+        return self._anytime.step_deadline(engine, request.end_s, times, shapes, whole)
 
     def _observe(self, request: Request, number: int, written: Sequence[Generated], engine_ms: float) -> None:
         times, engine, options = self._members.writing_times, request.engine, request.options

@@ -102,8 +102,7 @@ class WritingTimes:
 
         def line(rows: int) -> tuple[float, float]:
             """The first step, and by how much each further token makes it longer."""
-            steps = (self.token(variant, rows, length, written) for written in (1, 1 + _FAR))
-            near, far = (step.p50_ms * factor + step.p99_ms - step.p50_ms for step in steps)
+            near, far = (self.token(variant, rows, length, written).slowed_ms(factor) for written in (1, 1 + _FAR))
             return near, (far - near) / _FAR
 
         def step_ms(rows: int, past: int) -> float:
