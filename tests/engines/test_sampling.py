@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from compexport.errors import InputError
+from engines.largest import largest
 from engines.sampling import EOS, GREEDY, LENGTH, Sampler, Sampling, Stop, drawn, probabilities
 
 LOGITS = np.random.default_rng(0).normal(size=(5, 50)).astype(np.float32) * 3
@@ -99,3 +100,19 @@ def test_a_length_is_a_whole_number(length: float) -> None:
 def test_what_makes_no_sense(changes: dict[str, float], match: str) -> None:
     with pytest.raises(InputError, match=match):
         Sampling(**changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [1, 7, 90, 2047, 2048, 5000, 32128])
+@pytest.mark.parametrize("count", [1, 6, 50, 600])
+def test_the_largest_are_those_that_sorting_finds(size: int, count: int) -> None:
+    random = np.random.default_rng(size)
+    for values in (
+        random.normal(size=size),
+        random.integers(0, 9, size),
+        np.full(size, -np.inf),
+        np.arange(size)[::-1],
+    ):
+        values = values.astype(np.float32)
+        values[random.random(size) < 0.3] = -np.inf
+        wanted = np.flatnonzero(values >= np.sort(values)[::-1][min(count, size) - 1])
+        assert largest(values, count).tolist() == wanted.tolist()
