@@ -68,6 +68,7 @@ def measure(
         calls, same = _calls(runtime, batch, length)
         timings = interleave(calls, min_runs=min_runs, min_seconds=0.0, warmup=3)
         timings |= {name: timings[other] for name, other in same.items()}
+        timings = {name: timing for name, timing in timings.items() if not name.endswith(writing_parts.BEFORE)}
         rows += [
             {"variant": name, "batch": batch, "length": length, "p50_ms": t.p50_ms, "p99_ms": t.p99_ms, "runs": t.runs}
             for name, t in timings.items()

@@ -14,13 +14,14 @@ import numpy.typing as npt
 
 from engines.causal import CausalGenerator
 from engines.manifest import DECODER, DECODER_WITH_PAST, ENCODER, Generation
-from engines.points import encoder_name, first_token_name, token_name
+from engines.points import encoder_name, first_token_name, is_token, token_name
 from engines.runtime import Runtime
 from engines.seq2seq import Kept, Seq2SeqGenerator
 
 Ids = npt.NDArray[np.int64]
 Call = Callable[[], object]
 
+BEFORE = "/before"  # ends the names of calls that are there for what comes after them, and are no rows
 MANY_WRITTEN = 64  # tokens after which one more is timed, besides the second of a text
 
 
@@ -45,7 +46,10 @@ def calls_of(runtime: Runtime, ids: Ids) -> tuple[dict[str, Call], dict[str, str
         for part, (graphs, call) in parts.by_name(runtime.bundle.manifest.variants[name].graphs).items():
             first = timed.setdefault((part.removeprefix(name), graphs), part)
             if first == part:
-                calls[part] = call()
+                made = call()
+                if is_token(part):  # steps follow each other: their weights are at hand
+                    calls[f"{part}{BEFORE}"] = made
+                calls[part] = made
             else:
                 same[part] = first
     return calls, same

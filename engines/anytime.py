@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter
 
 from engines.answers import Answer
@@ -82,6 +82,25 @@ def chunk_end_s(now_s: float, end_s: float, chunks: Sequence[tuple[float, float]
     return min(end_s - later_s, now_s + (end_s - now_s) * share)
 
 
+class OwnPace:
+    """What the next step of one generation takes, told by those before it: as long as the slowest of the last few."""
+
+    REMEMBERED = 8
+
+    def __init__(self, clock: Callable[[], float] = perf_counter) -> None:
+        self._clock = clock
+        self._before_s: float | None = None
+        self._taken_ms: deque[float] = deque(maxlen=self.REMEMBERED)
+
+    def __call__(self, rows: int, past: int) -> float:
+        """Milliseconds; to be asked before every step. Of the first nothing is known."""
+        now_s = self._clock()
+        if self._before_s is not None:
+            self._taken_ms.append((now_s - self._before_s) * 1000.0)
+        self._before_s = now_s
+        return max(self._taken_ms, default=0.0)
+
+
 class Anytime:
     """What the requests of one runtime tell each other: how late this machine is now, and by what each must stop.
 
@@ -96,7 +115,7 @@ class Anytime:
         self._hint = hint
         self.aftercare = Aftercare()
         self.margin = Margin()
-        self._warned: set[str] = set()  # engines whose segments or tokens were not measured
+        self._warned: set[str] = set()  # engines whose segments were not measured
 
     def deadline(self, engine: str, end_s: float | None, shapes: Sequence[tuple[int, int]]) -> Deadline | None:
         """Until when the chunk of the first of ``shapes`` [B, S] must be through; None when that cannot be said.
@@ -107,7 +126,10 @@ class Anytime:
             return None
         forecast = self._forecast(engine)
         if forecast is None:
-            self._warn_once(engine, "segments")
+            if engine not in self._warned:
+                self._warned.add(engine)
+                what = "%s: its segments were not measured on %s, so it cannot stop early to keep a budget; %s"
+                _log.warning(what, engine, self._device, self._hint)
             return None
         factor = self._correction.factor(engine)
         length = shapes[0][1]
@@ -116,36 +138,36 @@ class Anytime:
             return forecast.segment_ms(engine, segment, rows, length).p99_ms * factor
 
         chunks = [forecast.first_and_whole_ms(engine, *shape) for shape in shapes]
-        return Deadline(self._chunk_end_s(end_s, shapes, chunks, factor), needs_ms)
+        corrected = [(first_ms * factor, whole_ms * factor) for first_ms, whole_ms in chunks]
+        return Deadline(self._chunk_end_s(end_s, shapes, corrected), needs_ms)
 
     def step_deadline(
-        self, engine: str, end_s: float | None, shapes: Sequence[tuple[int, int]], whole_ms: Sequence[float]
-    ) -> StepDeadline | None:
-        """``deadline`` of a variant that writes. ``whole_ms``: what each chunk is predicted to take, p99."""
-        if end_s is None:
-            return None
-        times = self._times(engine)
-        if times is None:
-            self._warn_once(engine, "tokens")
-            return None
+        self,
+        engine: str,
+        end_s: float,
+        times: WritingTimes,
+        shapes: Sequence[tuple[int, int]],
+        whole: Sequence[Prediction],
+    ) -> StepDeadline:
+        """``deadline`` of a variant that writes. ``whole``: what each chunk is predicted to take."""
         factor = self._correction.factor(engine)
-        first_ms = [times.first_token(engine, *shape).p99_ms for shape in shapes]
-        chunks = list(zip(first_ms, whole_ms, strict=True))
-        at_s = self._chunk_end_s(end_s, shapes, chunks, factor)
-        return StepDeadline(at_s, times.step_ms(engine, shapes[0][1], factor))
+        first = [times.first_token(engine, *shape) for shape in shapes]
+        chunks = [(one.slowed_ms(factor), all_.slowed_ms(factor)) for one, all_ in zip(first, whole, strict=True)]
+        return StepDeadline(self._chunk_end_s(end_s, shapes, chunks), times.step_ms(engine, shapes[0][1], factor))
+
+    def own_pace(self, end_s: float, shapes: Sequence[tuple[int, int]]) -> StepDeadline:
+        """``step_deadline`` where nothing was measured: chunks share the time evenly, and go by their own steps."""
+        chunks = [(0.0, 1.0)] * len(shapes)
+        reserve_ms = self.aftercare.reserve_ms(sum(batch for batch, _ in shapes))
+        return StepDeadline(chunk_end_s(perf_counter(), end_s - reserve_ms / 1000.0, chunks), OwnPace())
 
     def _chunk_end_s(
-        self,
-        end_s: float,
-        shapes: Sequence[tuple[int, int]],
-        chunks: Sequence[tuple[float, float]],
-        factor: float,
+        self, end_s: float, shapes: Sequence[tuple[int, int]], chunks: Sequence[tuple[float, float]]
     ) -> float:
-        """``chunk_end_s`` of the first of ``chunks``, in times of this moment, with what is kept for afterwards."""
-        corrected = [(first_ms * factor, whole_ms * factor) for first_ms, whole_ms in chunks]
+        """``chunk_end_s`` of the first of ``chunks``, which take so long now, with what is kept for afterwards."""
         reserve_ms = self.aftercare.reserve_ms(sum(batch for batch, _ in shapes))
-        reserve_ms += self.margin.share * sum(whole_ms for _, whole_ms in corrected)
-        return chunk_end_s(perf_counter(), end_s - reserve_ms / 1000.0, corrected)
+        reserve_ms += self.margin.share * sum(whole_ms for _, whole_ms in chunks)
+        return chunk_end_s(perf_counter(), end_s - reserve_ms / 1000.0, chunks)
 
     def observe(self, variant: str, expected: Prediction, engine_ms: float) -> None:
         """Tell what a run took. Outside the grid a prediction is a bound, so that only more than it says something."""
@@ -164,7 +186,7 @@ class Anytime:
 
     def observe_request(self, engine: str, outputs: Sequence[Answer], *, late: bool) -> None:
         """Tell how a request with a budget ended; what could not have ended earlier says nothing of the margin."""
-        if self._times(engine) is not None:
+        if self._members.writing_times is not None and self._members.writing_times.knows(engine):
             earlier = any(len(output["tokens"]) > 1 for output in outputs)
         elif self._forecast(engine) is not None:
             earlier = any(output["exit"] > self._members.layers[engine][0] for output in outputs)
@@ -177,14 +199,3 @@ class Anytime:
         """What is predicted of the segments of a variant; None where they were not measured, or there are none."""
         forecast = self._members.forecast
         return forecast if forecast is not None and forecast.knows(engine) else None
-
-    def _times(self, engine: str) -> WritingTimes | None:
-        """What is predicted of the tokens of a variant; None where they were not measured, or it writes none."""
-        times = self._members.writing_times
-        return times if times is not None and times.knows(engine) else None
-
-    def _warn_once(self, engine: str, parts: str) -> None:
-        if engine not in self._warned:
-            self._warned.add(engine)
-            what = "%s: its %s were not measured on %s, so it cannot stop early to keep a budget; %s"
-            _log.warning(what, engine, parts, self._device, self._hint)

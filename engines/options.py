@@ -33,9 +33,9 @@ class Options:
 
     def __post_init__(self) -> None:
         """Raises InputError for a value out of its range, and for what does not go together."""
-        check_count("max_new_tokens", self.max_new_tokens)
         if self.max_length is not None:
             check_count("max_length", self.max_length)
+        check_count("max_new_tokens", self.max_new_tokens)
         if self.decoder_start_ids == ():
             raise InputError(describe("decoder_start_ids", got="none", expected="at least one token"))
         beams, wanted = self.beams.num_beams, self.beams.num_return_sequences

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -23,22 +22,23 @@ from engines.bundle import Bundle
 from engines.cascade import LOGITS, Cascade
 from engines.causal import CausalGenerator
 from engines.exit_rule import TO_THE_END, ExitRule
-from engines.generate import Generated, Generator, StepDeadline
-from engines.lengths import Expected, longest
+from engines.generate import Generator
+from engines.lengths import Expected
 from engines.manifest import Generation
 from engines.members import Members, Predictions
 from engines.opening import Opening
 from engines.options import Options
 from engines.points import engine_of
 from engines.profile import Profile, check_count
+from engines.requests import Request, chunked, shape_of
 from engines.results import BatchResult, Result
 from engines.sampling import Sampling
 from engines.selector import Correction, Decision, Quality, decide, time_left_ms
 from engines.session import Backend, OpenSession
 from engines.streaming import Stream
-from engines.text import EncodedText, Text
+from engines.text import Text
+from engines.writer import Writer
 from engines.writing import (
-    most_tokens,
     next_token_scores,
     options_asked,
     room_for,
@@ -80,6 +80,7 @@ class Runtime:
         hint = f"run `compexport bench {bundle.path}`"
         self._anytime = Anytime(self.members, self.correction, self.device, hint=hint)
         self._opening = Opening(bundle, self.members, opener, threads=threads, provider=provider)
+        self._writer = Writer(bundle.manifest, self.members, self._opening, self._anytime)
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -241,12 +242,7 @@ class Runtime:
         request = self._chosen(
             [text], options, budget_ms, self._forced(ratio, variant, None), None, truncate, waited_ms
         )
-        encoder = self._opening.encoder()
-        feeds = encoder.feeds(request.encoded)
-        tokens = self.generator(request.engine).stream(
-            feeds["input_ids"], feeds["attention_mask"], options=options, deadline=self._step_deadline(request, 0)
-        )
-        return Stream(tokens, encoder, lambda answer: self._finished(request, [answer]))
+        return self._writer.stream(request, lambda answer: self._finished(request, [answer]))
 
     def select(
         self,
@@ -370,7 +366,7 @@ class Runtime:
         rule: ExitRule | None,
         truncate: bool,
         waited_ms: float,
-    ) -> _Request:
+    ) -> Request:
         """Tokenise a request, cut it into chunks, and decide which variant answers; its clock starts here."""
         time_left_ms(budget_ms, waited_ms)
         room = None if options is None else room_for(self.bundle.manifest, options)
@@ -380,8 +376,9 @@ class Runtime:
         self.warm_up(self._likely(budget_ms, forced))
         started = perf_counter()
         encoded = encoder.encode(texts, truncate=truncate, room=room)
-        chunks = self._chunks(encoded, 1 if options is None else rows_per_text(options))
-        shapes = [_shape([encoded[index] for index in chunk]) for chunk in chunks]
+        largest = self.profile.largest_batch if self.profile is not None else LARGEST_BATCH
+        chunks = chunked(encoded, max(1, largest // (1 if options is None else rows_per_text(options))))
+        shapes = [shape_of([encoded[index] for index in chunk]) for chunk in chunks]
         (predictions, rungs), expected = self._predict(shapes, options)
         decision = decide(
             predictions,
@@ -395,11 +392,9 @@ class Runtime:
         )
         end_s = None if budget_ms is None or budget_ms == math.inf else started + (budget_ms - waited_ms) / 1000.0
         rule = rule or self.members.rule(decision.variant) or TO_THE_END
-        return _Request(
-            decision, encoded, chunks, shapes, options, rule, budget_ms, started - waited_ms / 1000.0, end_s
-        )
+        return Request(decision, encoded, chunks, shapes, options, rule, budget_ms, started - waited_ms / 1000.0, end_s)
 
-    def _finished(self, request: _Request, outputs: list[Answer]) -> BatchResult:
+    def _finished(self, request: Request, outputs: list[Answer]) -> BatchResult:
         latency_ms = _ms_since(request.began_s)
         met_budget = request.budget_ms is None or latency_ms <= request.budget_ms
         if request.end_s is not None:
@@ -449,34 +444,11 @@ class Runtime:
         tokenizer = self.bundle.manifest.tokenizer
         return tokenizer.max_length if tokenizer is not None else 1
 
-    def _chunks(self, encoded: Sequence[EncodedText], rows: int) -> list[list[int]]:
-        """Positions of the texts of every engine run: neighbours in length, so that little is padded.
-
-        ``rows``: how many a text becomes.
-        """
-        largest = self.profile.largest_batch if self.profile is not None else LARGEST_BATCH
-        size = max(1, largest // rows)
-        order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
-        return [order[first : first + size] for first in range(0, len(order), size)]
-
     def _predict(
         self, shapes: Sequence[tuple[int, int]], options: Options | None
     ) -> tuple[Predictions, Expected | None]:
-        """Predictions of chunks after each other, and of one that writes the tokens of which they are."""
-        if options is None:
-            return self.members.predict(shapes), None
-        expected = [self._expected(shape, options) for shape in shapes]
-        times = self.members.writing_times
-        if times is None:
-            return ({}, {}), longest(expected)
-        return (times.writing(shapes, expected, rows_per_text(options)), {}), longest(expected)
-
-    def _expected(self, shape: tuple[int, int], options: Options) -> Expected:
-        """How many tokens the longest text of a chunk will have."""
-        batch, length = shape
-        most, lengths = most_tokens(self.bundle.manifest, options, length), self.members.output_lengths
-        found = Expected.at_most(most) if lengths is None else lengths.expected(batch, length, most)
-        return found.at_least(min(most, options.rules.min_new_tokens))
+        """Predictions of chunks after each other, and, where they write text, the tokens that they are of."""
+        return (self.members.predict(shapes), None) if options is None else self._writer.predict(shapes, options)
 
     def _generation(self) -> Generation:
         generation = self.bundle.manifest.generation
@@ -486,10 +458,10 @@ class Runtime:
 
     # running
 
-    def _run(self, request: _Request, number: int) -> list[Answer]:
+    def _run(self, request: Request, number: int) -> list[Answer]:
         """One engine run [B, S] of a chunk, timed for the live correction, and its answers."""
         if request.options is not None:
-            return self._write(request, request.options, number)
+            return self._writer.write(request, number)
         engine, chunk = request.engine, request.texts_of(number)
         session = self._opening.sessions([engine])[engine]
         feeds = self._opening.encoder().feeds(chunk)
@@ -501,52 +473,11 @@ class Runtime:
         outputs = session.run(feeds, names)
         engine_ms = _ms_since(started)
         if self.profile is not None and engine in self.profile.variants:
-            self._anytime.observe(engine, self.profile.predict(engine, *_shape(chunk)), engine_ms)
+            self._anytime.observe(engine, self.profile.predict(engine, *shape_of(chunk)), engine_ms)
         return answers(manifest.task, outputs, chunk, manifest.labels)
 
-    def _write(self, request: _Request, options: Options, number: int) -> list[Answer]:
-        """Text for each of a chunk. What was written, not what was expected, is compared with its prediction."""
-        engine, encoder = request.engine, self._opening.encoder()
-        generator, feeds = self.generator(engine), encoder.feeds(request.texts_of(number))
-        deadline = self._step_deadline(request, number)
-        rows = request.chunks[number]
-        started = perf_counter()
-        written = generator.generate(
-            feeds["input_ids"], feeds["attention_mask"], options=options, rows=rows, deadline=deadline
-        )
-        ended = perf_counter()
-        self._observe_writing(request, options, number, written, (ended - started) * 1000.0)
-        found = written_answers(encoder, written)
-        self._anytime.aftercare.observe(len(rows), _ms_since(ended))
-        return found
-
-    def _step_deadline(self, request: _Request, number: int) -> StepDeadline | None:
-        """Until when chunk ``number`` must be written; None when nothing can or must be kept."""
-        times, options, engine = self.members.writing_times, request.options, request.engine
-        shapes = request.shapes[number:]
-        whole_ms: list[float] = []
-        if times is not None and options is not None and times.knows(engine) and request.end_s is not None:
-            for shape in shapes:
-                found = times.writing([shape], [self._expected(shape, options)], rows_per_text(options))
-                whole_ms.append(found[engine].p99_ms)
-        return self._anytime.step_deadline(engine, request.end_s, shapes, whole_ms)
-
-    def _observe_writing(
-        self, request: _Request, options: Options, number: int, written: Sequence[Generated], engine_ms: float
-    ) -> None:
-        times, engine = self.members.writing_times, request.engine
-        # How many steps a search with beams took does not show in what it found.
-        if times is None or not times.knows(engine) or options.beams.num_beams > 1:
-            return
-        tokens = [len(text.tokens) for one in written for text in (one, *one.others)]
-        count = Expected.at_most(max(tokens))
-        expected = times.writing([request.shapes[number]], [count], rows_per_text(options))[engine]
-        # Texts that end early leave the batch: then the prediction is a bound, as it is outside the grid.
-        bound = expected.extrapolated or min(tokens) < max(tokens)
-        self._anytime.observe(engine, replace(expected, extrapolated=bound), engine_ms)
-
     def _run_cascade(
-        self, cascade: Cascade, request: _Request, number: int, feeds: Mapping[str, npt.NDArray[Any]]
+        self, cascade: Cascade, request: Request, number: int, feeds: Mapping[str, npt.NDArray[Any]]
     ) -> list[Answer]:
         engine, chunk, shapes = request.engine, request.texts_of(number), request.shapes[number:]
         run = cascade.run_exits(feeds, request.rule, self._anytime.deadline(engine, request.end_s, shapes))
@@ -562,43 +493,10 @@ class Runtime:
         return found
 
 
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """A request whose variant was chosen. ``chunks``: the numbers of the texts of each engine run, ``shapes`` [B, S].
-
-    ``options``: how its texts are written, where that is the task; ``rule``: how rows leave early. ``began_s`` and
-    ``end_s`` (perf_counter): when it came, and when it must be answered, None without a budget.
-    """
-
-    decision: Decision
-    encoded: list[EncodedText]
-    chunks: list[list[int]]
-    shapes: list[tuple[int, int]]
-    options: Options | None
-    rule: ExitRule
-    budget_ms: float | None
-    began_s: float
-    end_s: float | None
-
-    @property
-    def engine(self) -> str:
-        """The variant whose engines answer."""
-        return engine_of(self.decision.variant)
-
-    def texts_of(self, number: int) -> list[EncodedText]:
-        """The texts of a chunk."""
-        return [self.encoded[index] for index in self.chunks[number]]
-
-
 def _load_backend(name: str) -> Backend:
     backends: Any = importlib.import_module("engines.backends")
     backend: Backend = backends.load(name)
     return backend
-
-
-def _shape(chunk: Sequence[EncodedText]) -> tuple[int, int]:
-    """Batch and padded length [B, S] of one engine run."""
-    return len(chunk), max(map(len, chunk))
 
 
 def _ms_since(started: float) -> float:

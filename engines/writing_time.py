@@ -92,16 +92,17 @@ class WritingTimes:
         return found
 
     def step_ms(self, variant: str, length: int, factor: float) -> Callable[[int, int], float]:
-        """What a step of so many rows over so many tokens takes, p99 times ``factor``: quick to ask again and again.
+        """What a step of so many rows over so many tokens takes, p99: quick to ask again and again.
 
+        The usual time is multiplied by ``factor``, the live correction; interrupts are as long on a slow machine.
         ``length``: tokens read, S. What is kept of a model that writes on are the tokens read too.
         """
         reads_two = bool(self._written[variant])
         lines: dict[int, tuple[float, float]] = {}
 
         def line(rows: int) -> tuple[float, float]:
-            """p99 of the first step, and by how much each further token makes it longer."""
-            near, far = (self.token(variant, rows, length, written).p99_ms for written in (1, 1 + _FAR))
+            """The first step, and by how much each further token makes it longer."""
+            near, far = (self.token(variant, rows, length, written).slowed_ms(factor) for written in (1, 1 + _FAR))
             return near, (far - near) / _FAR
 
         def step_ms(rows: int, past: int) -> float:
@@ -109,7 +110,7 @@ class WritingTimes:
                 lines[rows] = line(rows)
             near, slope = lines[rows]
             written = past if reads_two else past - length
-            return (near + slope * (written - 1)) * factor
+            return near + slope * (written - 1)
 
         return step_ms
 

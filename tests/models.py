@@ -226,8 +226,6 @@ _BART_DEEP = {
     "decoder_ffn_dim": 32,
 }
 SEQ2SEQ = {
-    # As deep as makes a difference, where graphs are to be made in seconds.
-    "tiny-t5-pair": Tiny("T5", {**_T5_DEEP, "num_layers": 2}, _unigram, _TEXT_TO_TEXT),
     "tiny-t5-twelve": Tiny("T5", _T5_DEEP, _unigram, _TEXT_TO_TEXT),
     "tiny-t5-gated-twelve": Tiny(
         "T5",
@@ -245,6 +243,8 @@ SHALLOW_SEQ2SEQ = {
     name.replace("twelve", "four"): replace(tiny, config={**tiny.config, **_FOUR[tiny.prefix]})
     for name, tiny in SEQ2SEQ.items()
 }
+# As deep as makes a difference, where graphs are only there to be run.
+SHALLOWEST = {"tiny-t5-pair": Tiny("T5", {**_T5_DEEP, "num_layers": 2}, _unigram, _TEXT_TO_TEXT)}
 
 
 def make(
@@ -257,7 +257,7 @@ def make(
     import torch
     import transformers
 
-    tiny = {**MODELS, **DEEPER, **SHARED, **SEQ2SEQ, **SHALLOW_SEQ2SEQ}[name]
+    tiny = {**MODELS, **DEEPER, **SHARED, **SEQ2SEQ, **SHALLOW_SEQ2SEQ, **SHALLOWEST}[name]
     tokenizer = tiny.tokenizer()
     config = getattr(transformers, f"{tiny.prefix}Config")(**{"vocab_size": tokenizer.get_vocab_size(), **tiny.config})
     if (labels := LABELS.get(task)) and task != "label-words":

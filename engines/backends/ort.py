@@ -25,7 +25,7 @@ import numpy.typing as npt
 from compexport.errors import BundleError, CompexportError, DependencyError, InputError, describe
 from engines.bundle import Bundle
 from engines.cascade import Cascade
-from engines.manifest import Engine, Graph, TensorSpec
+from engines.manifest import DECODER_WITH_PAST, Engine, Graph, TensorSpec
 from engines.measure import processor, usable_cores
 from engines.paths import whole_path
 from engines.session import Array, Session
@@ -320,6 +320,8 @@ def open_sessions(
                 shared[graph] = _open_graph(bundle, graph, graph, threads, provider)
             sessions[name] = stepper(name, variant, shared)
             continue
+        if DECODER_WITH_PAST in variant.graphs:
+            raise InputError(describe(f"{name} has several engines", expected="open_graphs, of each of its graphs"))
         opened = [_open_graph(bundle, graph, name, threads, provider) for graph in whole_path(variant)]
         sessions[name] = opened[0] if variant.exits is None else Cascade(name, variant.exits, opened)
     return sessions

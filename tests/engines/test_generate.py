@@ -14,7 +14,7 @@ from engines.backends import ort
 from engines.bundle import Bundle
 from engines.causal import CausalGenerator
 from engines.generate import Generated
-from engines.options import Options
+from engines.options import Options, options_for
 from engines.sampling import Sampling
 from tests.engines.decoders import EOS, NAMES, PAD, POSITIONS, V, make_bundle, model, prompts
 
@@ -276,3 +276,28 @@ def test_warming_up_leaves_nothing_behind(whole: CausalGenerator) -> None:
     whole.warm_up()
     assert whole.generate(*prompts(1), options=Options(2)) == before
     assert isinstance(before[0], Generated)
+
+
+def test_beams_and_rules_are_those_of_transformers(bundle: Bundle, whole: CausalGenerator) -> None:
+    """Of a model that writes on, what it reads counts as its text."""
+    import torch
+
+    ids, mask = prompts(4)
+    eos = eos_among(whole, 4)
+    generator = opened(bundle, 1, eos_ids=[eos])
+    asked = {"num_beams": 3, "num_return_sequences": 2, "no_repeat_ngram_size": 2, "max_new_tokens": 9}
+    found = generator.generate(ids, mask, options=options_for(generator.generation, asked))
+    written = (
+        model()
+        .generate(
+            torch.tensor(ids),
+            attention_mask=torch.tensor(mask),
+            do_sample=False,
+            eos_token_id=eos,
+            pad_token_id=PAD,
+            **asked,
+        )[:, ids.shape[1] :]
+        .tolist()
+    )
+    wanted = [row[: row.index(eos) + 1] if eos in row else row for row in written]
+    assert [one.tokens for row in found for one in (row, *row.others)] == wanted

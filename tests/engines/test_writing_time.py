@@ -89,6 +89,7 @@ def test_single_steps_are_asked_for_quickly() -> None:
     for rows in (1, 4, 3):
         for written in (1, 7, 40):
             assert step_ms(rows, written) == pytest.approx(2.0 * times.token(BOTH, rows, 8, written).p99_ms)
+    assert WritingTimes(profile(1.0, 1.0, spread_ms=6.0)).step_ms(BOTH, 8, factor=2.0)(1, 1) == pytest.approx(2 + 6)
     sizes = {(b, s): (float(s), float(s)) for b, s in SIZES}
     on = WritingTimes(Profile({ON: sizes, token_name(ON): sizes}))
     assert on.step_ms(ON, 8, 1.0)(1, 8 + 5) == pytest.approx(13.0), "what was read is kept as well"
