@@ -61,7 +61,6 @@ def shared_gpt2(folder: Path, size: str) -> Path:
     if (folder / "config.json").exists():
         return folder
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel
 
     width, heads, layers, words = GPT2[size]
@@ -72,12 +71,53 @@ def shared_gpt2(folder: Path, size: str) -> Path:
     # One layer is made and saved: a configuration of all of them is what loading repeats it by.
     model.config.n_layer, model.config.shared_layers = layers, [layers]
     model.save_pretrained(folder)
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = _byte_tokenizer()
     tokenizer.add_special_tokens(["<|endoftext|>"])
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
+
+
+# Models that read one text and write another, by name: class and configuration, those of the published sizes.
+_T5 = {"d_model": 768, "d_kv": 64, "d_ff": 3072, "num_heads": 12, "num_layers": 12, "vocab_size": 32128}
+_BART = {"d_model": 768, "encoder_layers": 6, "decoder_layers": 6, "vocab_size": 50265}
+_BART |= {f"{stack}_attention_heads": 12 for stack in ("encoder", "decoder")}
+_BART |= {f"{stack}_ffn_dim": 3072 for stack in ("encoder", "decoder")}
+_T5_TINY = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4, "num_layers": 6, "vocab_size": 300}
+_BART_TINY = {name: 32 if size >= 768 else 4 if size == 12 else size for name, size in _BART.items()}
+SEQ2SEQ: dict[str, tuple[str, dict[str, int]]] = {
+    "t5-base": ("T5", _T5),
+    "bart-base": ("Bart", _BART),
+    "t5-tiny": ("T5", _T5_TINY),
+    "bart-tiny": ("Bart", {**_BART_TINY, "vocab_size": 300}),
+}
+
+
+def seq2seq(folder: Path, name: str) -> Path:
+    """A model of ``SEQ2SEQ`` with random weights and a tokenizer of single bytes."""
+    if (folder / "config.json").exists():
+        return folder
+    import torch
+    import transformers
+
+    kind, sizes = SEQ2SEQ[name]
+    torch.manual_seed(0)
+    start = {"decoder_start_token_id": 0} if kind == "T5" else {}
+    config = getattr(transformers, f"{kind}Config")(**sizes, **start)
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+    _move_norms(model)
+    model.save_pretrained(folder)
+    _byte_tokenizer().save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def _byte_tokenizer() -> Any:
+    """One token for each byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
 
 
 def _move_norms(model: Any) -> None:

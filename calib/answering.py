@@ -15,7 +15,8 @@ from engines.answers import label_names, not_finite
 from engines.cascade import LOGITS, Cascade
 from engines.manifest import ALL_EXITS
 from engines.paths import segment_macs
-from engines.runtime import OpenSession, Runtime
+from engines.runtime import Runtime
+from engines.session import OpenSession
 
 BATCH = 32  # texts per request
 
@@ -30,15 +31,21 @@ class Read:
 
 
 class Work:
-    """``total`` examples are to be answered; progress says how many are."""
+    """``total`` examples are to be answered; progress says how many are.
 
-    def __init__(self, runtime: Runtime, progress: Progress, total: int) -> None:
+    ``settings``: by which texts are written, as ``Runtime.answers`` takes them.
+    """
+
+    def __init__(
+        self, runtime: Runtime, progress: Progress, total: int, settings: Mapping[str, Any] | None = None
+    ) -> None:
         self.runtime = runtime
+        self._settings = settings
         self._progress, self._done, self._total = progress, 0, total
 
     def answers(self, variant: str, examples: Examples) -> list[Mapping[str, Any]]:
         """One answer per example, in order."""
-        given = _answers(self.runtime, examples, variant, self._report)
+        given = _answers(self.runtime, examples, variant, self._settings, self._report)
         self._done += len(examples)
         return given
 
@@ -53,14 +60,18 @@ class Work:
 
 
 def _answers(
-    runtime: Runtime, examples: Examples, variant: str, report: Callable[[int], None]
+    runtime: Runtime,
+    examples: Examples,
+    variant: str,
+    settings: Mapping[str, Any] | None,
+    report: Callable[[int], None],
 ) -> list[Mapping[str, Any]]:
     """One answer per example, in order."""
     inputs = examples.inputs
     answers: list[Mapping[str, Any]] = [{}] * len(inputs)
     done = 0
     for chosen in _batches(inputs):
-        outputs = runtime.answers(variant, [inputs[index] for index in chosen])
+        outputs = runtime.answers(variant, [inputs[index] for index in chosen], settings)
         for index, output in zip(chosen, outputs, strict=True):
             answers[index] = output
         done += len(chosen)

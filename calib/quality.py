@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from calib import text_quality
 from calib.answering import Read, Work
 from calib.data import Examples
 from calib.exits import points_and_exits, rows_to_choose_on, split
@@ -22,7 +23,7 @@ from calib.exits_search import Search
 from calib.labels import label_ids
 from calib.progress import Progress, silent
 from compexport.errors import InputError, describe
-from engines.manifest import GENERATION, backbones
+from engines.manifest import GENERATION, TEXT2TEXT, backbones
 from engines.runtime import Runtime
 
 PAIRS = 20_000  # pairs of texts, at most, whose similarities are ranked
@@ -41,7 +42,8 @@ class Evaluation:
 
     def document(self) -> dict[str, Any]:
         """What ``evaluate --json`` prints. ``drop``: what the variant loses against the backbone, in the metric."""
-        names = ("metric", "higher_is_better", "n", "data", "backbone_variant", "calibration", "points", "exits")
+        always = ("metric", "higher_is_better", "n", "data", "backbone_variant")
+        names = (*always, "calibration", "points", "exits", "output_tokens")
         return {**{name: self.table[name] for name in names if name in self.table}, "variants": self.rows}
 
 
@@ -52,14 +54,18 @@ def evaluate(
     data: str = "",
     calibration: Examples | None = None,
     search: Search = NO_SEARCH,
+    metric: str | None = None,
+    settings: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
     """Let every variant of ``runtime`` answer ``examples`` and compare; nothing is written.
 
     Metrics: "cosine" with the backbone's embedding, and Spearman's correlation of pair similarities; "accuracy" of
     labels, per text or token; "f1" of answers, and exact matches. Without labels: "agreement" with the backbone. Of
-    models that write text "next_token_accuracy", the share of tokens that were the likeliest one after those before
-    them, and "perplexity".
+    models that write texts on "next_token_accuracy", the share of tokens that were the likeliest one after those before
+    them, and "perplexity". Of those that read one text and write another "bleu", "exact_match" and "word_error_rate" of
+    whole texts, written by ``settings`` (``engines.options.NAMES``); ``metric`` is the one that leads. How long the
+    backbone's texts are is kept too.
     Where variants have exits, thresholds are chosen (``search``) on ``calibration``, or on one half of ``examples``,
     and everything is measured on the rest; "calibration" says which.
 
@@ -68,15 +74,20 @@ def evaluate(
     """
     if not len(examples):
         raise InputError(describe("no examples to evaluate on", expected="at least one"))
-    backbone = _backbone_variant(runtime)
+    backbone, task = _backbone_variant(runtime), runtime.bundle.manifest.task
+    settings = settings or {}
+    text_quality.require_meaning(task, metric, settings)
+    if task == TEXT2TEXT:
+        settings = text_quality.with_length(runtime, examples, settings)
     layers = runtime.members.layers
     if calibration is not None and not layers:
         raise InputError(describe("calibration data", got=calibration.origin, expected="a bundle with exits"))
     parts = split(examples, calibration) if layers else None
     reported = examples if parts is None else parts.reported
     names = [backbone, *(name for name in runtime.members.engines if name != backbone)]
-    work = Work(runtime, progress, len(names) * len(reported) + rows_to_choose_on(parts, backbone, layers))
-    score = _scorer(runtime, reported)
+    total = len(names) * len(reported) + rows_to_choose_on(parts, backbone, layers)
+    work = Work(runtime, progress, total, settings)
+    score = _scorer(runtime, reported, metric)
     values: dict[str, dict[str, float]] = {}
     found: dict[str, Read] = {}
     truth: Answers = []
@@ -92,11 +103,13 @@ def evaluate(
     metric = next(iter(values[backbone]))
     table: dict[str, Any] = {
         "metric": metric,
-        "higher_is_better": True,
+        "higher_is_better": metric not in text_quality.LOWER_IS_BETTER,
         "n": len(reported),
         "data": data or examples.origin,
         "backbone_variant": backbone,
     }
+    if task == TEXT2TEXT:
+        table["output_tokens"] = text_quality.output_tokens(runtime, backbone, reported, truth, settings)
     if parts is not None:
         table["calibration"] = {"n": len(parts.chosen), "rows": parts.said}
         table |= points_and_exits(work, backbone, found, parts, _labels(truth), search)
@@ -108,9 +121,9 @@ def evaluate(
 
 
 def _rows(values: Mapping[str, Mapping[str, float]], backbone: str, metric: str) -> list[dict[str, Any]]:
-    best = values[backbone][metric]
+    best, sign = values[backbone][metric], -1.0 if metric in text_quality.LOWER_IS_BETTER else 1.0
     return [
-        {"variant": name, "value": found[metric], "drop": best - found[metric],
+        {"variant": name, "value": found[metric], "drop": sign * (best - found[metric]),
          **{other: value for other, value in found.items() if other != metric}}
         for name, found in values.items()
     ]  # fmt: skip
@@ -129,13 +142,15 @@ def _backbone_variant(runtime: Runtime) -> str:
 Score = Callable[[Answers, Answers], dict[str, float]]
 
 
-def _scorer(runtime: Runtime, examples: Examples) -> Score:
+def _scorer(runtime: Runtime, examples: Examples, metric: str | None) -> Score:
     manifest = runtime.bundle.manifest
     task, names = manifest.task, list(manifest.labels)
     if task == "feature-extraction":
         return _embedding_scores
     if task == GENERATION:
         return _next_token_scores
+    if task == TEXT2TEXT:
+        return lambda given, truth: text_quality.text_scores(examples, given, truth, metric)
     if task == "question-answering":
         return _span_scores(examples)
     if task == "token-classification":

@@ -7,7 +7,7 @@ command prints return that command's JSON document as a dict.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from engines.bundle import Bundle
     from engines.exit_rule import ExitRule
     from engines.runtime import Runtime
-    from engines.sampling import Sampling
     from engines.text import Text
     from exporter.checkpoint import MethodCheckpoint
 
@@ -129,6 +128,20 @@ class Modules:
 
 
 @dataclass(frozen=True)
+class Assemblies:
+    """What is assembled of layers and modules (method modular); None keeps the method's own default.
+
+    ``strategy``: "speed-first" or "size-first", by which ratios choose. ``more``: assemblies beside those of ratios, in
+    a JSON file (name -> {"encoder": [tile sizes], "decoder": [tile sizes]}), or names that the checkpoint has, with
+    commas. ``pairs``: variants of every pair of an encoder and a decoder that are built.
+    """
+
+    strategy: str | None = None
+    more: str | Path | None = None
+    pairs: bool = False
+
+
+@dataclass(frozen=True)
 class Rows:
     """Which rows of the training data to use: at most ``limit``, drawn by the seed, or the ``first`` ones."""
 
@@ -167,10 +180,22 @@ class Exits:
     temperature: bool = False
 
 
+@dataclass(frozen=True)
+class WritingCheck:
+    """How texts are written to be compared, by the names of ``engines.options.NAMES``, and the metric that leads.
+
+    ``metric``: "bleu" (for None), "exact_match" or "word_error_rate"; all three are measured.
+    """
+
+    metric: str | None = None
+    settings: Mapping[str, Any] | None = None
+
+
 # The defaults.
 COLUMNS, FIT, ROWS, SAVING = Columns(), Fit(), Rows(), Saving()
 SLENDER, SHARED, MODULES = Slender(), Shared(), Modules()
 DEVICE, EXITS, STEPS = Device(), Exits(), Steps()
+WRITING, ASSEMBLIES = WritingCheck(), Assemblies()
 
 
 def quiet(message: str, done: float | None = None, total: float | None = None) -> None:
@@ -326,6 +351,7 @@ def build_document(
     prefix: bool = False,
     steps: Steps = STEPS,
     plans: PlanOptions = PLAN_OPTIONS,
+    assemblies: Assemblies = ASSEMBLIES,
     data: str | Path | None = None,
     columns: Columns = COLUMNS,
     fit: Fit = FIT,
@@ -335,14 +361,15 @@ def build_document(
 ) -> dict[str, Any]:
     """Trace, check and build; with ``data``, plugins that ``model`` lacks are fitted first and kept in its folder.
 
-    ``ratios`` defaults to those ``model`` was trained for, or 2, 4, 8 (method "ode": of 2, 3, 4 those that its layers
-    allow). ``exits``: layers (method "costeff") or steps ("ode") counted from 1 at which segments end; costeff also
-    "auto", which ``data`` alone means too. ``prefix`` adds a graph from the ids to each of them. ``steps``: method
-    "ode" alone, whose steps are chosen on ``data``. ``plans``: backends "trt" and "trt-rtx" alone; where "trt" cannot
-    build here it writes recipes, for ``build_recipes``. Raises InputError for bad input, in which case nothing was
-    written, and ParityError when a graph differs from PyTorch, in which case no bundle was.
+    ``ratios`` defaults to those ``model`` was trained for, or 2, 4, 8; of methods "ode" and "modular" to those of 2, 3,
+    4 and of 1.5, 2, 3, 6 that its layers allow. ``exits``: layers (method "costeff") or steps ("ode") counted from 1 at
+    which segments end; costeff also "auto", which ``data`` alone means too. ``prefix`` adds a graph from the ids to
+    each of them. ``steps``: method "ode" alone, whose steps are chosen on ``data``. ``assemblies``: "modular" alone.
+    ``plans``: backends "trt" and "trt-rtx" alone; where "trt" cannot build here it writes recipes, for
+    ``build_recipes``. Raises InputError for bad input, in which case nothing was written, and ParityError when a graph
+    differs from PyTorch, in which case no bundle was.
     """
-    from compexport import stepping, training
+    from compexport import assembling, stepping, training
     from engines import backends
     from exporter import family
     from exporter.checkpoint import find_checkpoint
@@ -356,13 +383,15 @@ def build_document(
     there = checkpoint.ratios if checkpoint is not None else []
     if ratios is None and planned.method == "ode":
         wanted = stepping.usual_ratios(model, checkpoint, steps.sizes)
+    elif ratios is None and planned.method == "modular":
+        wanted = assembling.usual_ratios(model, checkpoint)
     elif ratios is None:
         wanted = there or list(DEFAULT_RATIOS)
     else:
         wanted = [*whole_ratios(ratios)] if planned.whole_ratios else checked_ratios(ratios)
     _require_free(output)
     backends.builder(backend, plans)
-    _require_meaning(planned.method, exits, prefix, steps)
+    _require_meaning(planned.method, exits, prefix, steps, assemblies)
     read = None if data is None else partial(_calibration, data, columns, progress)
     options: dict[str, Any] = {}
     if planned.method == "costeff":
@@ -371,6 +400,9 @@ def build_document(
     elif planned.method == "ode":
         chosen = stepping.plan_options(model, checkpoint, wanted, steps, read, progress)
         options = {**chosen, "exits": _exit_steps(exits), "prefixes": prefix}
+    elif planned.method == "modular":
+        assembling.require_no_data(data)
+        options = assembling.plan_options(checkpoint, assemblies.strategy, assemblies.more, assemblies.pairs)
     elif data is not None and not untrained and (missing := [ratio for ratio in wanted if ratio not in there]):
         texts = read_examples(data, "train", columns, progress)
         if fit.span is None:
@@ -403,6 +435,19 @@ def build_recipes(bundle: str | Path = "bundle", *, progress: Progress = quiet) 
 
     manifest = trt.finish_recipes(bundle, progress).manifest
     return {"bundle": str(Path(bundle).resolve()), "engines": engine_rows(manifest)}
+
+
+def export(
+    bundle: str | Path = "bundle", output: str | Path = "exported", variant: str | None = None
+) -> dict[str, Any]:
+    """Write one variant (by default that of ratio 1), which reads one text and writes another, to a new folder.
+
+    Hugging Face's optimum loads it: ``ORTModelForSeq2SeqLM.from_pretrained(output)``. Raises InputError for another
+    task, an unknown variant, and an output that holds something already.
+    """
+    from compexport.handing_on import export as write
+
+    return write(bundle, output, variant)
 
 
 def build_method(model: str | Path, method: str | None = None) -> str:
@@ -459,15 +504,18 @@ def _exit_steps(wanted: Sequence[float] | str | None) -> tuple[int, ...] | None:
     return tuple(steps)
 
 
-def _require_meaning(method: str, exits: object, prefix: bool, steps: Steps) -> None:
+def _require_meaning(method: str, exits: object, prefix: bool, steps: Steps, assemblies: Assemblies) -> None:
     """InputError for an option that means nothing to the method."""
-    ode, both = ("ode",), ("costeff", "ode")
+    ode, both, modular = ("ode",), ("costeff", "ode"), ("modular",)
     asked = {
         "exits": (exits is not None, both),
         "prefix": (prefix, both),
         "form": (steps.form is not None, ode),
         "steps": (steps.sizes is not None, ode),
         "step-engine": (steps.engine, ode),
+        "strategy": (assemblies.strategy is not None, modular),
+        "assemblies": (assemblies.more is not None, modular),
+        "pairs": (assemblies.pairs, modular),
     }
     for name, (given, methods) in asked.items():
         if given and method not in methods:
@@ -515,12 +563,14 @@ def bench(
 ) -> dict[str, Any]:
     """Measure every variant at every batch size and length, keep the table in the bundle, and return it."""
     from compexport import latency
+    from engines.manifest import GENERATION
 
     with _runtime(bundle, device) as runtime:
         tokenizer = runtime.bundle.manifest.tokenizer
         longest, generation = tokenizer.max_length if tokenizer else None, runtime.bundle.manifest.generation
-        if generation is not None:  # one more token is timed after each length
-            longest = min(longest or generation.max_positions, generation.max_positions - 1)
+        if generation is not None:  # one more token is timed after each length, where both are one text
+            more = 1 if runtime.bundle.manifest.task == GENERATION else 0
+            longest = min(longest or generation.positions, generation.positions - more)
         checked = latency.check_sizes("length", lengths, longest)
         table = latency.measure(
             runtime,
@@ -541,17 +591,21 @@ def evaluate(
     columns: Columns = COLUMNS,
     limit: int | None = None,
     exits: Exits = EXITS,
+    writing: WritingCheck = WRITING,
     device: Device = DEVICE,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Measure the quality of every variant on ``data``, keep the table in the bundle, and return the rows.
 
     Without labels the backbone's own answers are the truth. Variants with exits get named operating points, found as
-    ``exits`` says and measured on other rows than those they were found on.
+    ``exits`` says and measured on other rows than those they were found on. Written texts are compared as ``writing``
+    says, and how long they are is kept too.
     """
     open_bundle(bundle)  # a wrong bundle is said before a large file is read
     examples = read_examples(data, "dev or test", columns, progress, limit)
-    return evaluate_examples(bundle, examples, columns=columns, exits=exits, device=device, progress=progress)
+    return evaluate_examples(
+        bundle, examples, columns=columns, exits=exits, writing=writing, device=device, progress=progress
+    )
 
 
 def evaluate_examples(
@@ -560,6 +614,7 @@ def evaluate_examples(
     *,
     columns: Columns = COLUMNS,
     exits: Exits = EXITS,
+    writing: WritingCheck = WRITING,
     device: Device = DEVICE,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
@@ -572,7 +627,15 @@ def evaluate_examples(
     if exits.calibration is not None:
         calibration = read_examples(exits.calibration, "dev", columns, progress)
     with _runtime(bundle, device) as runtime:
-        evaluation = quality.evaluate(runtime, examples, calibration=calibration, search=search, progress=progress)
+        evaluation = quality.evaluate(
+            runtime,
+            examples,
+            calibration=calibration,
+            search=search,
+            metric=writing.metric,
+            settings=writing.settings,
+            progress=progress,
+        )
         runtime.bundle.save_quality(evaluation.table)
     return evaluation.document()
 
@@ -586,16 +649,15 @@ def select(
     budget_ms: float | None,
     batch: int = 1,
     length: int | None = None,
-    max_new_tokens: int | None = None,
+    settings: Mapping[str, Any] | None = None,
     device: Device = DEVICE,
 ) -> dict[str, Any]:
     """Which variant would answer ``batch`` sequences of ``length`` tokens, and why each other one lost.
 
-    ``max_new_tokens``: how many more each gets, in a bundle that writes text.
+    ``settings``: how texts are written, in a bundle that writes some, by the names of ``engines.options.NAMES``.
     """
     with _runtime(bundle, device) as runtime:
-        decision = runtime.select(batch=batch, length=length, budget_ms=budget_ms, max_new_tokens=max_new_tokens)
-        return decision.document()
+        return runtime.select(batch=batch, length=length, budget_ms=budget_ms, settings=settings).document()
 
 
 def run(
@@ -606,26 +668,29 @@ def run(
     ratio: float | None = None,
     variant: str | None = None,
     rule: ExitRule | None = None,
-    max_new_tokens: int | None = None,
-    sampling: Sampling | None = None,
+    settings: Mapping[str, Any] | None = None,
     truncate: bool = True,
+    show: Callable[[str], None] | None = None,
     device: Device = DEVICE,
 ) -> dict[str, Any]:
-    """Answer ``texts`` together; arguments and errors as ``Runtime.run_batch``."""
+    """Answer ``texts`` together; arguments and errors as ``Runtime.run_batch``.
+
+    ``show`` is told a text that is written, piece by piece as it comes: then there may be one only, and no ``rule``.
+    """
     if not texts:
         raise InputError(describe("nothing to run", expected='--text "..."'))
+    asked: dict[str, Any] = {"budget_ms": budget_ms, "ratio": ratio, "variant": variant, "settings": settings}
+    if show is not None and (len(texts) > 1 or rule is not None):
+        got = f"{len(texts)} texts" if rule is None else "exit thresholds"
+        raise InputError(describe("a text that is shown as it comes", got=got, expected="one text to be written"))
     with _runtime(bundle, device) as runtime:
-        batch = runtime.run_batch(
-            texts,
-            budget_ms=budget_ms,
-            ratio=ratio,
-            variant=variant,
-            rule=rule,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            truncate=truncate,
-        )
-        return batch.document()
+        if show is None:
+            return runtime.run_batch(texts, rule=rule, truncate=truncate, **asked).document()
+        stream = runtime.stream(texts[0], truncate=truncate, **asked)
+        for piece in stream:
+            show(piece)
+        assert stream.batch is not None
+        return stream.batch.document()
 
 
 def exit_rule(thresholds: Sequence[float] | None, statistic: str | None, mode: str | None) -> ExitRule | None:
@@ -638,15 +703,6 @@ def exit_rule(thresholds: Sequence[float] | None, statistic: str | None, mode: s
                 raise InputError(describe(f"{option} without a threshold", got=given, expected="--threshold too"))
         return None
     return ExitRule(thresholds_of(thresholds), statistic or ENTROPY, mode or PER_ROW)
-
-
-def sampling_of(temperature: float | None, top_k: int | None, top_p: float | None, seed: int | None) -> Sampling | None:
-    """How tokens are drawn, as far as that was said; None without a word of it."""
-    from engines.sampling import Sampling
-
-    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    said = {name: value for name, value in given.items() if value is not None}
-    return Sampling(**said) if said else None  # type: ignore[arg-type]
 
 
 def paired(texts: Sequence[str], seconds: Sequence[str] | None) -> list[Text]:

@@ -121,7 +121,13 @@ FromRecipe = Annotated[
 ]
 BudgetMs = Annotated[float | None, typer.Option(metavar="MS", help="Latency budget of the request in milliseconds.")]
 MaxNewTokens = Annotated[
-    int | None, typer.Option(metavar="N", min=1, help="Tokens to write, at most, where that is the task [default: 32].")
+    int | None,
+    typer.Option(
+        metavar="N", min=1, help="Tokens to write, at most, where that is the task [default: the model's, or 32]."
+    ),
+]
+NumBeams = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Texts followed at a time, to find the likeliest [default: 1].")
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Exit with code 3 when no variant meets the budget.")]
 
@@ -153,6 +159,9 @@ BUILD_OPTIONS_OF = {
     "prefix": ("costeff", "ode"),
     "form": ("ode",),
     "step_engine": ("ode",),
+    "strategy": ("modular",),
+    "assemblies": ("modular",),
+    "pairs": ("modular",),
 }
 
 
@@ -442,7 +451,8 @@ def build(
     backend: Backend = "ort",
     precision: Annotated[str, typer.Option(metavar="NAME", help="Arithmetic of the engines: fp32.")] = "fp32",
     method: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Method, where MODEL does not say: variator, costeff or ode.")
+        str | None,
+        typer.Option(metavar="NAME", help="Method, where MODEL does not say: variator, costeff, modular or ode."),
     ] = None,
     exits: Annotated[
         str | None,
@@ -467,6 +477,19 @@ def build(
             help="ode: block, sublayer, or auto: with the steps, on --data [default: MODEL's, or block].",
         ),
     ] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="modular: ratios take layers speed-first or size-first [default: speed-first]."
+        ),
+    ] = None,
+    assemblies: Annotated[
+        str | None,
+        typer.Option(metavar="WHAT", help="modular: more assemblies: a JSON file, or names that MODEL has."),
+    ] = None,
+    pairs: Annotated[
+        bool, typer.Option("--pairs", help="modular: also variants of every pair of a built encoder and decoder.")
+    ] = False,
     max_seconds: MaxSeconds = None,
     untrained: Annotated[
         bool, typer.Option("--untrained", help="Random tensors where none are trained, for latency work only.")
@@ -494,7 +517,8 @@ def build(
     The backend trt-rtx builds TensorRT-RTX plans without a GPU; trt builds TensorRT's where there is one, and
     elsewhere writes recipes, which --from-recipe finishes there.
     With --data, variator plugins that MODEL lacks are fitted first; for costeff, which `compexport train costeff`
-    trains, exits are chosen on it. Of a model that shares its layers (ode), one set of weights serves every ratio.
+    trains, exits are chosen on it. Of a model that shares its layers (ode), one set of weights serves every ratio. Of
+    modules (modular), which `compexport train modular` trains, assemblies are made that share every tile.
     """
     from compexport import api, present, tables
     from compexport.stepping import parsed_steps
@@ -541,6 +565,11 @@ def build(
                 engine=_own(context, foreign, "step_engine", step_engine, False),
             ),
             plans=plans if backend != "ort" or _typed_plan(context) else PLAN_OPTIONS,
+            assemblies=api.Assemblies(
+                strategy=_own(context, foreign, "strategy", strategy, None),
+                more=_own(context, foreign, "assemblies", assemblies, None),
+                pairs=_own(context, foreign, "pairs", pairs, False),
+            ),
             fit=api.Fit(steps=_training_steps(steps) if takes != "ode" else None, max_seconds=max_seconds, seed=seed),
             untrained=untrained,
             command=_command_line(),
@@ -588,8 +617,9 @@ def bench(
         variants, quality = opened.manifest.variants, opened.quality()
         if plot is not None and quality is not None:
             report.write_bytes(plot, report.pareto_png(document, quality, variants))
-    parts = [table for table in (tables.segments_table(document), tables.tokens_table(document)) if table.rows]
-    screen.document(document, [tables.bench_table(document, variants, quality), *parts])
+    parts = [tables.segments_table(document), tables.tokens_table(document)]
+    further = [table for table in (*parts, tables.reading_and_writing_table(document, variants)) if table.rows]
+    screen.document(document, [tables.bench_table(document, variants, quality), *further])
 
 
 @app.command()
@@ -600,7 +630,14 @@ def evaluate(
     text: TextColumn = None,
     text_pair: PairColumn = None,
     label: LabelColumn = None,
+    target: TargetColumn = None,
     limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Use the first N examples only.")] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="What ranks written texts: bleu, exact_match or word_error_rate."),
+    ] = None,
+    max_new_tokens: MaxNewTokens = None,
+    num_beams: NumBeams = None,
     calibration: Annotated[
         Path | None,
         typer.Option(metavar="D", help="Choose exit thresholds on these rows [default: on one half of --data]."),
@@ -621,7 +658,8 @@ def evaluate(
 
     The engines themselves are measured. The bundle keeps the table; `select` and `run` choose by it. Variants with
     exits get operating points (drop-1%, 2x, ...), which are members of the family from then on: their thresholds are
-    chosen on some rows and everything is measured on others.
+    chosen on some rows and everything is measured on others. Where texts are written from others, it is kept how long
+    they are, for `select` and `run` to know what to expect.
     """
     from compexport import api, present, tables
 
@@ -629,9 +667,10 @@ def evaluate(
         document = api.evaluate(
             bundle,
             data,
-            columns=api.Columns(text=text, text_pair=text_pair, label=label),
+            columns=api.Columns(text=text, text_pair=text_pair, label=label, target=target),
             limit=limit,
             exits=api.Exits(calibration, statistic, per_exit, temperature),
+            writing=api.WritingCheck(metric, {"max_new_tokens": max_new_tokens, "num_beams": num_beams}),
             device=api.Device(backend, provider, threads),
             progress=progress,
         )
@@ -648,6 +687,7 @@ def select(
     batch: Annotated[int, typer.Option(metavar="N", help="Sequences in the request.")] = 1,
     length: Annotated[int | None, typer.Option(metavar="N", help="Tokens of the longest one [default: 128].")] = None,
     max_new_tokens: MaxNewTokens = None,
+    num_beams: NumBeams = None,
     backend: Backend = "ort",
     provider: Provider = "cpu",
     threads: Threads = None,
@@ -668,7 +708,7 @@ def select(
             budget_ms=budget_ms,
             batch=batch,
             length=length,
-            max_new_tokens=max_new_tokens,
+            settings={"max_new_tokens": max_new_tokens, "num_beams": num_beams},
             device=api.Device(backend, provider, threads),
         )
     screen.document(document, [tables.select_table(document)])
@@ -702,6 +742,34 @@ def run(
         str | None, typer.Option(metavar="NAME", help="Who leaves: per-row, or batch-maximum (all or none).")
     ] = None,
     max_new_tokens: MaxNewTokens = None,
+    min_new_tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="Tokens to write, at least, before a text may end.")
+    ] = None,
+    num_beams: NumBeams = None,
+    num_return_sequences: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Texts to give for each, of the beams or drawn [default: 1].")
+    ] = None,
+    length_penalty: Annotated[
+        float | None, typer.Option(metavar="X", help="Of beams: above 0 favours long texts [default: 1].")
+    ] = None,
+    early_stopping: Annotated[
+        str | None, typer.Option(metavar="WHEN", help="Of beams: true, false or never [default: false].")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(metavar="X", help="Above 1 makes what was written less likely [default: 1].")
+    ] = None,
+    no_repeat_ngram_size: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="No N tokens in a row come twice [default: 0, any may].")
+    ] = None,
+    encoder_no_repeat_ngram_size: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="No N tokens in a row of the text read are written.")
+    ] = None,
+    forced_bos_id: Annotated[
+        int | None, typer.Option(metavar="ID", min=0, help="The first token written, such as a language's.")
+    ] = None,
+    forced_eos_id: Annotated[
+        int | None, typer.Option(metavar="ID", min=0, help="The last token of a text as long as may be.")
+    ] = None,
     temperature: Annotated[
         float | None, typer.Option(metavar="X", help="Draw tokens at this temperature [default: take the likeliest].")
     ] = None,
@@ -712,6 +780,7 @@ def run(
     seed: Annotated[
         int | None, typer.Option(metavar="N", help="What tokens are drawn by, the same way again [default: 0].")
     ] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Show one text while it is written.")] = False,
     truncate: Annotated[
         bool, typer.Option("--truncate/--no-truncate", help="Cut texts that are too long, or refuse them.")
     ] = True,
@@ -727,12 +796,29 @@ def run(
 
     All texts are answered together, by the best variant that is predicted to meet the budget. A variant with exits
     reads the clock between them, and answers from the newest where going on would be too late. A bundle that writes
-    text goes on from each of them.
+    text goes on from each of them, or writes another from it, and stops where its next token would be too late.
     """
     from compexport import api, tables
 
     texts = api.paired(text or [], text_pair)
     thresholds = None if threshold is None else _numbers("threshold", threshold, "numbers like 0.3")
+    settings = {
+        "max_new_tokens": max_new_tokens,
+        "min_new_tokens": min_new_tokens,
+        "num_beams": num_beams,
+        "num_return_sequences": num_return_sequences,
+        "length_penalty": length_penalty,
+        "early_stopping": _early_stopping(early_stopping),
+        "repetition_penalty": repetition_penalty,
+        "no_repeat_ngram_size": no_repeat_ngram_size,
+        "encoder_no_repeat_ngram_size": encoder_no_repeat_ngram_size,
+        "forced_bos_id": forced_bos_id,
+        "forced_eos_id": forced_eos_id,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+    }
     with _screen(as_json) as screen:
         document = api.run(
             bundle,
@@ -741,11 +827,13 @@ def run(
             ratio=ratio,
             variant=variant,
             rule=api.exit_rule(thresholds, statistic, exit_mode),
-            max_new_tokens=max_new_tokens,
-            sampling=api.sampling_of(temperature, top_k, top_p, seed),
+            settings=settings,
             truncate=truncate,
+            show=screen.piece if stream else None,
             device=api.Device(backend, provider, threads),
         )
+        if stream:
+            screen.line("")
     screen.document(document, [tables.run_table(document, text or [])])
     if strict and not document["met_budget"]:
         took, budget = f"{document['latency_ms']:.3g} ms", f"at most {budget_ms:g} ms"
@@ -783,6 +871,30 @@ def inspect(
     screen.document(document, tables.target_tables(document))
     if not document["ok"]:
         raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    bundle: BundlePath = Path("bundle"),
+    *,
+    variant: Annotated[str | None, typer.Option(metavar="NAME", help="Which one [default: that of ratio 1].")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write.")] = Path(
+        "exported"
+    ),
+    as_json: Json = False,
+    config: Config = None,
+    debug: Debug = False,
+) -> None:
+    """Write one variant as a folder that Hugging Face's optimum loads.
+
+    For bundles that read one text and write another: ORTModelForSeq2SeqLM.from_pretrained(DIR). DIR holds its three
+    graphs and the weights that they use, without the rest of the family.
+    """
+    from compexport import api, tables
+
+    with _screen(as_json) as screen:
+        document = api.export(bundle, output, variant)
+    screen.document(document, [tables.export_table(document)])
 
 
 @app.command()
@@ -869,6 +981,15 @@ def _training_steps(steps: str | None) -> int | None:
 def _layers(exits: str | None) -> list[float] | str | None:
     """``--exits``: numbers, the word auto, or nothing."""
     return exits if exits in (None, "auto") else _numbers("exits", exits, "layers like 2,4,6, or auto")
+
+
+def _early_stopping(word: str | None) -> bool | str | None:
+    """``--early-stopping``: a truth value, or the word never."""
+    if word is None or word == "never":
+        return word
+    if word not in ("true", "false"):
+        raise InputError(describe("--early-stopping", got=repr(word), expected="true, false or never"))
+    return word == "true"
 
 
 def _numbers(option: str, text: str, wanted: str = "numbers like 2,4,8") -> list[float]:

@@ -13,13 +13,30 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from compexport import writing_parts
 from compexport.errors import InputError, describe
 from compexport.present import Progress
 from engines.cascade import Cascade
 from engines.exit_rule import TO_THE_END
-from engines.manifest import DECODER, Manifest, TensorSpec, backbones
+from engines.manifest import (
+    DECODER,
+    DECODER_WITH_PAST,
+    ENCODER,
+    TEXT2TEXT,
+    Manifest,
+    TensorSpec,
+    backbones,
+)
 from engines.paths import segment_macs
-from engines.points import is_part, is_token, segment_name, token_name, variant_of
+from engines.points import (
+    encoder_name,
+    first_token_name,
+    is_segment,
+    is_token,
+    segment_name,
+    variant_of,
+    written_before,
+)
 from engines.runtime import Runtime
 
 Row = dict[str, Any]
@@ -48,7 +65,10 @@ def measure(
     sizes = [(batch, length) for batch in batches for length in lengths]
     for done, (batch, length) in enumerate(sizes):
         progress(f"timing batch {batch} x length {length}", done, len(sizes))
-        timings = interleave(_calls(runtime, batch, length), min_runs=min_runs, min_seconds=0.0, warmup=3)
+        calls, same = _calls(runtime, batch, length)
+        timings = interleave(calls, min_runs=min_runs, min_seconds=0.0, warmup=3)
+        timings |= {name: timings[other] for name, other in same.items()}
+        timings = {name: timing for name, timing in timings.items() if not name.endswith(writing_parts.BEFORE)}
         rows += [
             {"variant": name, "batch": batch, "length": length, "p50_ms": t.p50_ms, "p99_ms": t.p99_ms, "runs": t.runs}
             for name, t in timings.items()
@@ -63,16 +83,15 @@ def measure(
     }
 
 
-def _calls(runtime: Runtime, batch: int, length: int) -> dict[str, Callable[[], object]]:
+def _calls(runtime: Runtime, batch: int, length: int) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
     """What is timed at (B, S): every variant to its end, and of one with exits every segment alone.
 
-    Of a decoder: reading S tokens, and one more token after them.
+    Those that write are timed in parts (``compexport.writing_parts``). Besides, names that have the times of another.
     """
+    if runtime.bundle.manifest.generation is not None:
+        return writing_parts.calls_of(runtime, _random_ids(batch, length))
     calls: dict[str, Callable[[], object]] = {}
     for name in runtime.members.engines:
-        if runtime.bundle.manifest.generation is not None:
-            calls |= _decoder_calls(runtime, name, batch, length)
-            continue
         session = runtime.session(name)
         feeds = random_feeds(session.inputs, batch, length)
         if isinstance(session, Cascade):
@@ -80,42 +99,38 @@ def _calls(runtime: Runtime, batch: int, length: int) -> dict[str, Callable[[], 
             calls |= {segment_name(name, number): call for number, call in enumerate(session.segment_calls(feeds))}
         else:
             calls[name] = partial(session.run, feeds)
-    return calls
-
-
-def _decoder_calls(runtime: Runtime, name: str, batch: int, length: int) -> dict[str, Callable[[], object]]:
-    generator = runtime.generator(name)
-    ids = np.random.default_rng(0).integers(_SMALLEST_ID, _LARGEST_ID, (batch, length), dtype=np.int64)
-    mask = np.ones_like(ids)
-    _, cache = generator.read_prompt(ids, mask)
-    more = partial(generator.read, ids[:, :1], mask[:, :1], cache)
-    return {name: partial(generator.read_prompt, ids, mask), token_name(name): more}
+    return calls, {}
 
 
 def random_feeds(inputs: Sequence[TensorSpec], batch: int, length: int) -> dict[str, npt.NDArray[np.int64]]:
     """Feeds [B, S] without padding, the same for every variant: random ids, a mask of ones, types of zero."""
-    ids = np.random.default_rng(0).integers(_SMALLEST_ID, _LARGEST_ID, (batch, length), dtype=np.int64)
+    ids = _random_ids(batch, length)
     made = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
     return {spec.name: made[spec.name] for spec in inputs}
+
+
+def _random_ids(batch: int, length: int) -> npt.NDArray[np.int64]:
+    return np.random.default_rng(0).integers(_SMALLEST_ID, _LARGEST_ID, (batch, length), dtype=np.int64)
 
 
 def realised(rows: Sequence[Row], manifest: Manifest) -> list[Row]:
     """For each compressed variant and size: the speed-up, what its FLOPs would allow, and the share of it reached.
 
-    Decoders have such rows for reading a prompt and for one more token.
+    Variants that write have such rows up to the first token and for one more token, of those that read another text
+    also for the encoder and the first token alone.
     """
-    compared = [row for row in rows if not is_part(row["variant"]) or is_token(row["variant"])]
+    compared = [row for row in rows if not is_segment(row["variant"])]
     times = {(row["variant"], row["batch"], row["length"]): row["p50_ms"] for row in compared}
     variants = manifest.variants
     whole_ones = {(variants[n].method, variants[n].precision): n for n in reversed(backbones(variants))}
     found = []
     for (name, batch, length), p50_ms in times.items():
-        variant = variants[variant_of(name)]
-        backbone = whole_ones.get((variant.method, variant.precision))
-        if backbone is not None and is_token(name):
-            backbone = token_name(backbone)
-        if backbone is None or name == backbone or (backbone, batch, length) not in times:
+        owner = variant_of(name)
+        variant = variants[owner]
+        whole = whole_ones.get((variant.method, variant.precision))
+        if whole is None or owner == whole or (whole + name.removeprefix(owner), batch, length) not in times:
             continue
+        backbone = whole + name.removeprefix(owner)
         speedup = times[backbone, batch, length] / p50_ms
         ideal = _macs(manifest, backbone, length) / _macs(manifest, name, length)
         found.append(
@@ -132,11 +147,21 @@ def realised(rows: Sequence[Row], manifest: Manifest) -> list[Row]:
 
 
 def _macs(manifest: Manifest, name: str, length: int) -> int:
-    """MACs of one row of a variant, or of one token more after ``length``."""
-    if not is_token(name):
+    """MACs of one row of a variant, of a part of it, or of one token more."""
+    variant = manifest.variants[variant_of(name)]
+    costs = {role: manifest.graphs[graph].cost for role, graph in variant.graphs.items()}
+    if manifest.task != TEXT2TEXT:
+        if is_token(name):
+            return costs[DECODER].token_macs(length)
         return sum(segment_macs(manifest, name, length))
-    graph = manifest.variants[variant_of(name)].graphs[DECODER]
-    return manifest.graphs[graph].cost.token_macs(length)
+    written = written_before(name)
+    if written is not None:
+        return costs[DECODER_WITH_PAST].token_macs(written, length)
+    assert manifest.generation is not None
+    encoder = costs[ENCODER].macs(length)
+    first = costs[DECODER].macs(len(manifest.generation.decoder_start_ids), length)
+    parts = {encoder_name(variant_of(name)): encoder, first_token_name(variant_of(name)): first}
+    return parts.get(name, encoder + first)
 
 
 def check_sizes(what: str, values: Sequence[float], largest: int | None = None) -> list[int]:

@@ -83,6 +83,11 @@ class Screen:
             draw(table, self.out)
         self.out.flush()
 
+    def piece(self, text: str) -> None:
+        """Some of a line for people, at once."""
+        if not self.as_json and leads():
+            print(text, end="", file=self.out, flush=True)
+
     def line(self, text: str) -> None:
         """One line for people; a program that asked for JSON does not get it."""
         if not self.as_json and leads():

@@ -11,8 +11,12 @@ from typing import Any
 
 from compexport.errors import InputError, describe
 from compexport.present import Table, cell
+from engines.lengths import Expected, OutputLengths
 from engines.manifest import Variant, backbones
-from engines.points import is_part
+from engines.options import MAX_NEW_TOKENS
+from engines.points import is_part, is_token
+from engines.profile import Profile
+from engines.writing_time import WritingTimes
 
 
 def require_quality(quality: Mapping[str, Any] | None) -> Mapping[str, Any]:
@@ -20,6 +24,9 @@ def require_quality(quality: Mapping[str, Any] | None) -> Mapping[str, Any]:
     if quality is None:
         raise InputError(describe("--plot needs the quality of each variant", hint="run `compexport evaluate` first"))
     return quality
+
+
+LONGEST = 1000  # tokens that any output is drawn with at most
 
 
 def pareto_png(bench: Mapping[str, Any], quality: Mapping[str, Any], variants: Mapping[str, Variant]) -> bytes:
@@ -58,13 +65,23 @@ def _relative_points(
     values = quality["variants"]
     found: dict[tuple[int, int], list[tuple[float, float, float]]] = {}
     for batch, length in dict.fromkeys((row["batch"], row["length"]) for row in bench["rows"]):
-        rows = [r for r in bench["rows"] if (r["batch"], r["length"]) == (batch, length)]
-        times = {r["variant"]: r["p50_ms"] for r in rows if not is_part(r["variant"])}
+        times = _times(bench, quality, batch, length)
         backbone = next((times[name] for name in backbones(variants) if name in times), None)
         points = [(ms / backbone, values[n], variants[n].ratio) for n, ms in times.items() if backbone and n in values]
         if points:
             found[batch, length] = sorted(points, key=lambda point: point[2])
     return found
+
+
+def _times(bench: Mapping[str, Any], quality: Mapping[str, Any], batch: int, length: int) -> Mapping[str, float]:
+    """p50 of every variant at a size; of those that write, for as many tokens as usual."""
+    if any(is_token(row["variant"]) for row in bench["rows"]):
+        lengths = OutputLengths.from_table(quality)
+        expected = Expected.at_most(MAX_NEW_TOKENS) if lengths is None else lengths.expected(batch, length, LONGEST)
+        found = WritingTimes(Profile.from_table(bench)).writing([(batch, length)], [expected])
+        return {name: one.p50_ms for name, one in found.items()}
+    rows = [row for row in bench["rows"] if (row["batch"], row["length"]) == (batch, length)]
+    return {row["variant"]: row["p50_ms"] for row in rows if not is_part(row["variant"])}
 
 
 _STYLE = """

@@ -10,7 +10,17 @@ from typing import Any
 
 from compexport.latency import faster_from
 from compexport.present import Table, cell
-from engines.points import is_part, is_point, is_segment, is_token
+from engines.manifest import DECODER, DECODER_WITH_PAST, ENCODER
+from engines.points import (
+    encoder_name,
+    first_token_name,
+    is_part,
+    is_point,
+    is_segment,
+    is_token,
+    variant_of,
+    written_before,
+)
 
 
 def build_table(document: Mapping[str, Any]) -> Table:
@@ -73,20 +83,59 @@ def bench_table(document: Mapping[str, Any], variants: Mapping[str, Any], qualit
     measured = ("batch", "length", "p50 ms", "p99 ms", "FLOPs ceiling", "speed-up", "realised")
     gains = faster_from([row for row in document["realised"] if not is_part(row["variant"])])
     notes = [faster_from_note(name, size) for name, size in gains.items()]
+    if any(is_token(row["variant"]) for row in document["rows"]):
+        notes.append("up to the first token that is written")
     return Table(f"latency on {document['device']}", ("variant", "ratio", *measured, metric), rows, notes)
 
 
 def tokens_table(document: Mapping[str, Any]) -> Table:
     """``bench``: what one more token costs each decoder after so many others, and what that gains."""
-    realised = {(row["variant"], row["batch"], row["length"]): row for row in document["realised"]}
-    tokens = [row for row in document["rows"] if is_token(row["variant"])]
-    names, gains = ("variant", "batch", "length", "p50_ms", "p99_ms"), ("ideal", "speedup", "realised")
-    rows = []
-    for row in sorted(tokens, key=lambda r: (r["batch"], r["length"])):
-        gain = realised.get((row["variant"], row["batch"], row["length"]), {})
-        rows.append((*(row[name] for name in names), *(gain.get(name) for name in gains)))
-    columns = ("one more token", "batch", "after", "p50 ms", "p99 ms", "FLOPs ceiling", "speed-up", "realised")
-    return Table("generation", columns, rows)
+    rows = [
+        (row["variant"], *_timed(row), *_gains(document, row))
+        for row in _by_size(document)
+        if is_token(row["variant"]) and written_before(row["variant"]) is None
+    ]
+    columns = ("one more token", "batch", "after", "p50 ms", "p99 ms", "tokens/s")
+    return Table("generation", (*columns, "FLOPs ceiling", "speed-up", "realised"), rows)
+
+
+def reading_and_writing_table(document: Mapping[str, Any], variants: Mapping[str, Any]) -> Table:
+    """``bench``: what each graph costs of variants that read one text and write another, whoever shares it."""
+    rows: dict[object, tuple[Any, ...]] = {}
+    for row in _by_size(document):
+        name, owner = row["variant"], variant_of(row["variant"])
+        part, written = name.removeprefix(f"{owner}/"), written_before(name)
+        role = DECODER_WITH_PAST if written is not None else _ROLES.get(part)
+        if role is None:
+            continue
+        shown = part.replace("-", " ") if written is None else f"one more token after {written}"
+        graph = variants[owner].graphs[role]
+        *timed, per_second = _timed(row)
+        timed.append(None if written is None else per_second)
+        rows.setdefault((graph, shown, *timed[:2]), (graph, shown, *timed, *_gains(document, row)))
+    columns = ("graph", "part", "batch", "length read", "p50 ms", "p99 ms", "tokens/s")
+    return Table("reading and writing", (*columns, "FLOPs ceiling", "speed-up", "realised"), list(rows.values()))
+
+
+# The graph that a part of this name runs.
+_ROLES = {encoder_name("").strip("/"): ENCODER, first_token_name("").strip("/"): DECODER}
+
+
+def _by_size(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return sorted(document["rows"], key=lambda row: (row["batch"], row["length"]))
+
+
+def _timed(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Size, times, and tokens per second, where it is the row of one more token for every text of the batch."""
+    return (row["batch"], row["length"], row["p50_ms"], row["p99_ms"], 1e3 * row["batch"] / row["p50_ms"])
+
+
+def _gains(document: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What ``realised`` says of a row."""
+    keys = ("variant", "batch", "length")
+    found = (one for one in document["realised"] if all(one[key] == row[key] for key in keys))
+    gain: Mapping[str, Any] = next(found, {})
+    return tuple(gain.get(name) for name in ("ideal", "speedup", "realised"))
 
 
 def segments_table(document: Mapping[str, Any]) -> Table:
@@ -116,7 +165,14 @@ def evaluate_table(document: Mapping[str, Any], variants: Mapping[str, Any]) -> 
         rows.append((name, variant.ratio, variant.flops_ratio, *values))
     title = f"{document['metric']} on {document['n']} examples"
     notes = [f"exit thresholds chosen on {document['calibration']['rows']}"] if "calibration" in document else []
+    if "output_tokens" in document:
+        notes.append(_lengths_note(document["output_tokens"]))
     return Table(title, ("variant", "ratio", "FLOPs ceiling", document["metric"], "drop", *further), rows, notes)
+
+
+def _lengths_note(found: Mapping[str, Any]) -> str:
+    cut = f"; {found['cut']} were cut at {found['max_new_tokens']}" if found["cut"] else ""
+    return f"outputs of {found['variant']} have {found['p50']} tokens (p50) to {found['p99']} (p99){cut}"
 
 
 def points_table(document: Mapping[str, Any]) -> Table:
@@ -139,10 +195,13 @@ def _thresholds(rule: Mapping[str, Any]) -> str:
 
 def select_table(document: Mapping[str, Any]) -> Table:
     """``select``: all candidates, with the reason each won or lost."""
-    rows = [(row["variant"], row["predicted_ms"], row["quality"], row["verdict"]) for row in document["candidates"]]
+    writes = "expected_tokens" in document
+    columns = ("candidate", *(["usual ms"] if writes else []), "predicted ms", "quality", "verdict")
+    names = ("variant", *(["usual_ms"] if writes else []), "predicted_ms", "quality", "verdict")
+    rows = [tuple(row[name] for name in names) for row in document["candidates"]]
     met = "" if document["met_budget"] else " (budget not met)"
     title = f"{document['variant']}: {cell(document['predicted_ms'])} ms predicted{met}: {document['reason']}"
-    return Table(title, ("candidate", "predicted ms", "quality", "verdict"), rows)
+    return Table(title, columns, rows)
 
 
 def run_table(document: Mapping[str, Any], texts: Sequence[str]) -> Table:
@@ -157,10 +216,16 @@ def run_table(document: Mapping[str, Any], texts: Sequence[str]) -> Table:
     return Table(title, ("text", "answer"), rows)
 
 
+# Why a text ends, where the word alone would not say it.
+_WHY = {"budget": "stopped to keep the budget"}
+
+
 def answer_text(output: Mapping[str, Any]) -> str:
     """One output of ``run`` in a few words."""
     if "text" in output:
-        return f"{output['text']!r} ({len(output['tokens'])} tokens, {output['why']})"
+        score = f", score {output['score']:.3f}" if "score" in output else ""
+        shown = f"{output['text']!r} ({len(output['tokens'])} tokens, {_WHY.get(output['why'], output['why'])}{score})"
+        return "; ".join((shown, *map(answer_text, output.get("others", ()))))
     if "embedding" in output:
         values = output["embedding"]
         return f"[{', '.join(f'{x:.3f}' for x in values[:4])}, ...] {len(values)} values"
@@ -169,8 +234,8 @@ def answer_text(output: Mapping[str, Any]) -> str:
     if "labels" in output:
         return " ".join(map(str, output["labels"]))
     left = f" (exit {output['exit']}, {output['why']})" if "exit" in output else ""
-    score = max(output.get("scores", {}).values(), default=None) if isinstance(output.get("scores"), dict) else None
-    return f"{output.get('label')}" + (f" {score:.3f}" if score is not None else "") + left
+    best = max(output.get("scores", {}).values(), default=None) if isinstance(output.get("scores"), dict) else None
+    return f"{output.get('label')}" + (f" {best:.3f}" if best is not None else "") + left
 
 
 def verify_table(document: Mapping[str, Any]) -> Table:
@@ -259,6 +324,13 @@ TRAIN_TABLES = {
     "modular": modular_table,
     "finetune": finetune_table,
 }
+
+
+def export_table(document: Mapping[str, Any]) -> Table:
+    """``export``: which variant, and where it is now."""
+    size = f"{document['size_bytes'] / 1e6:.1f} MB"
+    title = f"{document['output']}: {document['variant']}, {size}: {', '.join(document['files'])}"
+    return Table(title, (), [], [])
 
 
 def import_table(document: Mapping[str, Any]) -> Table:

@@ -29,8 +29,10 @@ Task = Literal[
     "question-answering",
     "label-words",
     "text-generation",
+    "text2text-generation",
 ]
 GENERATION: Final = "text-generation"
+TEXT2TEXT: Final = "text2text-generation"
 
 
 # The places in a template; every other brace stands for itself.
@@ -40,6 +42,13 @@ Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
 # Roles of a variant's graphs, and the tensors that only graphs with exits have.
 ENCODER, DECODER, ALL_EXITS = "encoder", "decoder", "all-exits"
+# A model that reads one text and writes another has a decoder for its first step and one for each step after it.
+DECODER_WITH_PAST: Final = "decoder-with-past"
+# What a variant of a task that writes text has, neither more nor less; no other task's variant has any of a decoder.
+WRITING_ROLES: Final[dict[str, set[str]]] = {
+    GENERATION: {DECODER},
+    TEXT2TEXT: {ENCODER, DECODER, DECODER_WITH_PAST},
+}
 # Those of a step engine: the graphs are the same for every number of steps, and the caller runs the loop.
 EMBED, STEP, HEAD = "embed", "step", "head"
 # A segment's output hidden states are the next one's input, under another name: in one graph, names are unique.
@@ -48,6 +57,10 @@ EXIT_OUTPUTS = ("logits", "entropy", "max_probability", "margin")
 # The size of one step, which a step engine's graph reads; and what a decoder keeps of each step, key and value.
 STEP_SIZE = "dt"
 PAST, PRESENT = "past_key_values", "present"
+
+
+# Folder of the model's own config.json and the like, which other tools want of a variant; nothing here reads them.
+MODEL_SETTINGS: Final = "graphs/model"
 
 
 # "@" and "/" follow a variant's name in those of its points and segments (``engines.points``).
@@ -77,6 +90,11 @@ def head_role(step: int) -> str:
 def cache_name(prefix: str, step: int, kind: Literal["key", "value"]) -> str:
     """The name of a decoder's cache entry: ``prefix`` PAST (input) or PRESENT (output), ``step`` counted from 0."""
     return f"{prefix}.{step}.{kind}"
+
+
+def tile_cache_name(prefix: str, tile: int, stack: Literal["encoder", "decoder"], kind: Literal["key", "value"]) -> str:
+    """That of a model that reads one text and writes another: of the text read (``stack`` "encoder") or written."""
+    return f"{prefix}.{tile}.{stack}.{kind}"
 
 
 class Record(BaseModel):
@@ -124,9 +142,13 @@ class Cost(Record):
 
     ``fixed + per_token * S + per_group * m + per_pair * S * S + per_group_pair * m * m`` with the number of groups
     ``m = alone + ceil((S - alone) / group)``: the first ``alone`` tokens are a group each.
+
+    A decoder that looks at another text, of n tokens, also takes ``per_source * n + per_source_pair * S * n``, S being
+    the tokens that one run of it reads. ``per_source`` makes keys and values of the other text and is 0 where they are
+    kept from before.
     """
 
-    later_fields: ClassVar[tuple[str, ...]] = ("alone", "per_group_pair")
+    later_fields: ClassVar[tuple[str, ...]] = ("alone", "per_group_pair", "per_source", "per_source_pair")
 
     fixed: int = 0
     per_token: int = 0
@@ -135,9 +157,11 @@ class Cost(Record):
     alone: int = Field(default=0, ge=0)
     per_pair: int = 0
     per_group_pair: int = 0
+    per_source: int = 0
+    per_source_pair: int = 0
 
-    def macs(self, length: int) -> int:
-        """MACs of one sequence of ``length`` tokens."""
+    def macs(self, length: int, source: int = 0) -> int:
+        """MACs of one sequence of ``length`` tokens that looks at ``source`` tokens of another text."""
         groups = self.alone - (self.alone - length) // self.group
         return (
             self.fixed
@@ -145,11 +169,17 @@ class Cost(Record):
             + self.per_group * groups
             + self.per_pair * length * length
             + self.per_group_pair * groups * groups
+            + self.per_source * source
+            + self.per_source_pair * length * source
         )
 
-    def token_macs(self, past: int) -> int:
-        """MACs of one more token after ``past`` others that are kept, where no tokens are grouped."""
-        return self.fixed + self.per_token + self.per_group + (self.per_pair + self.per_group_pair) * (past + 1)
+    def token_macs(self, past: int, source: int = 0) -> int:
+        """MACs of one more token after ``past`` others that are kept, where no tokens are grouped.
+
+        Of ``source`` tokens of another text, keys and values are kept too.
+        """
+        own = self.fixed + self.per_token + self.per_group + (self.per_pair + self.per_group_pair) * (past + 1)
+        return own + self.per_source_pair * source
 
 
 class Graph(Record):
@@ -170,11 +200,13 @@ class Variant(Record):
     Without ``exits`` the role is "encoder", or "decoder" of a model that generates text. With them: "segment-0",
     "segment-1", …, one per entry of ``exits``, to be run one after the other; "all-exits", every layer's at once;
     "prefix-6" for those exits that were asked for alone.
+    A model that reads one text and writes another has "encoder", "decoder" (the first step of writing, which makes
+    keys and values of what was read) and "decoder-with-past" (each step after it).
     A step engine has the roles "embed", "step" ("step-0", "step-1", … where ``steps`` has several groups) and "head",
     and with ``exits`` "head-2", … for each of them.
     """
 
-    later_fields: ClassVar[tuple[str, ...]] = ("exits", "steps")
+    later_fields: ClassVar[tuple[str, ...]] = ("exits", "steps", "assembly")
 
     method: str
     ratio: float = Field(ge=1)
@@ -192,6 +224,11 @@ class Variant(Record):
     steps: list[list[float]] | None = Field(
         default=None,
         description="the size of every step, per group of shared layers. Absent where no layer is shared",
+    )
+    assembly: dict[Literal["encoder", "decoder"], list[int]] | None = Field(
+        default=None,
+        description="for how many layers of the backbone each tile of a stack stands, in order. Absent where a variant "
+        "is not assembled of modules",
     )
     settings: dict[str, Any] = {}
 
@@ -213,8 +250,18 @@ class Variant(Record):
             raise ValueError(f"at least one positive number in each group, not {steps}")
         return steps
 
+    @field_validator("assembly")
+    @classmethod
+    def _whole_stacks(cls, assembly: dict[Any, list[int]] | None) -> dict[Any, list[int]] | None:
+        sizes = [size for stack in (assembly or {}).values() for size in stack]
+        if assembly is not None and not (len(assembly) == 2 and all(assembly.values()) and min(sizes) >= 1):
+            raise ValueError(f"tile sizes from 1 on of an encoder and a decoder, not {assembly}")
+        return assembly
+
     @model_validator(mode="after")
     def _roles(self) -> Variant:
+        if self.assembly is not None and set(self.graphs) != WRITING_ROLES[TEXT2TEXT]:
+            raise ValueError(f"assembly: belongs to a variant with the role {DECODER_WITH_PAST}")
         if self.exits is not None and (not self.exits or self.exits[0] < 1 or sorted(set(self.exits)) != self.exits):
             raise ValueError(f"exits: layers from 1 on, each once, in order, not {self.exits}")
         if self.is_stepper:
@@ -222,6 +269,13 @@ class Variant(Record):
         else:
             self._require_segment_roles()
         return self
+
+    def _require_plain_roles(self) -> None:
+        if set(self.graphs) not in ({ENCODER}, *WRITING_ROLES.values()):
+            raise ValueError(
+                f"graphs: a variant without exits has the role {ENCODER} or {DECODER} alone, or both and "
+                f"{DECODER_WITH_PAST}"
+            )
 
     def _require_step_roles(self) -> None:
         if self.steps is None:
@@ -237,8 +291,7 @@ class Variant(Record):
         if segments != {segment_role(index) for index in range(len(self.exits or ()))}:
             raise ValueError("graphs: one segment for each of exits, segment-0 first")
         if self.exits is None:
-            if set(self.graphs) not in ({ENCODER}, {DECODER}):
-                raise ValueError(f"graphs: a variant without exits has the role {ENCODER} or {DECODER} alone")
+            self._require_plain_roles()
             return
         if ALL_EXITS not in self.graphs:
             raise ValueError(f"graphs: a variant with exits has the role {ALL_EXITS}")
@@ -320,13 +373,65 @@ class LabelWords(Record):
         return template
 
 
+# The settings that ``Generation.defaults`` may hold, as ``generation_config.json`` names them, and what they are where
+# it says nothing of them: the likeliest token each time, and nothing forbidden.
+GENERATION_SETTINGS: Final[dict[str, Any]] = {
+    "num_beams": 1,
+    "length_penalty": 1.0,
+    "early_stopping": False,
+    "max_length": 20,
+    "max_new_tokens": None,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "repetition_penalty": 1.0,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "do_sample": False,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+}
+_ENDLESS: Final = 1 << 40
+
+
 class Generation(Record):
-    """What generating text needs to know of the model: where to begin, where to stop, how far it reaches."""
+    """What generating text needs to know of the model: where to begin, where to stop, how far it reaches.
+
+    Of a model that reads one text and writes another, ``max_positions`` counts the tokens of either.
+    """
+
+    later_fields: ClassVar[tuple[str, ...]] = ("decoder_start_ids", "forced_bos_id", "forced_eos_id", "defaults")
 
     eos_ids: list[int] = Field(description="a row ends with any of these; empty where only the length ends it")
     bos_id: int | None = Field(description="what an empty prompt begins with; null where the model has none")
     pad_id: int = Field(description="stands where the mask is 0")
-    max_positions: int = Field(ge=1, description="tokens of a prompt and what follows it, at most")
+    max_positions: int | None = Field(
+        ge=1, description="tokens of a prompt and what follows it, at most; null where the model has no limit"
+    )
+    decoder_start_ids: list[int] = Field(
+        default=[], description="what a model that reads one text and writes another begins to write with"
+    )
+    forced_bos_id: int | None = Field(default=None, description="the first token written, whatever the model says")
+    forced_eos_id: int | None = Field(default=None, description="the last token of a text as long as may be")
+    defaults: dict[str, Any] = Field(
+        default={}, description="the model's own settings of generation_config.json, where they are not the usual ones"
+    )
+
+    @property
+    def positions(self) -> int:
+        """``max_positions``; where there is no limit, more than any text has."""
+        return _ENDLESS if self.max_positions is None else self.max_positions
+
+    @field_validator("defaults")
+    @classmethod
+    def _known_settings(cls, defaults: dict[str, Any]) -> dict[str, Any]:
+        unknown = defaults.keys() - GENERATION_SETTINGS.keys()
+        if unknown:
+            raise ValueError(f"no setting of generation is named {min(unknown)}")
+        return defaults
 
 
 class Backbone(Record):
@@ -375,11 +480,16 @@ class Manifest(Record):
 
     @model_validator(mode="after")
     def _generators_generate(self) -> Manifest:
-        if (self.task == GENERATION) != (self.generation is not None):
-            raise ValueError(f"generation belongs to the task {GENERATION}, and to no other")
+        roles, generation = WRITING_ROLES.get(self.task), self.generation
+        if (roles is None) != (generation is None):
+            raise ValueError(f"generation belongs to the tasks {' and '.join(WRITING_ROLES)}, and to no other")
+        if generation is not None and bool(generation.decoder_start_ids) != (self.task == TEXT2TEXT):
+            raise ValueError(f"generation: decoder_start_ids belong to the task {TEXT2TEXT}, and to no other")
         for name, variant in self.variants.items():
-            if (self.task == GENERATION) != (DECODER in variant.graphs):
-                raise ValueError(f"{name}: the role {DECODER} belongs to the task {GENERATION}, and to no other")
+            if roles is not None and set(variant.graphs) != roles:
+                raise ValueError(f"{name}: a variant of the task {self.task} has the roles {', '.join(sorted(roles))}")
+            if roles is None and DECODER in variant.graphs:
+                raise ValueError(f"{name}: the role {DECODER} belongs to the tasks {' and '.join(WRITING_ROLES)}")
         return self
 
     @field_validator("variants")

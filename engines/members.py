@@ -14,9 +14,11 @@ from compexport.errors import BundleError, InputError, describe
 from engines.bundle import Bundle
 from engines.exit_rule import ExitRule
 from engines.forecast import Forecast, Rung
+from engines.lengths import OutputLengths
 from engines.points import Point, engine_of, is_point, points_of, to_the_end
 from engines.profile import MAX_REMEMBERED_SHAPES, Prediction, Profile
 from engines.selector import Quality
+from engines.writing_time import WritingTimes
 
 Predictions = tuple[Mapping[str, Prediction], Mapping[str, Sequence[Rung]]]
 
@@ -68,6 +70,16 @@ class Members:
         return Forecast(self.profile, {**to_the_end(self._table, counts), **self._points}, self.layers)
 
     @cached_property
+    def writing_times(self) -> WritingTimes | None:
+        """What is predicted of texts that are written; None without a profile."""
+        return None if self.profile is None else WritingTimes(self.profile)
+
+    @cached_property
+    def output_lengths(self) -> OutputLengths | None:
+        """How long written texts are; None where that was not measured. BundleError names what is damaged."""
+        return OutputLengths.from_table(self._table)
+
+    @cached_property
     def layers(self) -> dict[str, Sequence[int]]:
         """The exits of every variant that has some."""
         variants = self._bundle.manifest.variants
@@ -75,7 +87,7 @@ class Members:
 
     def load(self) -> None:
         """Read all tables now, so that no request waits for them."""
-        _ = self.quality, self.forecast
+        _ = self.quality, self.forecast, self.output_lengths
 
     def rule(self, name: str) -> ExitRule | None:
         """By what rule the rows of a point leave; None for a variant."""

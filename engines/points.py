@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from engines.exit_rule import TO_THE_END, ExitRule
 from engines.strict_json import is_finite
 
 _SEPARATOR = "@"
+_TOKEN = re.compile(r"/token(?:-(\d{1,9}))?$")
 _HINT = "run `compexport evaluate` again"
 
 
@@ -38,9 +40,23 @@ def segment_name(variant: str, number: int) -> str:
     return f"{variant}/segment-{number}"
 
 
-def token_name(variant: str) -> str:
-    """Under which name a profile holds the times of one more token, after so many that its length says."""
-    return f"{variant}/token"
+def encoder_name(variant: str) -> str:
+    """Under which name a profile holds the times of reading texts, before anything is written."""
+    return f"{variant}/encoder"
+
+
+def first_token_name(variant: str) -> str:
+    """Under which name a profile holds the times of a first token, after texts of its length were read."""
+    return f"{variant}/first-token"
+
+
+def token_name(variant: str, written: int | None = None) -> str:
+    """Under which name a profile holds the times of one more token.
+
+    Of a model that writes on, its length says after how many. Of one that reads one text and writes another the length
+    is that of the text read, and ``written`` says how many tokens stand before the one more.
+    """
+    return f"{variant}/token" if written is None else f"{variant}/token-{written}"
 
 
 def variant_of(name: str) -> str:
@@ -55,7 +71,13 @@ def is_segment(name: str) -> bool:
 
 def is_token(name: str) -> bool:
     """Whether a profile's row of this name is one more token's."""
-    return name.endswith("/token")
+    return _TOKEN.search(name) is not None
+
+
+def written_before(name: str) -> int | None:
+    """How many tokens stand before the one more that a row of this name is of; None where its length says that."""
+    found = _TOKEN.search(name)
+    return int(found[1]) if found is not None and found[1] is not None else None
 
 
 def is_part(name: str) -> bool:

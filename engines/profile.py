@@ -43,6 +43,10 @@ class Prediction:
     p99_ms: float
     extrapolated: bool = False
 
+    def slowed_ms(self, factor: float) -> float:
+        """p99 on a machine that is slower by ``factor`` now: the usual time grows, interrupts are no longer."""
+        return self.p50_ms * factor + (self.p99_ms - self.p50_ms)
+
     def __add__(self, other: Prediction) -> Prediction:
         """Two runs after each other. Adding p99 values bounds the p99 of the sum from above in practice."""
         extrapolated = self.extrapolated or other.extrapolated

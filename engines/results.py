@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from engines.answers import Answer
@@ -54,14 +54,17 @@ class BatchResult:
 
     def document(self) -> dict[str, Any]:
         """What ``run --json`` prints."""
+        tokens = self.decision.expected_tokens
         return {
             "variant": self.variant,
             "predicted_ms": self.predicted_ms,
+            "usual_ms": self.decision.usual_ms,
             "latency_ms": self.latency_ms,
             "met_budget": self.met_budget,
             "outputs": self.outputs,
             "truncated": self.truncated,
             "reason": self.decision.reason,
+            **({} if tokens is None else {"expected_tokens": asdict(tokens)}),
         }
 
     def results(self) -> list[Result]:

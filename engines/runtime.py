@@ -6,74 +6,47 @@ Importing this module loads numpy and pydantic only; tokenizers and the backend'
 from __future__ import annotations
 
 import importlib
-import logging
 import math
-import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Protocol, overload
+from typing import Any, overload
 
 import numpy.typing as npt
 
-from compexport.errors import CompexportError, InputError, describe
+from compexport.errors import InputError, describe
 from engines.answers import Answer, answers, needed_outputs
-from engines.anytime import Aftercare, Margin, chunk_end_s
+from engines.anytime import Anytime
 from engines.bundle import Bundle
-from engines.cascade import LOGITS, Cascade, Deadline, ExitRun
+from engines.cascade import LOGITS, Cascade
+from engines.causal import CausalGenerator
 from engines.exit_rule import TO_THE_END, ExitRule
 from engines.generate import Generator
-from engines.manifest import Generation, TensorSpec
+from engines.lengths import Expected
+from engines.manifest import Generation
 from engines.members import Members, Predictions
+from engines.opening import Opening
+from engines.options import Options
 from engines.points import engine_of
-from engines.profile import Prediction, Profile, check_count
+from engines.profile import Profile, check_count
+from engines.requests import Request, chunked, shape_of
 from engines.results import BatchResult, Result
 from engines.sampling import Sampling
 from engines.selector import Correction, Decision, Quality, decide, time_left_ms
-from engines.text import EncodedText, Text, TextEncoder
-from engines.writing import Writing, next_token_scores, predict_writing, write, writing_for
-
-_log = logging.getLogger(__name__)
+from engines.session import Backend, OpenSession
+from engines.streaming import Stream
+from engines.text import Text
+from engines.writer import Writer
+from engines.writing import (
+    next_token_scores,
+    options_asked,
+    room_for,
+    rows_per_text,
+    written_answers,
+)
 
 LARGEST_BATCH = 32  # what one engine run takes at most when no profile says what was measured
-WARM_UP_LENGTH = 8
-
-
-class OpenSession(Protocol):
-    """What the runtime needs of ``engines.session.Session``."""
-
-    inputs: list[TensorSpec]
-    outputs: list[TensorSpec]
-
-    def run(
-        self, feeds: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str] | None = None
-    ) -> dict[str, npt.NDArray[Any]]:
-        """Run once; thread-safe."""
-
-    def close(self) -> None:
-        """Release the engine."""
-
-
-class Backend(Protocol):
-    """What the runtime needs of a module in ``engines.backends``."""
-
-    def device_name(self, options: Mapping[str, Any]) -> str:
-        """The key of this machine's profile."""
-
-    def open_sessions(
-        self, bundle: Bundle, variants: Sequence[str] | None, *, threads: int | None, provider: str
-    ) -> Mapping[str, OpenSession]:
-        """Sessions by variant, sharing memory. BundleError when an engine fits another version or device.
-
-        That of a variant with exits is an ``engines.cascade.Cascade``.
-        """
-
-    def open_graphs(
-        self, bundle: Bundle, graphs: Sequence[str], *, threads: int | None, provider: str
-    ) -> Mapping[str, OpenSession]:
-        """Sessions of single graphs; errors as ``open_sessions``."""
 
 
 class Runtime:
@@ -99,19 +72,15 @@ class Runtime:
         """
         self.bundle = bundle
         self.backend = backend if isinstance(backend, str) else getattr(backend, "NAME", "")
-        self._backend: Backend = _load_backend(backend) if isinstance(backend, str) else backend
+        opener = _load_backend(backend) if isinstance(backend, str) else backend
         self.threads = threads
-        self._provider = provider
-        self.device = self._backend.device_name({"threads": threads, "provider": provider})
+        self.device = opener.device_name({"threads": threads, "provider": provider})
         self.members = Members(bundle, self.backend, self.device, variants)
         self.correction = correction if correction is not None else Correction()
-        self._aftercare = Aftercare()
-        self._margin = Margin()
-        self._lock = threading.RLock()
-        self._sessions: dict[str, OpenSession] = {}
-        self._encoder: TextEncoder | None = None
-        self._closed = False
-        self._warned: set[str] = set()  # engines whose segments were not measured
+        hint = f"run `compexport bench {bundle.path}`"
+        self._anytime = Anytime(self.members, self.correction, self.device, hint=hint)
+        self._opening = Opening(bundle, self.members, opener, threads=threads, provider=provider)
+        self._writer = Writer(bundle.manifest, self.members, self._opening, self._anytime)
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -158,6 +127,7 @@ class Runtime:
         rule: ExitRule | None = None,
         max_new_tokens: int | None = None,
         sampling: Sampling | None = None,
+        settings: Mapping[str, Any] | None = None,
         truncate: bool = True,
         waited_ms: float = 0.0,
     ) -> Result: ...
@@ -173,6 +143,7 @@ class Runtime:
         rule: ExitRule | None = None,
         max_new_tokens: int | None = None,
         sampling: Sampling | None = None,
+        settings: Mapping[str, Any] | None = None,
         truncate: bool = True,
         waited_ms: float = 0.0,
     ) -> list[Result]: ...
@@ -187,6 +158,7 @@ class Runtime:
         rule: ExitRule | None = None,
         max_new_tokens: int | None = None,
         sampling: Sampling | None = None,
+        settings: Mapping[str, Any] | None = None,
         truncate: bool = True,
         waited_ms: float = 0.0,
     ) -> Result | list[Result]:
@@ -203,6 +175,7 @@ class Runtime:
             rule=rule,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
+            settings=settings,
             truncate=truncate,
             waited_ms=waited_ms,
         )
@@ -219,6 +192,7 @@ class Runtime:
         rule: ExitRule | None = None,
         max_new_tokens: int | None = None,
         sampling: Sampling | None = None,
+        settings: Mapping[str, Any] | None = None,
         truncate: bool = True,
         waited_ms: float = 0.0,
     ) -> BatchResult:
@@ -226,56 +200,49 @@ class Runtime:
 
         ``budget_ms`` is for all of them together, ``waited_ms`` what of it was spent before this call. ``ratio`` or
         ``variant`` force a member, ``rule`` how its rows leave early. With a budget a variant with exits reads the
-        clock before every segment, and where the next one would be late its newest exit answers. A bundle that writes
-        text takes ``max_new_tokens`` (32 for None) and ``sampling`` (for None always the likeliest token). Raises
-        InputError for an empty, malformed or (``truncate=False``) too long text, a budget that is NaN or <= 0, an
-        unknown member, a rule that does not fit, or a budget without a measured profile to keep it by.
+        clock before every segment, and where the next one would be late its newest exit answers. Raises InputError for
+        an empty, malformed or (``truncate=False``) too long text, a budget that is NaN or <= 0, an unknown member, a
+        rule that does not fit, or a budget without a measured profile to keep it by.
+
+        A bundle that writes text takes ``max_new_tokens``, ``sampling`` and ``settings``, more of them by the names of
+        ``engines.options.NAMES``; where nothing was asked for, the model's own settings hold, and without any 32
+        tokens, always the likeliest. With a budget a text ends ("budget") where its next token would be late.
         """
-        time_left_ms(budget_ms, waited_ms)
-        writing = writing_for(self.bundle.manifest.task, max_new_tokens, sampling)
-        room = None if writing is None else writing.room(self._generation())
+        options = options_asked(self.bundle.manifest, max_new_tokens, sampling, settings)
         forced = self._forced(ratio, variant, rule)
-        self._refuse_unmeasured(budget_ms, forced)
-        encoder = self._text_encoder()
-        self.members.load()
-        self.warm_up(self._likely(budget_ms, forced))
-        started = perf_counter()
-        encoded = encoder.encode(texts, truncate=truncate, room=room)
-        chunks = self._chunks(encoded)
-        shapes = [_shape([encoded[index] for index in chunk]) for chunk in chunks]
-        predictions, rungs = self._predict(shapes, writing)
-        spent_ms = waited_ms + _ms_since(started)
-        decision = decide(
-            predictions,
-            self.quality,
-            self.correction,
-            budget_ms=budget_ms,
-            waited_ms=spent_ms,
-            forced=forced,
-            rungs=rungs,
-        )
-        end_s = None if budget_ms is None or budget_ms == math.inf else started + (budget_ms - waited_ms) / 1000.0
-        how = _How(
-            engine_of(decision.variant), rule or self.members.rule(decision.variant) or TO_THE_END, end_s, writing
-        )
-        outputs: list[Answer] = [{}] * len(encoded)
-        for number, chunk in enumerate(chunks):
-            answered = self._run(how, [encoded[index] for index in chunk], chunk, shapes[number:])
+        request = self._chosen(texts, options, budget_ms, forced, rule, truncate, waited_ms)
+        outputs: list[Answer] = [{}] * len(texts)
+        for number, chunk in enumerate(request.chunks):
+            answered = self._run(request, number)
             for index, output in zip(chunk, answered, strict=True):
                 outputs[index] = output
-        latency_ms = waited_ms + _ms_since(started)
-        met_budget = budget_ms is None or latency_ms <= budget_ms
-        if end_s is not None and self._went_on(how.engine, outputs):
-            self._margin.observe(late=not met_budget)
-        return BatchResult(
-            decision.variant,
-            decision.predicted_ms,
-            latency_ms,
-            met_budget,
-            outputs,
-            [one.truncated for one in encoded],
-            decision,
+        return self._finished(request, outputs)
+
+    def stream(
+        self,
+        text: Text,
+        *,
+        budget_ms: float | None = None,
+        ratio: float | None = None,
+        variant: str | None = None,
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        settings: Mapping[str, Any] | None = None,
+        truncate: bool = True,
+        waited_ms: float = 0.0,
+    ) -> Stream:
+        """Write one text, piece by piece as it comes; arguments and errors as ``run_batch``.
+
+        Raises InputError, before the first piece, for a bundle that writes no text, and for beams or several texts,
+        which come whole.
+        """
+        options = options_asked(self.bundle.manifest, max_new_tokens, sampling, settings)
+        if options is None:
+            self._generation()
+        request = self._chosen(
+            [text], options, budget_ms, self._forced(ratio, variant, None), None, truncate, waited_ms
         )
+        return self._writer.stream(request, lambda answer: self._finished(request, [answer]))
 
     def select(
         self,
@@ -287,21 +254,22 @@ class Runtime:
         ratio: float | None = None,
         variant: str | None = None,
         max_new_tokens: int | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> Decision:
         """Which variant would answer ``batch`` texts padded to ``length`` tokens now, without running anything.
 
         ``length=None``: the longest measured that leaves room for new tokens. A batch above the largest measured is
         the sum of its chunks. Raises InputError as ``run_batch``.
         """
-        writing = writing_for(self.bundle.manifest.task, max_new_tokens, None)
+        options = options_asked(self.bundle.manifest, max_new_tokens, None, settings)
         forced = self._forced(ratio, variant, None)
         self._refuse_unmeasured(budget_ms, forced)
-        room = math.inf if writing is None else writing.room(self._generation())
+        room = None if options is None else room_for(self.bundle.manifest, options)
         if length is None:
-            length = int(min(self._longest(), room))
+            length = min(self._longest(), room or self._longest())
         check_count("batch", batch)
         check_count("length", length)
-        predictions, rungs = self._predict([(batch, length)], writing)
+        (predictions, rungs), expected = self._predict([(batch, length)], options)
         return decide(
             predictions,
             self.quality,
@@ -310,18 +278,21 @@ class Runtime:
             waited_ms=waited_ms,
             forced=forced,
             rungs=rungs,
+            expected=expected,
         )
 
     def session(self, variant: str) -> OpenSession:
-        """The open engine of a variant, for example to time it; it belongs to the runtime. Opens it at first need."""
+        """The open engine of a variant, for example to time it; it belongs to the runtime. Opens it at first need.
+
+        Raises InputError for a variant of several engines (``open_role``, ``generator``).
+        """
         engine = engine_of(self.members.known(variant))
-        return self._opened([engine])[engine]
+        return self._opening.sessions([engine])[engine]
 
     def generator(self, variant: str) -> Generator:
-        """The open decoder of a variant; errors as ``session``, and InputError for a bundle that writes no text."""
+        """What writes the texts of a variant; it belongs to the runtime. InputError for a bundle that writes none."""
         name = engine_of(self.members.known(variant))
-        session: Any = self.session(name)
-        return Generator(name, session, self._generation())
+        return self._opening.generators([name])[name]
 
     def open_role(self, variant: str, role: str) -> OpenSession:
         """A new session of one graph of a variant, for example "all-exits"; the caller closes it.
@@ -332,41 +303,49 @@ class Runtime:
         graphs = self.bundle.manifest.variants[name].graphs
         if role not in graphs:
             raise InputError(describe(f"{name} has no such graph", got=role, expected=f"one of {', '.join(graphs)}"))
-        graph = graphs[role]
-        return self._backend.open_graphs(self.bundle, [graph], threads=self.threads, provider=self._provider)[graph]
+        return self._opening.graph(graphs[role])
 
-    def answers(self, variant: str, texts: Sequence[Text]) -> list[Answer]:
+    def answers(self, variant: str, texts: Sequence[Text], settings: Mapping[str, Any] | None = None) -> list[Answer]:
         """What a variant answers to ``texts`` at its full depth, in one engine run, whatever it takes.
 
-        Of a bundle that writes text, how well it foresees ``texts`` (``engines.writing.next_token_scores``).
+        Of a bundle that writes texts on, how well it foresees ``texts`` (``engines.writing.next_token_scores``); of one
+        that reads one text and writes another what it writes, by ``settings`` as in ``run_batch``.
         Reads no measured table, so that ``evaluate`` can replace a damaged one. Raises InputError as ``run_batch``.
         """
-        manifest, encoder, session = self.bundle.manifest, self._text_encoder(), self.session(variant)
+        manifest, encoder = self.bundle.manifest, self._opening.encoder()
+        options = options_asked(manifest, None, None, settings)
         encoded = encoder.encode(texts)
-        if manifest.generation is not None:
-            return next_token_scores(self.generator(variant), encoder, encoded)
-        names = needed_outputs(manifest.task, [output.name for output in session.outputs])
-        return answers(manifest.task, session.run(encoder.feeds(encoded), names), encoded, manifest.labels)
+        if options is None:
+            session = self.session(variant)
+            names = needed_outputs(manifest.task, [output.name for output in session.outputs])
+            return answers(manifest.task, session.run(encoder.feeds(encoded), names), encoded, manifest.labels)
+        generator = self.generator(variant)
+        if isinstance(generator, CausalGenerator):
+            return next_token_scores(generator, encoder, encoded)
+        feeds = encoder.feeds(encoded)
+        return written_answers(
+            encoder, generator.generate(feeds["input_ids"], feeds["attention_mask"], options=options)
+        )
+
+    def token_counts(self, texts: Sequence[Text]) -> list[int]:
+        """How many tokens each text has, as the model reads it."""
+        return [len(one) for one in self._opening.encoder().encode(texts)]
 
     def run_raw(
         self, session: OpenSession, texts: Sequence[Text], outputs: Sequence[str]
     ) -> tuple[dict[str, npt.NDArray[Any]], list[int]]:
         """What a session of this bundle returns for ``texts``, [B, ...] by name, and their lengths in tokens."""
-        encoder = self._text_encoder()
+        encoder = self._opening.encoder()
         encoded = encoder.encode(texts)
         return session.run(encoder.feeds(encoded), outputs), [len(one) for one in encoded]
 
     def warm_up(self, variants: Sequence[str] | None = None) -> None:
         """Open the engines (all by default) and run each once, so that the next request is as fast as later ones."""
-        self._opened(self.members.engines if variants is None else [engine_of(name) for name in variants])
+        self._opening.open(self.members.engines if variants is None else [engine_of(name) for name in variants])
 
     def close(self) -> None:
         """Close all engines; the runtime then refuses every request."""
-        with self._lock:
-            self._closed = True
-            sessions, self._sessions = self._sessions, {}
-            for session in sessions.values():
-                session.close()
+        self._opening.close()
 
     def __enter__(self) -> Runtime:
         return self
@@ -377,6 +356,53 @@ class Runtime:
         self.close()
 
     # choosing
+
+    def _chosen(
+        self,
+        texts: Sequence[Text],
+        options: Options | None,
+        budget_ms: float | None,
+        forced: str | None,
+        rule: ExitRule | None,
+        truncate: bool,
+        waited_ms: float,
+    ) -> Request:
+        """Tokenise a request, cut it into chunks, and decide which variant answers; its clock starts here."""
+        time_left_ms(budget_ms, waited_ms)
+        room = None if options is None else room_for(self.bundle.manifest, options)
+        self._refuse_unmeasured(budget_ms, forced)
+        encoder = self._opening.encoder()
+        self.members.load()
+        self.warm_up(self._likely(budget_ms, forced))
+        started = perf_counter()
+        encoded = encoder.encode(texts, truncate=truncate, room=room)
+        largest = self.profile.largest_batch if self.profile is not None else LARGEST_BATCH
+        chunks = chunked(encoded, max(1, largest // (1 if options is None else rows_per_text(options))))
+        shapes = [shape_of([encoded[index] for index in chunk]) for chunk in chunks]
+        (predictions, rungs), expected = self._predict(shapes, options)
+        decision = decide(
+            predictions,
+            self.quality,
+            self.correction,
+            budget_ms=budget_ms,
+            waited_ms=waited_ms + _ms_since(started),
+            forced=forced,
+            rungs=rungs,
+            expected=expected,
+        )
+        end_s = None if budget_ms is None or budget_ms == math.inf else started + (budget_ms - waited_ms) / 1000.0
+        rule = rule or self.members.rule(decision.variant) or TO_THE_END
+        return Request(decision, encoded, chunks, shapes, options, rule, budget_ms, started - waited_ms / 1000.0, end_s)
+
+    def _finished(self, request: Request, outputs: list[Answer]) -> BatchResult:
+        latency_ms = _ms_since(request.began_s)
+        met_budget = request.budget_ms is None or latency_ms <= request.budget_ms
+        if request.end_s is not None:
+            self._anytime.observe_request(request.engine, outputs, late=not met_budget)
+        decision, truncated = request.decision, [one.truncated for one in request.encoded]
+        return BatchResult(
+            decision.variant, decision.predicted_ms, latency_ms, met_budget, outputs, truncated, decision
+        )
 
     def _forced(self, ratio: float | None, variant: str | None, rule: ExitRule | None) -> str | None:
         """The member that ``ratio`` or ``variant`` name, or the only one that ``rule`` fits; None when none is."""
@@ -418,16 +444,11 @@ class Runtime:
         tokenizer = self.bundle.manifest.tokenizer
         return tokenizer.max_length if tokenizer is not None else 1
 
-    def _chunks(self, encoded: Sequence[EncodedText]) -> list[list[int]]:
-        """Positions of the texts of every engine run: neighbours in length, so that little is padded."""
-        size = self.profile.largest_batch if self.profile is not None else LARGEST_BATCH
-        order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
-        return [order[first : first + size] for first in range(0, len(order), size)]
-
-    def _predict(self, shapes: Sequence[tuple[int, int]], writing: Writing | None) -> Predictions:
-        if writing is None or self.profile is None:
-            return self.members.predict(shapes)
-        return predict_writing(self.profile, shapes, writing.max_new_tokens), {}
+    def _predict(
+        self, shapes: Sequence[tuple[int, int]], options: Options | None
+    ) -> tuple[Predictions, Expected | None]:
+        """Predictions of chunks after each other, and, where they write text, the tokens that they are of."""
+        return (self.members.predict(shapes), None) if options is None else self._writer.predict(shapes, options)
 
     def _generation(self) -> Generation:
         generation = self.bundle.manifest.generation
@@ -437,184 +458,45 @@ class Runtime:
 
     # running
 
-    def _run(
-        self, how: _How, chunk: Sequence[EncodedText], rows: Sequence[int], shapes: Sequence[tuple[int, int]]
-    ) -> list[Answer]:
-        """One engine run [B, S], timed for the live correction, and its answers.
-
-        ``rows``: the numbers of the texts in the request; ``shapes``: this chunk's and later.
-        """
-        if how.writing is not None:
-            return self._write(how.engine, how.writing, chunk, rows)
-        session = self._opened([how.engine])[how.engine]
-        feeds = self._text_encoder().feeds(chunk)
+    def _run(self, request: Request, number: int) -> list[Answer]:
+        """One engine run [B, S] of a chunk, timed for the live correction, and its answers."""
+        if request.options is not None:
+            return self._writer.write(request, number)
+        engine, chunk = request.engine, request.texts_of(number)
+        session = self._opening.sessions([engine])[engine]
+        feeds = self._opening.encoder().feeds(chunk)
         if isinstance(session, Cascade):
-            return self._run_cascade(session, how, chunk, feeds, shapes)
+            return self._run_cascade(session, request, number, feeds)
         manifest = self.bundle.manifest
         names = needed_outputs(manifest.task, [output.name for output in session.outputs])
         started = perf_counter()
         outputs = session.run(feeds, names)
         engine_ms = _ms_since(started)
-        if self.profile is not None and how.engine in self.profile.variants:
-            self._observe(how.engine, self.profile.predict(how.engine, *_shape(chunk)), engine_ms)
+        if self.profile is not None and engine in self.profile.variants:
+            self._anytime.observe(engine, self.profile.predict(engine, *shape_of(chunk)), engine_ms)
         return answers(manifest.task, outputs, chunk, manifest.labels)
 
-    def _write(self, engine: str, writing: Writing, chunk: Sequence[EncodedText], rows: Sequence[int]) -> list[Answer]:
-        """New text for each of a chunk. What was written, not what was allowed, is compared with its prediction."""
-        generator = self.generator(engine)
-        started = perf_counter()
-        found = write(generator, self._text_encoder(), chunk, rows, writing)
-        engine_ms = _ms_since(started)
-        if self.profile is not None:
-            tokens = [len(answer["tokens"]) for answer in found]
-            expected = predict_writing(self.profile, [_shape(chunk)], max(tokens)).get(engine)
-            if expected is not None:
-                # Texts that end early leave the batch: then the prediction is a bound, as it is outside the grid.
-                bound = expected.extrapolated or min(tokens) < max(tokens)
-                self._observe(engine, replace(expected, extrapolated=bound), engine_ms)
-        return found
-
     def _run_cascade(
-        self,
-        cascade: Cascade,
-        how: _How,
-        chunk: Sequence[EncodedText],
-        feeds: Mapping[str, npt.NDArray[Any]],
-        shapes: Sequence[tuple[int, int]],
+        self, cascade: Cascade, request: Request, number: int, feeds: Mapping[str, npt.NDArray[Any]]
     ) -> list[Answer]:
-        run = cascade.run_exits(feeds, how.rule, self._deadline(how, shapes))
+        engine, chunk, shapes = request.engine, request.texts_of(number), request.shapes[number:]
+        run = cascade.run_exits(feeds, request.rule, self._anytime.deadline(engine, request.end_s, shapes))
         ended = perf_counter()
-        self._observe_segments(how.engine, shapes[0][1], run)
+        self._anytime.observe_segments(engine, shapes[0][1], run)
         manifest = self.bundle.manifest
         given = answers(manifest.task, {LOGITS: run.logits}, chunk, manifest.labels)
         found = [
             {**answer, "exit": layer, "why": why}
             for answer, layer, why in zip(given, run.exit_layer.tolist(), run.why, strict=True)
         ]
-        self._aftercare.observe(len(chunk), _ms_since(ended))
+        self._anytime.aftercare.observe(len(chunk), _ms_since(ended))
         return found
-
-    def _deadline(self, how: _How, shapes: Sequence[tuple[int, int]]) -> Deadline | None:
-        """Until when the chunk of the first of ``shapes`` must be through, None when nothing can or must be kept."""
-        if how.end_s is None:
-            return None
-        forecast = self.members.forecast
-        if forecast is None or not forecast.knows(how.engine):
-            if how.engine not in self._warned:
-                self._warned.add(how.engine)
-                what = "%s: its segments were not measured on %s, so it cannot stop early to keep a budget; %s"
-                _log.warning(what, how.engine, self.device, f"run `compexport bench {self.bundle.path}`")
-            return None
-        factor = self.correction.factor(how.engine)
-        length = shapes[0][1]
-
-        def needs_ms(segment: int, rows: int) -> float:
-            return forecast.segment_ms(how.engine, segment, rows, length).p99_ms * factor
-
-        chunks = [forecast.first_and_whole_ms(how.engine, *shape) for shape in shapes]
-        corrected = [(first_ms * factor, whole_ms * factor) for first_ms, whole_ms in chunks]
-        reserve_ms = self._aftercare.reserve_ms(sum(batch for batch, _ in shapes))
-        reserve_ms += self._margin.share * sum(whole_ms for _, whole_ms in corrected)
-        end_s = how.end_s - reserve_ms / 1000.0
-        return Deadline(chunk_end_s(perf_counter(), end_s, corrected), needs_ms)
-
-    def _went_on(self, engine: str, outputs: Sequence[Answer]) -> bool:
-        """Whether some row passed the first exit by the clock: only such a request could have ended earlier."""
-        forecast = self.members.forecast
-        if forecast is None or not forecast.knows(engine):
-            return False
-        return any(output["exit"] > self.members.layers[engine][0] for output in outputs)
-
-    def _observe(self, variant: str, expected: Prediction, engine_ms: float) -> None:
-        """Outside the grid a prediction is a bound, so only running longer than it says something of the machine."""
-        if not expected.extrapolated or engine_ms > expected.p99_ms:
-            self.correction.observe(variant, engine_ms, expected.p50_ms)
-
-    def _observe_segments(self, engine: str, length: int, run: ExitRun) -> None:
-        """Compare the segments that ran with what they were expected to take together."""
-        forecast = self.members.forecast
-        if forecast is None or not forecast.knows(engine):
-            return
-        expected = Prediction(0.0, 0.0)
-        for number, (rows, _) in enumerate(run.segments):
-            expected += forecast.segment_ms(engine, number, rows, length)
-        self._observe(engine, expected, sum(ms for _, ms in run.segments))
-
-    def _opened(self, variants: Sequence[str]) -> Mapping[str, OpenSession]:
-        """The sessions, after opening those of ``variants`` that are not yet; each is opened once."""
-        sessions = self._sessions
-        if all(name in sessions for name in variants):
-            return sessions
-        with self._lock:
-            if self._closed:
-                raise CompexportError(describe("the runtime is closed", hint="load the bundle again"))
-            missing = [name for name in self._with_kin(variants) if name not in self._sessions]
-            if missing:
-                opened = self._backend.open_sessions(
-                    self.bundle, missing, threads=self.threads, provider=self._provider
-                )
-                self._run_once(opened)
-                # A new dict instead of an update: readers without the lock see either all or none of them.
-                self._sessions = {**self._sessions, **opened}
-            return self._sessions
-
-    def _with_kin(self, variants: Sequence[str]) -> list[str]:
-        """``variants``, and those in use whose step engine is the same: its graphs are opened once, for all of them."""
-        members = self.bundle.manifest.variants
-        shared = {graph for name in variants if members[name].is_stepper for graph in members[name].graphs.values()}
-        kin = [name for name in self.members.engines if shared & set(members[name].graphs.values())]
-        return list(dict.fromkeys((*variants, *kin)))
-
-    def _run_once(self, sessions: Mapping[str, OpenSession]) -> None:
-        if self.bundle.manifest.tokenizer is None:
-            return
-        if (generation := self.bundle.manifest.generation) is not None:
-            for name, decoder in sessions.items():
-                held: Any = decoder
-                Generator(name, held, generation).warm_up()
-            return
-        feeds = self._text_encoder().dummy_feeds(1, min(WARM_UP_LENGTH, self.bundle.manifest.tokenizer.max_length))
-        for session in sessions.values():
-            session.run(feeds)
-
-    def _text_encoder(self) -> TextEncoder:
-        if self._encoder is not None:
-            return self._encoder
-        with self._lock:
-            if self._encoder is None:
-                manifest = self.bundle.manifest
-                if manifest.tokenizer is None:
-                    what = f"bundle {self.bundle.path} has no tokenizer, so it cannot read text"
-                    raise InputError(describe(what, hint="build it from a model folder with a tokenizer.json"))
-                path = self.bundle.file(manifest.tokenizer.path)
-                self._encoder = TextEncoder(
-                    path, manifest.tokenizer, manifest.task, manifest.label_words, manifest.generation
-                )
-            return self._encoder
-
-
-@dataclass(frozen=True, slots=True)
-class _How:
-    """How a request is answered: by which engine, by what rule rows leave it early, and until when (perf_counter).
-
-    ``writing``: how its texts are written on, where that is the task.
-    """
-
-    engine: str
-    rule: ExitRule
-    end_s: float | None
-    writing: Writing | None
 
 
 def _load_backend(name: str) -> Backend:
     backends: Any = importlib.import_module("engines.backends")
     backend: Backend = backends.load(name)
     return backend
-
-
-def _shape(chunk: Sequence[EncodedText]) -> tuple[int, int]:
-    """Batch and padded length [B, S] of one engine run."""
-    return len(chunk), max(map(len, chunk))
 
 
 def _ms_since(started: float) -> float:

@@ -11,11 +11,12 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from compexport.errors import BundleError, InputError, describe
 from engines.forecast import Rung
+from engines.lengths import Expected
 from engines.points import engine_of, is_point
 from engines.profile import Prediction, Profile
 from engines.strict_json import is_finite
@@ -25,10 +26,14 @@ NOT_MEASURED = "no latency measured on this device; run `compexport bench`"
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One variant as the decision saw it. ``predicted_ms``: corrected p99, None when it was not measured."""
+    """One variant as the decision saw it. ``predicted_ms``: corrected p99, None when it was not measured.
+
+    ``usual_ms``: corrected p50; None too where only a part of its work would be done.
+    """
 
     variant: str
     predicted_ms: float | None
+    usual_ms: float | None
     quality: float | None
     verdict: str
 
@@ -53,6 +58,16 @@ class Decision:
     comparison: Comparison = field(repr=False)
 
     @property
+    def usual_ms(self) -> float | None:
+        """The p50 of what ``predicted_ms`` is the p99 of; None without a measurement, or where it would stop early."""
+        return self.comparison.usual_ms(self.variant)
+
+    @property
+    def expected_tokens(self) -> Expected | None:
+        """The tokens that the predicted times are of, in a bundle that writes text."""
+        return self.comparison.expected
+
+    @property
     def stops_at(self) -> int | None:
         cut = self.comparison.cuts.get(self.variant)
         return None if cut is None else cut.layer
@@ -70,18 +85,18 @@ class Decision:
     def document(self) -> dict[str, Any]:
         """What ``select --json`` prints. An infinite budget is null there, as JSON has no infinity."""
         finite = self.budget_ms is not None and math.isfinite(self.budget_ms)
+        tokens = {} if self.expected_tokens is None else {"expected_tokens": asdict(self.expected_tokens)}
         return {
             "variant": self.variant,
             "predicted_ms": self.predicted_ms,
+            "usual_ms": self.usual_ms,
             "budget_ms": self.budget_ms if finite else None,
             "met_budget": self.met_budget,
             "reason": self.reason,
             "extrapolated": self.extrapolated,
             "stops_at": self.stops_at,
-            "candidates": [
-                {"variant": c.variant, "predicted_ms": c.predicted_ms, "quality": c.quality, "verdict": c.verdict}
-                for c in self.candidates
-            ],
+            **tokens,
+            "candidates": [asdict(candidate) for candidate in self.candidates],
         }
 
 
@@ -233,11 +248,13 @@ def decide(
     waited_ms: float = 0.0,
     forced: str | None = None,
     rungs: Mapping[str, Sequence[Rung]] | None = None,
+    expected: Expected | None = None,
 ) -> Decision:
     """``select`` from predictions already made, for example of several chunks.
 
     ``rungs``: for each cascade, the exits before its last one, shallow first. A cascade that is too slow as a whole
-    competes with the deepest exit that fits, at the quality of rows that all stop there.
+    competes with the deepest exit that fits, at the quality of rows that all stop there. ``expected``: the tokens that
+    the predictions are of, where text is written.
     """
     left_ms = time_left_ms(budget_ms, waited_ms)
     factors = correction.factors(quality.engines) if correction is not None else [1.0] * len(quality.engines)
@@ -252,7 +269,9 @@ def decide(
     fits = predicted_ms <= left_ms if predicted_ms is not None else left_ms == math.inf
     prediction = predictions.get(chosen)
     extrapolated = prediction is not None and prediction.extrapolated
-    comparison = Comparison(quality, times, left_ms, chosen, fits, forced is not None, cuts)
+    comparison = Comparison(
+        quality, times, left_ms, chosen, fits, forced is not None, cuts, predictions, factors, expected
+    )
     return Decision(chosen, predicted_ms, fits, budget_ms, waited_ms, extrapolated, comparison)
 
 
@@ -332,8 +351,9 @@ def _choose(ranked: Sequence[tuple[str, float]], times: Mapping[str, float | Non
 class Comparison:
     """What a decision compared: ``times`` are corrected p99 by variant, None where nothing was measured.
 
-    ``cuts``: the exit at which a cascade stops that does not fit as a whole; ``times`` then holds that exit's. All
-    texts about decisions are composed here.
+    ``cuts``: the exit at which a cascade stops that does not fit as a whole; ``times`` then holds that exit's.
+    ``predictions`` and ``factors`` (of each variant of ``quality``): what ``times`` were made of. ``expected``: the
+    tokens that they are of. All texts about decisions are composed here.
     """
 
     quality: Quality
@@ -343,12 +363,24 @@ class Comparison:
     fits: bool
     forced: bool
     cuts: Mapping[str, Rung] = field(default_factory=dict)
+    predictions: Mapping[str, Prediction] = field(default_factory=dict)
+    factors: Sequence[float] = ()
+    expected: Expected | None = None
 
     def candidates(self) -> tuple[Candidate, ...]:
         """All variants, best quality first."""
         return tuple(
-            [Candidate(name, ms, self._value(name), self._verdict(name, ms)) for name, ms in self.times.items()]
+            [
+                Candidate(name, ms, self.usual_ms(name), self._value(name), self._verdict(name, ms))
+                for name, ms in self.times.items()
+            ]
         )
+
+    def usual_ms(self, name: str) -> float | None:
+        """Corrected p50; None for what was not measured, or would be cut short."""
+        if name in self.cuts or name not in self.predictions:
+            return None
+        return self.predictions[name].p50_ms * self.factors[self.quality.variants.index(name)]
 
     def _value(self, name: str) -> float | None:
         """The quality to expect of a variant in the time left."""
@@ -385,9 +417,19 @@ class Comparison:
             points = ", and a variant as better than its points" if any(map(is_point, self.quality.ratios)) else ""
             missing = "quality not measured" if not points else "quality not measured of all"
             reason += f"; {missing}, so a lower ratio counts as better{points} (`compexport evaluate` measures it)"
+        if self.expected is not None and self.times[self.chosen] is not None:
+            reason += f"; {self._tokens(self.expected)}"
         if extrapolated:
             reason += "; its latency is extrapolated from outside the measured batches and lengths"
         return reason
+
+    def _tokens(self, expected: Expected) -> str:
+        """Of how many tokens the times are."""
+        usual_ms = self.usual_ms(self.chosen)
+        if not expected.measured:
+            return f"for all {expected.p99} tokens that are allowed, as lengths of outputs were not measured"
+        usual = "" if usual_ms is None else f", usually {usual_ms:.2f} ms for {expected.p50}"
+        return f"for the {expected.p99} tokens that one output in a hundred has{usual}"
 
     def _why_chosen(self) -> str:
         time_ms = self.times[self.chosen]

@@ -11,10 +11,44 @@ import numpy as np
 import numpy.typing as npt
 
 from compexport.errors import InputError, describe
+from engines.bundle import Bundle
 from engines.manifest import TensorSpec
 
 Array = npt.NDArray[Any]
 Held = Any  # an array in the backend's own memory, of whatever type the backend uses
+
+
+class OpenSession(Protocol):
+    """What a runtime needs of a ``Session``."""
+
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+
+    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """Run once; thread-safe."""
+
+    def close(self) -> None:
+        """Release the engine."""
+
+
+class Backend(Protocol):
+    """What a runtime needs of a module in ``engines.backends``."""
+
+    def device_name(self, options: Mapping[str, Any]) -> str:
+        """The key of this machine's profile."""
+
+    def open_sessions(
+        self, bundle: Bundle, variants: Sequence[str] | None, *, threads: int | None, provider: str
+    ) -> Mapping[str, OpenSession]:
+        """Sessions by variant, sharing memory. BundleError when an engine fits another version or device.
+
+        That of a variant with exits is an ``engines.cascade.Cascade``.
+        """
+
+    def open_graphs(
+        self, bundle: Bundle, graphs: Sequence[str], *, threads: int | None, provider: str
+    ) -> Mapping[str, OpenSession]:
+        """Sessions of single graphs; errors as ``open_sessions``."""
 
 
 class HoldingSession(Protocol):

@@ -1,4 +1,4 @@
-"""Generation as a request sees it: texts in, texts out, how long that should take, and how good a decoder is.
+"""Generation as a request sees it: what it asks for, texts in, texts out, and how good a decoder is.
 
 Letters: B batch, S sequence, T new tokens, V vocabulary.
 """
@@ -6,89 +6,96 @@ Letters: B batch, S sequence, T new tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 
 from compexport.errors import InputError, describe
 from engines.answers import Answer, Array, not_finite
-from engines.generate import MAX_NEW_TOKENS, ROOM_BYTES, Generator
-from engines.manifest import GENERATION, Generation
-from engines.points import is_part, token_name
-from engines.profile import Prediction, Profile, check_count
-from engines.sampling import GREEDY, Sampling
+from engines.causal import ROOM_BYTES, CausalGenerator
+from engines.generate import Generated
+from engines.manifest import GENERATION, Manifest
+from engines.options import Options, options_for
+from engines.sampling import Sampling
 from engines.text import EncodedText, TextEncoder
 
 
-@dataclass(frozen=True, slots=True)
-class Writing:
-    """How texts are written on: at most so many tokens, chosen by ``sampling``."""
+def options_asked(
+    manifest: Manifest, max_new_tokens: int | None, sampling: Sampling | None, settings: Mapping[str, Any] | None
+) -> Options | None:
+    """How texts are written: what was asked for, before the model's own settings. None for another task.
 
-    max_new_tokens: int = MAX_NEW_TOKENS
-    sampling: Sampling = GREEDY
-
-    def __post_init__(self) -> None:
-        """Raises InputError for a number of tokens below 1."""
-        check_count("max_new_tokens", self.max_new_tokens)
-
-    def room(self, generation: Generation) -> int:
-        """Tokens that a prompt may have so that all new ones find a position; the last one needs none.
-
-        Raises InputError when that is none.
-        """
-        room = generation.max_positions + 1 - self.max_new_tokens
-        if room < 1:
-            expected = f"at most {generation.max_positions}, the model's positions"
-            raise InputError(describe("max_new_tokens", got=self.max_new_tokens, expected=expected))
-        return room
-
-
-def writing_for(task: str, max_new_tokens: int | None, sampling: Sampling | None) -> Writing | None:
-    """What was asked for, defaults filled in; None for another task, InputError when something was asked for there."""
-    if task == GENERATION:
-        return Writing(MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens, sampling or GREEDY)
-    for what, given in (("max_new_tokens", max_new_tokens), ("sampling", sampling)):
-        if given is not None:
-            raise InputError(describe(f"{what} is for bundles that write text", got=f"the task {task}"))
-    return None
-
-
-def predict_writing(profile: Profile, shapes: Sequence[tuple[int, int]], new_tokens: int) -> Mapping[str, Prediction]:
-    """Writing ``new_tokens`` to (batch, length) chunks after each other, for every variant whose tokens were measured.
-
-    A prompt gives the first token; each other one costs a run over what is kept, whose time grows evenly with it, so
-    that the one in the middle stands for all. Texts that end early take less.
+    ``settings``: by the names of ``engines.options.NAMES``; the others say the same about some of them. Raises
+    InputError for a setting that cannot be, or that is there twice, and for any where the task is another.
     """
-    whole = profile.predict_chunks(shapes)
-    found = {name: one for name, one in whole.items() if not is_part(name) and token_name(name) in whole}
-    for batch, length in shapes:
-        tokens = profile.predict_all(batch, length + max(new_tokens - 2, 0) // 2)
-        for name, prediction in found.items():
-            token, count = tokens[token_name(name)], new_tokens - 1
-            later = Prediction(count * token.p50_ms, count * token.p99_ms, token.extrapolated and count > 0)
-            found[name] = prediction + later
-    return found
+    asked = {} if settings is None else {name: value for name, value in settings.items() if value is not None}
+    also: dict[str, Any] = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+    if sampling is not None:
+        also |= {name: value for name, value in asdict(sampling).items() if value is not None}
+    if manifest.generation is None:
+        if what := next(iter([*asked, *also]), None):
+            raise InputError(describe(f"{what} is for bundles that write text", got=f"the task {manifest.task}"))
+        return None
+    if twice := asked.keys() & also.keys():
+        raise InputError(describe("a setting is there twice", got=min(twice), expected="each once"))
+    return options_for(manifest.generation, {**asked, **also})
 
 
-def write(
-    generator: Generator, encoder: TextEncoder, chunk: Sequence[EncodedText], rows: Sequence[int], writing: Writing
-) -> list[Answer]:
-    """One answer per text: ``text`` (what follows it), its ``tokens`` and ``why`` it ends ("eos" or "length").
+def room_for(manifest: Manifest, options: Options) -> int | None:
+    """Tokens that a text may have, where it shares its positions with the new ones; the last one needs none.
 
-    ``rows``: the numbers of the texts in their request.
+    None for a model that writes into a text of its own. Raises InputError when none are left.
     """
-    feeds = encoder.feeds(chunk)
-    written = generator.generate(
-        feeds["input_ids"],
-        feeds["attention_mask"],
-        sampling=writing.sampling,
-        max_new_tokens=writing.max_new_tokens,
-        rows=rows,
-    )
-    return [{"text": encoder.decode(one.tokens), "tokens": one.tokens, "why": one.why} for one in written]
+    assert manifest.generation is not None
+    positions = manifest.generation.max_positions
+    if manifest.task != GENERATION or (positions is None and options.max_length is None):
+        return None
+    if options.max_length is not None:
+        return max(1, min(options.max_length, manifest.generation.positions + 1) - 1)
+    assert positions is not None
+    room = positions + 1 - options.max_new_tokens
+    if room < 1:
+        expected = f"at most {positions}, the model's positions"
+        raise InputError(describe("max_new_tokens", got=options.max_new_tokens, expected=expected))
+    return room
 
 
-def next_token_scores(generator: Generator, encoder: TextEncoder, encoded: Sequence[EncodedText]) -> list[Answer]:
+def most_tokens(manifest: Manifest, options: Options, length: int) -> int:
+    """New tokens that a text of ``length`` tokens can get at most."""
+    assert manifest.generation is not None
+    begun = length
+    if manifest.task != GENERATION:
+        begun = len(options.decoder_start_ids or manifest.generation.decoder_start_ids)
+    longest = manifest.generation.positions + 1
+    if options.max_length is not None:
+        longest = min(longest, options.max_length)
+    return max(1, min(options.max_new_tokens, longest - begun))
+
+
+def rows_per_text(options: Options) -> int:
+    """How many rows of a batch a text becomes while it is written."""
+    return max(options.beams.num_beams, options.beams.num_return_sequences)
+
+
+def written_answers(encoder: TextEncoder, written: Sequence[Generated]) -> list[Answer]:
+    """One answer per text: ``text`` (what was written), its ``tokens`` and ``why`` it ends ("eos", "length", "budget").
+
+    With beams its ``score`` too, and where several texts were asked for the ``others``, each as the first.
+    """
+    return [_answer(encoder, one) for one in written]
+
+
+def _answer(encoder: TextEncoder, one: Generated) -> Answer:
+    answer: Answer = {"text": encoder.decode(one.tokens), "tokens": one.tokens, "why": one.why}
+    if one.score is not None:
+        answer["score"] = one.score
+    if one.others:
+        answer["others"] = [_answer(encoder, other) for other in one.others]
+    return answer
+
+
+def next_token_scores(generator: CausalGenerator, encoder: TextEncoder, encoded: Sequence[EncodedText]) -> list[Answer]:
     """How well each text is foreseen, read as it stands: of its tokens but the first, ``tokens`` in number,
 
     so many ``hits`` were the likeliest ones, and the sum of their ``log_likelihood``, natural. Raises CompexportError

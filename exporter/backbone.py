@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from compexport.errors import InputError, describe
-from engines.manifest import LabelWords, Task
+from engines.manifest import TEXT2TEXT, LabelWords, Task
 from exporter.hosts import HOSTS, Host, host_of
 from exporter.hosts.seq2seq import SEQ2SEQ_HOSTS, Seq2SeqHost
 from exporter.hosts.shared import repeats, tie
@@ -155,6 +155,35 @@ class Seq2Seq:
     max_length: int
     generation: Generation
     config: Any = field(repr=False)
+
+    @property
+    def task(self) -> Task:
+        return TEXT2TEXT
+
+    @property
+    def labels(self) -> list[str]:
+        return []
+
+    @property
+    def pooling(self) -> None:
+        return None
+
+    @property
+    def label_words(self) -> None:
+        return None
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        return _input_names(self.config)
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config.d_model)
+
+    @property
+    def num_layers(self) -> int:
+        """Of both stacks."""
+        return sum(len(self.host.layers_of(stack)) for stack in self.host.stacks(self.model))
 
     @property
     def params(self) -> int:

@@ -16,7 +16,7 @@ from compexport.errors import CompexportError
 from engines import backends
 from engines.backends.trt_options import PlanOptions
 from engines.bundle import Bundle, BundleWriter
-from engines.manifest import Engine, Graph, Manifest, Precision, Variant, engine_rows
+from engines.manifest import MODEL_SETTINGS, Engine, Graph, Manifest, Precision, Variant, engine_rows
 from exporter.checkpoint import MethodCheckpoint, find_checkpoint, plain_ratio
 from exporter.identity import library_versions
 from exporter.plans import Plan, plan_of
@@ -168,6 +168,7 @@ def _write(
             engines = builder.finish(tell)
             if runtime.RUNS_HERE:
                 family.check_engines(writer.dir, engines, runtime)
+    family.write_settings(writer.dir / MODEL_SETTINGS)
     others = _other_engines(writer, keys, runtime)
     manifest = Manifest(
         backbone=family.describe(),
@@ -195,7 +196,7 @@ def _write(
 def _write_graphs(
     writer: BundleWriter,
     plan: Plan,
-    family: Family,
+    family: Family[Any],
     keys: Mapping[str, str],
     written: Callable[[str, Graph], None],
     progress: Progress,
@@ -223,6 +224,7 @@ def _write_graphs(
                 graphs[graph.name] = family.write_graph(graph, writer.dir, path, weights, keys[graph.name])
             weights.flush()
             written(graph.name, graphs[graph.name])
+    family.check_weights([writer.dir / graph.path for graph in graphs.values()])
     return graphs, reused
 
 

@@ -16,6 +16,8 @@ from engines.manifest import Parity
 
 Arrays = dict[str, npt.NDArray[Any]]
 
+# The mask of the text that is read, whose shape stands for a feed's: of an encoder's own text, of a decoder's source.
+MASKS = ("attention_mask", "encoder_attention_mask")
 # Largest absolute difference between a graph and eager fp32 PyTorch, per precision of the graph.
 TOLERANCE = {"fp32": 1e-4}
 
@@ -32,14 +34,15 @@ def compare(
 
     A NaN, an infinity or another shape is a mismatch whatever the tolerance. Where the two differ by more than the
     tolerance, ``exact``, the reference in float64, says whether it is the candidate that is off. The references come
-    first, all of them: two frameworks in turn would wait for each other's spinning threads.
+    first, all of them: two frameworks in turn would wait for each other's spinning threads. Every feed has one of
+    ``MASKS``, whose shape is reported.
     """
     feeds = list(feeds)
     expected = [reference(feed) for feed in feeds]
     worst = 0.0
     shapes = []
     for feed, outputs in zip(feeds, expected, strict=True):
-        batch, length = feed["attention_mask"].shape
+        batch, length = next(feed[name] for name in MASKS if name in feed).shape
         where = f"{name} at batch {batch}, length {length}"
         found = list(candidate(feed))
         differences = _differences(where, outputs, found)

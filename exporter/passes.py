@@ -220,6 +220,73 @@ def with_tensors(template: onnx.ModelProto, tensors: Mapping[str, np.ndarray]) -
     return model
 
 
+def with_names(model: onnx.ModelProto, names: Mapping[str, str]) -> onnx.ModelProto:
+    """Other names for initialisers; two that get the same name become one. In place."""
+    kept: dict[str, onnx.TensorProto] = {}
+    for tensor in model.graph.initializer:
+        tensor.name = names.get(tensor.name, tensor.name)
+        kept.setdefault(tensor.name, tensor)
+    stored = list(kept.values())
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(stored)
+    for node in model.graph.node:
+        for index, name in enumerate(node.input):
+            node.input[index] = names.get(name, name)
+    return model
+
+
+def with_axis(model: onnx.ModelProto, outputs: Iterable[str], axis: int, name: str) -> onnx.ModelProto:
+    """Name an axis of outputs, which the tracer calls a sum of others. In place."""
+    wanted = set(outputs)
+    for value in model.graph.output:
+        if value.name in wanted:
+            value.type.tensor_type.shape.dim[axis].dim_param = name
+    return model
+
+
+def with_kept_axes(template: onnx.ModelProto) -> onnx.ModelProto:
+    """Let reshapes keep their first two axes by saying so, and not by computing what they are.
+
+        Reshape(x, Concat(batch, sequence, 12, 64))   ->   Reshape(x, (0, 0, 12, 64))
+
+    In place. Requires that every reshape to two computed sizes and stored ones keeps its first two axes.
+    """
+    stored = {tensor.name: tensor for tensor in template.graph.initializer}
+    made = {node.output[0]: node for node in template.graph.node}
+    for node in template.graph.node:
+        shape = made.get(node.input[1]) if node.op_type == "Reshape" else None
+        if shape is None or shape.op_type != "Concat" or [name in stored for name in shape.input[:3]] != [0, 0, 1]:
+            continue
+        sizes = [numpy_helper.to_array(stored[name]) for name in shape.input[2:] if name in stored]
+        kept = np.concatenate([np.zeros(2, np.int64), *sizes])
+        name = f"keeps_{'_'.join(map(str, kept[2:]))}"
+        if name not in stored:
+            stored[name] = numpy_helper.from_array(kept, name)
+            template.graph.initializer.append(stored[name])
+        node.input[1] = name
+        del node.attribute[:]  # the tracer's allowzero, by which a 0 is a size
+    return part(template, {value.name: value.name for value in template.graph.output})
+
+
+def without_zero_bias(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Drop biases of products that are stored and all 0.
+
+        Gemm(x, w, 0)   ->   Gemm(x, w)
+
+    In place.
+    """
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        bias = stored.get(node.input[2]) if node.op_type == "Gemm" and len(node.input) == 3 else None
+        if bias is not None and not numpy_helper.to_array(bias).any():
+            del node.input[2]
+    used = {name for node in model.graph.node for name in node.input}
+    kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    return model
+
+
 def renamed_value(value: onnx.ValueInfoProto, name: str) -> onnx.ValueInfoProto:
     """A copy of an input's or output's type and shape under another name."""
     copy = onnx.ValueInfoProto()

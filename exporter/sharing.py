@@ -50,7 +50,7 @@ def may_share(folder: Path) -> bool:
 
 def model_type_of(folder: Path) -> str:
     """The kind of the model in ``folder``; empty where that cannot be read."""
-    return str(_raw(folder).get("model_type", ""))
+    return str(raw_config(folder).get("model_type", ""))
 
 
 def groups_of_folder(folder: Path, task: str | None = None) -> tuple[int, ...]:
@@ -59,7 +59,7 @@ def groups_of_folder(folder: Path, task: str | None = None) -> tuple[int, ...]:
     Read from ``config.json``; a decoder that does not state them there is loaded and its layers compared. InputError as
     the loader raises it, and for a model that shares nothing.
     """
-    raw = _raw(folder)
+    raw = raw_config(folder)
     try:
         if raw.get("model_type") == "albert":
             layers = int(raw.get("num_hidden_layers", _ALBERT_LAYERS))
@@ -75,7 +75,8 @@ def groups_of_folder(folder: Path, task: str | None = None) -> tuple[int, ...]:
     return facts_of(load_backbone(folder, task)).groups
 
 
-def _raw(folder: Path) -> Mapping[str, Any]:
+def raw_config(folder: Path) -> Mapping[str, Any]:
+    """``config.json`` as it stands; empty where it cannot be read."""
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

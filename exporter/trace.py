@@ -23,8 +23,11 @@ from exporter import ops
 OPSET = 20
 BATCH, SEQUENCE = "batch", "sequence"
 PAST, TOTAL = "past", "total"
+# Of models that read one text and write another, as Hugging Face's optimum names them.
+SOURCE, TARGET, TARGET_PAST = "encoder_sequence", "decoder_sequence", "past_decoder_sequence"
+TARGET_TOTAL = f"{TARGET_PAST} + {TARGET}"
 # Sizes to trace with, neither 0, 1 nor equal: the tracer would take any of those for a constant.
-SIZES = {BATCH: 3, SEQUENCE: 24, PAST: 7, TOTAL: 24 + 7}
+SIZES = {BATCH: 3, SEQUENCE: 24, PAST: 7, TOTAL: 24 + 7, SOURCE: 11, TARGET: 5, TARGET_PAST: 13, TARGET_TOTAL: 5 + 13}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -13,6 +14,17 @@ from onnx import TensorProto
 # Tensors below this stay inside the graph: shapes and scalars that a runtime's shape inference wants to see.
 INLINE_BYTES = 1024
 PAGE = 4096
+
+
+def stored_places(graphs: Iterable[Path]) -> dict[str, set[tuple[int, int]]]:
+    """Name of every tensor that graphs keep in a weights file -> where, (offset, length); their bytes are not read."""
+    places: dict[str, set[tuple[int, int]]] = {}
+    for path in graphs:
+        for tensor in onnx.load(str(path), load_external_data=False).graph.initializer:
+            if tensor.data_location == TensorProto.EXTERNAL:
+                entries = {entry.key: entry.value for entry in tensor.external_data}
+                places.setdefault(tensor.name, set()).add((int(entries["offset"]), int(entries["length"])))
+    return places
 
 
 class WeightsFile:

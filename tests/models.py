@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +236,15 @@ SEQ2SEQ = {
     "tiny-bart-twelve": Tiny("Bart", _BART_DEEP, _byte_level, _TEXT_TO_TEXT),
     "tiny-mbart-twelve": Tiny("MBart", {**_BART_DEEP, "decoder_start_token_id": 0}, _byte_level, _TEXT_TO_TEXT),
 }
+# The same, no deeper than graphs need to be checked: modules of 2 and 4 layers.
+_FOUR = {"T5": {"num_layers": 4}, "Bart": {"encoder_layers": 4, "decoder_layers": 4}}
+_FOUR["MBart"] = _FOUR["Bart"]
+SHALLOW_SEQ2SEQ = {
+    name.replace("twelve", "four"): replace(tiny, config={**tiny.config, **_FOUR[tiny.prefix]})
+    for name, tiny in SEQ2SEQ.items()
+}
+# As deep as makes a difference, where graphs are only there to be run.
+SHALLOWEST = {"tiny-t5-pair": Tiny("T5", {**_T5_DEEP, "num_layers": 2}, _unigram, _TEXT_TO_TEXT)}
 
 
 def make(
@@ -248,7 +257,7 @@ def make(
     import torch
     import transformers
 
-    tiny = {**MODELS, **DEEPER, **SHARED, **SEQ2SEQ}[name]
+    tiny = {**MODELS, **DEEPER, **SHARED, **SEQ2SEQ, **SHALLOW_SEQ2SEQ, **SHALLOWEST}[name]
     tokenizer = tiny.tokenizer()
     config = getattr(transformers, f"{tiny.prefix}Config")(**{"vocab_size": tokenizer.get_vocab_size(), **tiny.config})
     if (labels := LABELS.get(task)) and task != "label-words":

@@ -28,7 +28,7 @@ from compexport.errors import BundleError, CompexportError, DependencyError, Inp
 from engines.backends.trt_options import PlanOptions
 from engines.bundle import Bundle
 from engines.cascade import Cascade
-from engines.manifest import Engine, Graph, TensorSpec
+from engines.manifest import DECODER_WITH_PAST, Engine, Graph, TensorSpec
 from engines.measure import processor, usable_cores
 from engines.paths import whole_path
 from engines.session import Array, Session
@@ -280,6 +280,8 @@ class OrtSession(Session):
     ) -> tuple[dict[str, Array], dict[str, Any]]:
         """As ``engines.session.HoldingSession``; what is held are OrtValues."""
         inner = self._open()
+        if self._memory == "cpu":
+            return _run_here(inner, feeds, held, outputs, hold)
         binding = inner.io_binding()
         for name, array in feeds.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array))
@@ -311,6 +313,18 @@ class OrtSession(Session):
         return inner
 
 
+def _run_here(
+    inner: Any, feeds: Mapping[str, Array], held: Mapping[str, Any], outputs: Sequence[str], hold: Sequence[str]
+) -> tuple[dict[str, Array], dict[str, Any]]:
+    """``run_held`` in this process's memory: one call, where a binding takes one for every tensor, at each step."""
+    import onnxruntime
+
+    values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(one)) for name, one in feeds.items()}
+    found = inner.run_with_ort_values([*outputs, *hold], {**values, **held})
+    here = {name: value.numpy() for name, value in zip(outputs, found, strict=False)}
+    return here, dict(zip(hold, found[len(outputs) :], strict=True))
+
+
 def open_sessions(
     bundle: Bundle, variants: Sequence[str] | None = None, *, threads: int | None = None, provider: str = "cpu"
 ) -> dict[str, Session]:
@@ -335,6 +349,8 @@ def open_sessions(
                 shared[graph] = _open_graph(bundle, graph, graph, threads, provider)
             sessions[name] = stepper(name, variant, shared)
             continue
+        if DECODER_WITH_PAST in variant.graphs:
+            raise InputError(describe(f"{name} has several engines", expected="open_graphs, of each of its graphs"))
         opened = [_open_graph(bundle, graph, name, threads, provider) for graph in whole_path(variant)]
         sessions[name] = opened[0] if variant.exits is None else Cascade(name, variant.exits, opened)
     return sessions

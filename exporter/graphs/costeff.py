@@ -29,7 +29,7 @@ PROBED_LENGTH = 2  # feeds have lengths around it, and 128
 _TAKEN: tuple[tuple[int, ...], ...] = ((1,), (0, 1, 2), (2, 0))
 
 
-class CosteffFamily(Family):
+class CosteffFamily(Family[Backbone]):
     """A backbone and the slender models of every ratio of a plan."""
 
     def __init__(self, plan: CosteffPlan, backbone: Backbone, models: Mapping[float, CosteffModel]) -> None:

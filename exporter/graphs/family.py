@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import onnx
 
 from engines.manifest import Backbone as BackboneRecord
-from engines.manifest import Cost, Engine, Generation, Graph, Parity, Tokenizer, Variant
+from engines.manifest import Cost, Engine, Generation, Graph, LabelWords, Parity, Task, Tokenizer, Variant
 from exporter import parity, trace
-from exporter.backbone import Backbone
 from exporter.plans import Plan, PlannedGraph
 from exporter.weights import WeightsFile
 
@@ -22,10 +21,46 @@ REPORTED_LENGTH = 128  # the length at which FLOPs ratios are quoted
 Run = Callable[[parity.Arrays], list[np.ndarray]]
 
 
-class Family(ABC):
+class Described(Protocol):
+    """What a manifest says of a loaded model."""
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def model(self) -> Any: ...
+    @property
+    def max_length(self) -> int: ...
+    @property
+    def config(self) -> Any: ...
+    @property
+    def task(self) -> Task: ...
+    @property
+    def labels(self) -> list[str]: ...
+    @property
+    def pooling(self) -> object | None: ...
+    @property
+    def label_words(self) -> LabelWords | None: ...
+    @property
+    def input_names(self) -> tuple[str, ...]: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def params(self) -> int: ...
+    @property
+    def sha256(self) -> str: ...
+    @property
+    def tokenizer_json(self) -> str: ...
+
+
+Loaded = TypeVar("Loaded", bound=Described)
+
+
+class Family(ABC, Generic[Loaded]):
     """A loaded backbone and all its plan asks for. A method says how one graph is made and what it must compute."""
 
-    def __init__(self, plan: Plan, backbone: Backbone) -> None:
+    def __init__(self, plan: Plan, backbone: Loaded) -> None:
         self.plan = plan
         self.backbone = backbone
         self._expected: dict[str, tuple[parity.Arrays, list[np.ndarray]]] = {}
@@ -84,6 +119,9 @@ class Family(ABC):
             key=key,
         )
 
+    def check_weights(self, graphs: Sequence[Path]) -> None:
+        """Whatever a method promises of how its graphs, all of them written, share their weights; ValueError if not."""
+
     def check_engines(self, root: Path, engines: Mapping[str, Engine], runtime: Any) -> None:
         """Compare every engine with what PyTorch gave for its graph; ParityError if one differs."""
         graphs = {graph.name: graph for graph in self.plan.graphs()}
@@ -125,6 +163,9 @@ class Family(ABC):
         )
 
     # --- records for the manifest
+
+    def write_settings(self, folder: Path) -> None:
+        """Write to ``folder``, which there is not yet, what other tools want of the model; nothing by default."""
 
     def describe(self) -> BackboneRecord:
         """The backbone's entry."""

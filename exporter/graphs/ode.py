@@ -71,7 +71,7 @@ class Eager:
         return self.model.head(h, mask)[0] if step == last else self.heads[ratio].after(step)(h, mask)
 
 
-class OdeFamily(Family):
+class OdeFamily(Family[Backbone]):
     """One model, and the steps of every ratio of a plan."""
 
     def __init__(self, plan: OdePlan, backbone: Backbone, heads: Mapping[float, ExitHeads]) -> None:

@@ -28,7 +28,7 @@ TEMPLATE_RATIO, TEMPLATE_WIDTH = 2, 4
 PLUGINS = "variator.plugins."
 
 
-class VariatorFamily(Family):
+class VariatorFamily(Family[Backbone]):
     """A backbone and the plugins of every ratio of a plan."""
 
     def __init__(self, plan: Plan, backbone: Backbone, plugins: Mapping[float, Plugins]) -> None:

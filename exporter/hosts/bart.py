@@ -13,9 +13,13 @@ from exporter.hosts.host import Decoder, Host
 
 
 def _embed(stack: Any, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
-    """Of the encoder or the decoder."""
+    return embed(stack, input_ids)
+
+
+def embed(stack: Any, input_ids: Tensor, past: int = 0) -> Tensor:
+    """Of the encoder, or of the decoder after ``past`` other tokens."""
     # One row of positions for the whole batch; left alone, the module looks them up for every text.
-    position = torch.arange(input_ids.shape[1], device=input_ids.device)
+    position = torch.arange(input_ids.shape[1], device=input_ids.device) + past
     places = stack.embed_positions(input_ids, position_ids=position)
     out: Tensor = stack.layernorm_embedding(stack.embed_tokens(input_ids) + places)
     return out
@@ -36,7 +40,8 @@ def _norm(layer: Any, h: Tensor) -> Tensor:
     return out
 
 
-def _feed_forward(layer: Any, z: Tensor) -> Tensor:
+def feed_forward(layer: Any, z: Tensor) -> Tensor:
+    """Of a layer of the encoder or the decoder, without its norm."""
     out: Tensor = layer.fc2(layer.activation_fn(layer.fc1(z)))
     return out
 
@@ -59,7 +64,7 @@ def _score(model: Any, h: Tensor, bias: Tensor, prefix: Tensor, words: Tensor) -
         seen = _cross_attend(layer.encoder_attn, norm(state) if pre_norm else state, h, bias)
         state = state + seen if pre_norm else norm(state + seen)
         norm = layer.final_layer_norm
-        state = state + _feed_forward(layer, norm(state)) if pre_norm else norm(state + _feed_forward(layer, state))
+        state = state + feed_forward(layer, norm(state)) if pre_norm else norm(state + feed_forward(layer, state))
     last = decoder.layer_norm(state[:, -1]) if pre_norm else state[:, -1]
     rows = nn.functional.embedding(words, model.lm_head.weight)
     return nn.functional.linear(last, rows, model.final_logits_bias[0, words])
@@ -84,7 +89,7 @@ _bart_like = partial(
     layers=lambda encoder: encoder.layers,
     embed=_embed,
     attention=lambda layer: layer.self_attn,
-    feed_forward=_feed_forward,
+    feed_forward=feed_forward,
     decoder=_DECODER,
 )
 

@@ -30,16 +30,17 @@ def _feed_forward(layer: Any, z: Tensor) -> Tensor:
     return out
 
 
-def _position_buckets(encoder: Any) -> Tensor:
+def position_buckets(stack: Any) -> Tensor:
     """The row of the bias table for every distance from -D to D, [2D+1]; beyond D all distances share a row.
 
     Made once and not in the graph: it takes a logarithm whose last bit decides about a row, and a runtime may round
     otherwise than PyTorch.
     """
-    attention = encoder.block[0].layer[0].SelfAttention
+    attention = stack.block[0].layer[0].SelfAttention
     farthest = max(attention.relative_attention_max_distance, attention.relative_attention_num_buckets)
     buckets: Tensor = attention._relative_position_bucket(
         torch.arange(-farthest, farthest + 1),
+        bidirectional=not stack.is_decoder,
         num_buckets=attention.relative_attention_num_buckets,
         max_distance=attention.relative_attention_max_distance,
     )
@@ -84,7 +85,7 @@ HOSTS: dict[str, Host] = {
         enter=_enter,
         feed_forward=_feed_forward,
         close=lambda encoder, h: encoder.final_layer_norm(h),
-        position_buckets=_position_buckets,
+        position_buckets=position_buckets,
         attention_bias=_attention_bias,
         classes={"feature-extraction": "T5EncoderModel", "label-words": "T5ForConditionalGeneration"},
         decoder=Decoder(

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import groupby
 from typing import Any, Literal, get_args
 
 from compexport.errors import InputError, describe
@@ -23,6 +24,7 @@ Strategy = Literal["size-first", "speed-first"]
 STACKS: tuple[Stack, ...] = ("encoder", "decoder")
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 GRANULARITIES = (2, 3, 4, 6)
+USUAL_RATIOS = (1.5, 2, 3, 6)
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ class Assembly:
 
     def __str__(self) -> str:
         """Counts and sizes, fit for a name: ``e2x1+5x2-d2x6``."""
-        return "-".join(name[0] + "+".join(_runs(self.stack(name))) for name in STACKS)
+        return "-".join(name[0] + runs(self.stack(name)) for name in STACKS)
 
 
 def _whole(value: Any) -> int:
@@ -148,12 +150,9 @@ def _whole(value: Any) -> int:
     return int(value)
 
 
-def _runs(tiling: Tiling) -> Iterator[str]:
-    start = 0
-    for i in range(1, len(tiling) + 1):
-        if i == len(tiling) or tiling[i] != tiling[start]:
-            yield f"{i - start}x{tiling[start]}"
-            start = i
+def runs(tiling: Tiling) -> str:
+    """Counts and sizes of tiles, fit for a name: ``2x1+5x2``."""
+    return "+".join(f"{len(list(run))}x{size}" for size, run in groupby(tiling))
 
 
 def require_tiling(tiling: Tiling, layers: int, granularities: Tiling, origin: str) -> None:
@@ -262,6 +261,12 @@ def assembly_for_ratio(facts: ModularFacts, ratio: float, strategy: Strategy = "
     if strategy == "speed-first":
         return speed_first(facts, lambda assembly: assembly.layers, layers)
     return _size_first(facts, lambda assembly: assembly.layers, layers, "layers")
+
+
+def usual_ratios(facts: ModularFacts) -> list[float]:
+    """Those of the usual ratios that a base's layers can have."""
+    fewest = facts.encoder.counts[0] + facts.decoder.counts[0]
+    return [ratio for ratio in USUAL_RATIOS if ratio * fewest <= facts.base_layers]
 
 
 def _size_first(facts: ModularFacts, cost: Callable[[Assembly], float], budget: float, what: str) -> Assembly:

@@ -24,8 +24,8 @@ def new_cache(tiles: int, owner: object) -> EncoderDecoderCache:
 
 
 def owner_of(model: Any) -> object:
-    """Whose caches an assembled model takes."""
-    return getattr(model.get_decoder(), _OWNER)
+    """Whose caches an assembled model takes; None for any other model, which takes all."""
+    return getattr(model.get_decoder(), _OWNER, None)
 
 
 def guard_cache(decoder: nn.Module, tiles: int, owner: object, name: str) -> None:

@@ -5,13 +5,14 @@ from pathlib import Path
 from compexport.errors import InputError, describe
 from exporter.checkpoint import MethodCheckpoint
 from exporter.plans.costeff import CosteffPlan
+from exporter.plans.modular import ModularPlan, writes_from_text
 from exporter.plans.ode import OdePlan
 from exporter.plans.plan import Plan, PlannedGraph
 from exporter.plans.variator import VariatorPlan
 from exporter.sharing import may_share
 
 DEFAULT_METHOD = "variator"
-PLANS: dict[str, type[Plan]] = {plan.method: plan for plan in (VariatorPlan, CosteffPlan, OdePlan)}
+PLANS: dict[str, type[Plan]] = {plan.method: plan for plan in (VariatorPlan, CosteffPlan, ModularPlan, OdePlan)}
 
 
 def plan_of(folder: Path, method: str | None, checkpoint: MethodCheckpoint | None) -> type[Plan]:
@@ -19,12 +20,18 @@ def plan_of(folder: Path, method: str | None, checkpoint: MethodCheckpoint | Non
 
     InputError for a name that is no method's.
     """
-    fitting = OdePlan.method if may_share(folder) else DEFAULT_METHOD
-    named = method or (checkpoint.method if checkpoint is not None else fitting)
+    named = method or (checkpoint.method if checkpoint is not None else _fitting(folder))
     if named not in PLANS:
         what = f"{folder}: unknown method"
         raise InputError(describe(what, got=named, expected=" or ".join(PLANS), hint="upgrade compexport"))
     return PLANS[named]
+
+
+def _fitting(folder: Path) -> str:
+    """The method for a model that says nothing of one."""
+    if may_share(folder):
+        return OdePlan.method
+    return ModularPlan.method if writes_from_text(folder) else DEFAULT_METHOD
 
 
 __all__ = ["PLANS", "Plan", "PlannedGraph", "plan_of"]

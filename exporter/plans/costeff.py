@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from compexport.errors import InputError, describe
 from engines.manifest import ALL_EXITS, ENCODER, prefix_role, segment_role
@@ -85,7 +85,7 @@ class CosteffPlan(Plan):
             "part": [graph.kind, graph.first, graph.last],
         }
 
-    def load(self) -> Family:
+    def load(self) -> Family[Any]:
         from exporter.graphs.costeff import CosteffFamily
 
         return CosteffFamily.load(self)

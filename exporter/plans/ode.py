@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from compexport.errors import InputError, describe
 from engines.manifest import ALL_EXITS, DECODER, EMBED, ENCODER, HEAD, head_role, prefix_role, segment_role, step_role
@@ -162,7 +162,7 @@ class OdePlan(Plan):
         tensors = self.tensors_sha256(part.ratio) if part.kind != "whole" and self.trained(part.ratio) else None
         return {**common, "form": form, "steps": stepping.lists(), "tensors": tensors}
 
-    def load(self) -> Family:
+    def load(self) -> Family[Any]:
         from exporter.graphs.ode import OdeFamily
 
         return OdeFamily.load(self)

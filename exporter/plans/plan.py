@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from compexport.errors import InputError, describe
 from engines.manifest import Precision
@@ -67,7 +67,7 @@ class Plan(ABC):
         """What this graph is made from besides backbone, task and precision."""
 
     @abstractmethod
-    def load(self) -> Family:
+    def load(self) -> Family[Any]:
         """Load all that is planned; InputError as its loaders raise."""
 
     def roles(self, ratio: float) -> dict[str, str]:

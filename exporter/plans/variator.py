@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from engines.manifest import ENCODER
 from exporter.plans.plan import Plan, PlannedGraph
@@ -29,7 +29,7 @@ class VariatorPlan(Plan):
             "pad": self.checkpoint.pad if self.checkpoint else "masked",
         }
 
-    def load(self) -> Family:
+    def load(self) -> Family[Any]:
         from exporter.graphs.variator import VariatorFamily
 
         return VariatorFamily.load(self)

@@ -24,7 +24,7 @@ def family(task: str, answer: Answer, labels: Sequence[str] = (), ratios: Sequen
         f"variator-r{ratio}-fp32": SimpleNamespace(ratio=ratio, exits=None, is_stepper=False) for ratio in ratios
     }
 
-    def answers(variant: str, texts: Sequence[Any]) -> list[dict[str, Any]]:
+    def answers(variant: str, texts: Sequence[Any], settings: Any) -> list[dict[str, Any]]:
         return [answer(variant, text) for text in texts]
 
     manifest = SimpleNamespace(task=task, labels=list(labels), variants=variants)

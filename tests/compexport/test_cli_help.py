@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent
-COMMANDS = ["train", "import", "build", "bench", "evaluate", "select", "run", "inspect", "verify", "demo"]
+COMMANDS = ["train", "import", "build", "bench", "evaluate", "select", "run", "inspect", "export", "verify", "demo"]
 
 
 def help_page(command: str | None) -> str:

@@ -47,7 +47,7 @@ def test_a_built_decoder_writes_as_its_model(decoder: Bundle, tiny: Callable[...
     ends = decoder.manifest.generation.eos_ids
     with Runtime(decoder, threads=1) as runtime:
         found = runtime(TEXTS, max_new_tokens=10, ratio=1)
-        tokens = [one.encoding.ids for one in runtime._text_encoder().encode(TEXTS)]
+        tokens = [one.encoding.ids for one in runtime._opening.encoder().encode(TEXTS)]
         halves = runtime(TEXTS, max_new_tokens=10, ratio=2)
     for result, ids in zip(found, tokens, strict=True):
         wanted: list[int] = []

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.anytime import Aftercare, Margin, chunk_end_s
+from engines.anytime import Aftercare, Margin, OwnPace, chunk_end_s
 
 
 def test_one_chunk_has_all_the_time() -> None:
@@ -80,3 +80,11 @@ def test_the_margin_has_two_ends() -> None:
     for _ in range(10_000):
         margin.observe(late=False)
     assert margin.share == 0.0
+
+
+def test_a_generation_goes_by_its_slowest_step_of_late() -> None:
+    times = iter([0.0, 2.0, 3.0, *(3.0 + 0.5 * step for step in range(1, 9))])
+    pace = OwnPace(lambda: next(times))
+    assert [pace(1, 4), pace(1, 5), pace(1, 6)] == [0.0, 2000.0, 2000.0], "of the first step nothing is known"
+    later = [pace(1, 7 + step) for step in range(8)]
+    assert later[5:] == [2000.0, 1000.0, 500.0], "what is eight steps ago is forgotten"

@@ -21,8 +21,9 @@ from compexport.errors import BundleError, CompexportError, InputError
 from engines.bundle import Bundle
 from engines.manifest import Manifest, TensorSpec
 from engines.results import BatchResult, Result
-from engines.runtime import OpenSession, Runtime
+from engines.runtime import Runtime
 from engines.selector import Correction
+from engines.session import OpenSession
 from engines.text import Text
 from tests.engines.test_text import ALL_INPUTS, save_tokenizer
 
@@ -197,7 +198,7 @@ def make_runtime(folder: Path) -> MakeRuntime:
 
 
 def backend_of(runtime: Runtime) -> FakeBackend:
-    return cast(FakeBackend, runtime._backend)
+    return cast(FakeBackend, runtime._opening.backend)
 
 
 def run_in_threads(work: Callable[[int], None], count: int) -> None:

@@ -246,7 +246,7 @@ def test_the_correction_makes_the_clock_strict(open_runtime: Open) -> None:
 @pytest.mark.parametrize(("share", "budget_ms", "why"), [(0.0, 1.5e5, "last"), (0.5, 1.5e5, "out of time")])
 def test_the_margin_makes_the_clock_strict(open_runtime: Open, share: float, budget_ms: float, why: str) -> None:
     runtime = open_runtime(profile(later_ms=1e5))
-    runtime._margin.share = share
+    runtime._anytime.margin.share = share
     assert {one for _, one in exits_of(runtime, variant=R1, budget_ms=budget_ms)} == {why}
 
 
@@ -254,7 +254,7 @@ def test_the_margin_learns_from_what_could_have_ended_earlier(
     open_runtime: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runtime, seen = open_runtime(profile(later_ms=1e6)), []
-    monkeypatch.setattr(runtime._margin, "observe", lambda late: seen.append(late))
+    monkeypatch.setattr(runtime._anytime.margin, "observe", lambda late: seen.append(late))
     exits_of(runtime, variant=R1)
     exits_of(runtime, variant=R1, budget_ms=1e3)  # stops at once
     assert seen == []
@@ -263,7 +263,7 @@ def test_the_margin_learns_from_what_could_have_ended_earlier(
     # As if the last segment, which was to take no time, had taken all there was.
     runtime.members._bundle.save_profile(profile()["device"], profile())
     slow = Runtime(runtime.bundle, threads=1)
-    monkeypatch.setattr(slow._margin, "observe", lambda late: seen.append(late))
+    monkeypatch.setattr(slow._anytime.margin, "observe", lambda late: seen.append(late))
     monkeypatch.setattr(Deadline, "allows", lambda *_: True)
     exits_of(slow, variant=R1, budget_ms=1e-3)
     assert seen == [False, True]
@@ -290,7 +290,7 @@ def test_without_measured_segments_a_budget_is_not_kept_but_said(
     assert f"{R1}: its segments were not measured" in caplog.text and "compexport bench" in caplog.text
     said = [record.getMessage().partition(":")[0] for record in caplog.records if "segments" in record.getMessage()]
     assert said == [R1, R4], "once for each engine"
-    assert runtime._margin.share == 0.0, "no earlier end would have mended it"
+    assert runtime._anytime.margin.share == 0.0, "no earlier end would have mended it"
 
 
 # --- the rest -----------------------------------------------------------------------------------------------------

@@ -154,6 +154,7 @@ def test_the_document_has_its_keys() -> None:
     assert document["candidates"][0] == {
         "variant": "r1",
         "predicted_ms": 8.0,
+        "usual_ms": 4.0,
         "quality": 0.95,
         "verdict": "needs 8.00 ms, 6.50 ms left",
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ from calib.quality import evaluate
 from compexport import api, latency
 from compexport.errors import InputError
 from engines.bundle import Bundle
+from engines.generate import Generated
+from engines.lengths import Expected
 from engines.points import is_part, is_segment, is_token, token_name, variant_of
-from engines.profile import Profile
+from engines.profile import Prediction, Profile
 from engines.runtime import Runtime
 from engines.sampling import Sampling
 from engines.selector import Quality
-from engines.writing import Writing, next_token_scores, predict_writing, writing_for
+from engines.writing import next_token_scores
+from engines.writing_time import WritingTimes
 from tests.engines.decoders import EOS, NAMES, PAD, POSITIONS, make_bundle, model
 from tests.engines.steps import make_bundle as make_step_bundle
 
@@ -115,11 +119,13 @@ def test_other_tasks_write_nothing(tmp_path: Path) -> None:
     with Runtime(make_step_bundle(tmp_path / "bundle", with_exits=False)) as runtime:
         with pytest.raises(InputError, match="max_new_tokens is for bundles that write text: got the task sequence-c"):
             runtime("a film", max_new_tokens=3)
-        with pytest.raises(InputError, match="writes no text"):
-            runtime.generator(runtime.variants[0])
-    with pytest.raises(InputError, match="sampling is for bundles"):
-        writing_for("question-answering", None, SAMPLING)
-    assert writing_for("text-generation", None, None) == Writing(32)
+        with pytest.raises(InputError, match="temperature is for bundles"):
+            runtime("a film", sampling=SAMPLING)
+        with pytest.raises(InputError, match="num_beams is for bundles"):
+            runtime("a film", settings={"num_beams": 2})
+        for write in (runtime.generator, runtime.stream):
+            with pytest.raises(InputError, match="writes no text"):
+                write(runtime.variants[0])
 
 
 # --- time -------------------------------------------------------------------------------------------------------------
@@ -129,6 +135,10 @@ def test_names_of_what_is_measured() -> None:
     assert token_name(R1) == f"{R1}/token" and variant_of(token_name(R1)) == R1 == variant_of(R1)
     assert is_part(token_name(R1)) and is_token(token_name(R1)) and not is_segment(token_name(R1))
     assert not is_token(R1) and not is_part(R1)
+
+
+def predict_writing(profile: Profile, shapes: list[tuple[int, int]], tokens: int) -> Mapping[str, Prediction]:
+    return WritingTimes(profile).writing(shapes, [Expected.at_most(tokens)] * len(shapes))
 
 
 def test_writing_takes_the_prompt_and_every_later_token() -> None:
@@ -170,7 +180,7 @@ def test_what_is_as_good_and_faster_is_open_before_the_clock_starts(
     predict, opened = runtime._predict, []
 
     def seen(*given: Any) -> Any:
-        opened.extend(runtime._sessions)
+        opened.extend(runtime._opening.is_open)
         return predict(*given)
 
     monkeypatch.setattr(runtime, "_predict", seen)
@@ -183,8 +193,8 @@ def test_texts_that_end_early_do_not_make_the_machine_look_fast(
     runtime: Runtime, lengths: tuple[int, ...], learns: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runtime.members.profile = measured({R1: 1e6})
-    answers = [{"text": "", "tokens": [1] * length, "why": "eos"} for length in lengths]
-    monkeypatch.setattr("engines.runtime.write", lambda *_: answers)
+    written = [Generated([1] * length, "eos") for length in lengths]
+    monkeypatch.setattr(runtime.generator(R1), "generate", lambda *_, **__: written)
     runtime(["Once upon", "a time"], variant=R1, max_new_tokens=4)
     assert (runtime.correction.factor(R1) < 1.0) is learns
 
@@ -226,7 +236,7 @@ def _require_right_scores(accuracy: float, perplexity: float, texts: list[str], 
 
 
 def test_scores_do_not_depend_on_how_many_rows_fit(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder, generator = runtime._text_encoder(), runtime.generator(R2)
+    encoder, generator = runtime._opening.encoder(), runtime.generator(R2)
     encoded = encoder.encode(TEXTS)
     at_once = next_token_scores(generator, encoder, encoded)
     monkeypatch.setattr("engines.writing.ROOM_BYTES", 1)
@@ -243,7 +253,7 @@ def test_only_one_token_each_cannot_be_scored(runtime: Runtime) -> None:
 
 
 def test_feeds_are_padded_on_the_left(runtime: Runtime) -> None:
-    encoder = runtime._text_encoder()
+    encoder = runtime._opening.encoder()
     feeds = encoder.feeds(encoder.encode(["ab", "a"]))
     assert feeds["attention_mask"].tolist() == [[1, 1], [0, 1]]
     assert feeds["input_ids"][1, 0] == PAD and feeds["input_ids"][1, 1] == feeds["input_ids"][0, 0]

@@ -15,6 +15,7 @@ from safetensors.torch import save
 from exporter import family, trace
 from exporter.backbone import Backbone, load_backbone
 from exporter.checkpoint import save_checkpoint
+from exporter.hosts.tiles import TileHost
 from exporter.methods.span import SpanPlugins
 from exporter.methods.variator import VariatorModel, VariatorPlugins
 
@@ -44,7 +45,7 @@ class Traces:
         self, module: Any, inputs: Sequence[trace.TracedInput], output_names: Sequence[str]
     ) -> onnx.ModelProto:
         """The same for ``trace.onnx_from_inputs``."""
-        plain = [(name, value) for name, value in vars(module).items() if isinstance(value, int | str)]
+        plain = [(name, value) for name, value in vars(module).items() if isinstance(value, int | str | TileHost)]
         key = (*_identity(module), *plain, *inputs)
         return self._remembered(key, lambda: self._trace(module, inputs, output_names))
 

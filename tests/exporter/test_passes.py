@@ -210,3 +210,65 @@ def test_a_later_part_takes_rows_of_its_state_and_mask() -> None:
     rows = np.array([2, 0])
     (got,) = session.run(None, {"previous": state, "attention_mask": mask, "rows": rows})
     np.testing.assert_array_equal(got, state[rows] * np.float32([2, 3, 4]) + mask[rows][:, :, None].astype(np.float32))
+
+
+# --- pieces of encoders and decoders --------------------------------------------------------------------------------
+
+
+def run(model: onnx.ModelProto, **feeds: np.ndarray) -> list[np.ndarray]:
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    outputs: list[np.ndarray] = session.run(None, feeds)
+    return outputs
+
+
+def test_reshapes_keep_their_first_axes_without_computing_them() -> None:
+    model = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 20]>
+        split (float[b, s, 6] x) => (float[b, s, 2, 3] y, float[6, t] z)
+        <int64[1] two = {2}, int64[1] three = {3}, int64[1] six = {6}, int64[1] rest = {-1}>
+        {
+            batch = Shape<start = 0, end = 1>(x)
+            length = Shape<start = 1, end = 2>(x)
+            shape = Concat<axis = 0>(batch, length, two, three)
+            y = Reshape<allowzero = 1>(x, shape)
+            other = Concat<axis = 0>(six, rest)
+            z = Reshape(x, other)
+        }
+    """)
+    x = np.arange(24, dtype=np.float32).reshape(2, 2, 6)
+    before = run(model, x=x)
+    after = passes.with_kept_axes(model)
+    assert [node.op_type for node in after.graph.node] == ["Reshape", "Concat", "Reshape"]
+    onnx.checker.check_model(after, full_check=True)
+    for expected, got in zip(before, run(after, x=x), strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_biases_of_zeros_are_left_out() -> None:
+    model = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 20]>
+        product (float[2, 2] x) => (float[2, 2] y)
+        <float[2, 2] w = {1, 2, 3, 4}, float[2] none = {0, 0}, float[2] some = {0, 1}>
+        { h = Gemm<transB = 1>(x, w, none)
+          y = Gemm<transB = 1>(h, w, some) }
+    """)
+    x = np.eye(2, dtype=np.float32)
+    before = run(model, x=x)
+    passes.without_zero_bias(model)
+    assert [list(node.input) for node in model.graph.node] == [["x", "w"], ["h", "w", "some"]]
+    assert [tensor.name for tensor in model.graph.initializer] == ["w", "some"]
+    np.testing.assert_array_equal(run(model, x=x), before)
+
+
+def test_names_of_tensors_and_axes() -> None:
+    model = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 20]>
+        sum (float[a] x) => (float[a] y)
+        <float[1] first = {1}, float[1] second = {1}>
+        { h = Add(x, first)
+          y = Add(h, second) }
+    """)
+    passes.with_axis(passes.with_names(model, {"first": "one", "second": "one"}), ["y"], 0, "length")
+    assert [tensor.name for tensor in model.graph.initializer] == ["one"]
+    assert model.graph.output[0].type.tensor_type.shape.dim[0].dim_param == "length"
+    np.testing.assert_array_equal(run(model, x=np.zeros(2, np.float32))[0], [2, 2])

@@ -1,0 +1,87 @@
+"""``compexport build --strategy``, ``--assemblies`` and ``--pairs``: which assemblies of a modular model are built."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compexport.errors import InputError, describe
+
+if TYPE_CHECKING:
+    from exporter.checkpoint import MethodCheckpoint
+    from exporter.methods.assembly import Assembly, Strategy
+
+_EXPECTED = 'a JSON file, {"name": {"encoder": [tile sizes], "decoder": [tile sizes]}}, or names with commas'
+
+
+def plan_options(
+    checkpoint: MethodCheckpoint | None, strategy: str | None, more: str | Path | None, pairs: bool
+) -> dict[str, Any]:
+    """Options of the method's plan; InputError for a strategy or assemblies that there are not."""
+    named = {} if more is None else named_assemblies(checkpoint, more)
+    return {"strategy": _strategy(strategy), "named": named, "pairs": pairs}
+
+
+def _strategy(name: str | None) -> Strategy:
+    from exporter.methods.assembly import STRATEGIES
+
+    if name is None:
+        return "speed-first"
+    for known in STRATEGIES:
+        if name == known:
+            return known
+    raise InputError(describe("--strategy", got=repr(name), expected=" or ".join(STRATEGIES)))
+
+
+def named_assemblies(checkpoint: MethodCheckpoint | None, more: str | Path) -> dict[str, Assembly]:
+    """Those of a file, or those of the checkpoint that are named; whether they fit the model says the plan."""
+    from exporter.methods.assembly import Assembly
+
+    if Path(more).is_file():
+        return {name: Assembly.from_document(one, f"{more}: {name}") for name, one in _read(Path(more)).items()}
+    known = _of_checkpoint(checkpoint)
+    names = [name.strip() for name in str(more).split(",")]
+    missing = [name for name in names if name not in known]
+    if missing:
+        has = f"the checkpoint has {', '.join(known)}" if known else "the checkpoint has none by name"
+        raise InputError(describe(f"--assemblies {more}", got=repr(missing[0]), expected=_EXPECTED, hint=has))
+    return {name: known[name] for name in names}
+
+
+def _of_checkpoint(checkpoint: MethodCheckpoint | None) -> Mapping[str, Assembly]:
+    from exporter.methods.modular_settings import METHOD, ModularSettings
+
+    if checkpoint is None or checkpoint.method != METHOD:
+        return {}
+    return ModularSettings.of(checkpoint).assemblies
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(describe(f"--assemblies {path}: unreadable", got=error, expected="JSON")) from error
+    if not isinstance(document, dict) or not document:
+        raise InputError(describe(f"--assemblies {path}", got=type(document).__name__, expected=_EXPECTED))
+    return document
+
+
+def usual_ratios(model: str | Path, checkpoint: MethodCheckpoint | None) -> list[float]:
+    """The ratios that were measured after training, else the usual ones that the model's layers allow."""
+    from exporter.checkpoint import plain_ratio
+    from exporter.methods.assembly import usual_ratios
+    from exporter.plans.modular import ModularPlan
+
+    measured = checkpoint.settings.get("training", {}).get("ratios") if checkpoint is not None else None
+    if isinstance(measured, list) and measured:
+        return [plain_ratio(ratio) for ratio in measured]
+    return usual_ratios(ModularPlan(Path(model), (1,), checkpoint).facts_of_base)
+
+
+def require_no_data(data: object) -> None:
+    """InputError where data are given, of which ``build`` learns nothing for this method."""
+    if data is not None:
+        hint = "modules are trained by `compexport train modular`"
+        raise InputError(describe("--data", got="the method modular", expected="none", hint=hint))
