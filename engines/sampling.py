@@ -22,6 +22,7 @@ Array = npt.NDArray[Any]
 Tokens = npt.NDArray[np.int64]
 
 EOS, LENGTH, BUDGET = "eos", "length", "budget"
+USUALLY_ENOUGH = 256  # tokens to find a nucleus among; all are sorted where it is wider
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +113,22 @@ def probabilities(logits: Array, sampling: Sampling) -> npt.NDArray[np.float64]:
 
 def _nucleus(shares: npt.NDArray[np.float64], top_p: float) -> npt.NDArray[np.float64]:
     """The likeliest tokens up to the one with which they add up to ``top_p``, renormalised; the others 0."""
-    order = np.argsort(-shares, axis=-1, kind="stable")
-    ordered = np.take_along_axis(shares, order, axis=-1)
-    needed = np.cumsum(ordered, axis=-1) - ordered < top_p
     kept = np.zeros_like(shares)
-    np.put_along_axis(kept, order, np.where(needed, ordered, 0.0), axis=-1)
+    for row, into in zip(shares, kept, strict=True):
+        order, sums = _likeliest_first(row, largest(row, USUALLY_ENOUGH))
+        if sums[-1] < top_p:
+            order, sums = _likeliest_first(row, np.arange(len(row)))
+        needed = order[sums - row[order] < top_p]
+        into[needed] = row[needed]
     return np.asarray(kept / kept.sum(axis=-1, keepdims=True))
+
+
+def _likeliest_first(
+    shares: npt.NDArray[np.float64], places: Tokens
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """``places``, ascending, of [V] sorted by their shares, and the sums of these so far."""
+    order = places[np.argsort(-shares[places], kind="stable")]
+    return order, np.cumsum(shares[order])
 
 
 def drawn(shares: npt.NDArray[np.float64], uniform: npt.NDArray[np.float64]) -> Tokens:

@@ -7,7 +7,7 @@ import pytest
 
 from compexport.errors import InputError
 from engines.largest import largest
-from engines.sampling import EOS, GREEDY, LENGTH, Sampler, Sampling, Stop, drawn, probabilities
+from engines.sampling import EOS, GREEDY, LENGTH, USUALLY_ENOUGH, Sampler, Sampling, Stop, drawn, probabilities
 
 LOGITS = np.random.default_rng(0).normal(size=(5, 50)).astype(np.float32) * 3
 
@@ -116,3 +116,19 @@ def test_the_largest_are_those_that_sorting_finds(size: int, count: int) -> None
         values[random.random(size) < 0.3] = -np.inf
         wanted = np.flatnonzero(values >= np.sort(values)[::-1][min(count, size) - 1])
         assert largest(values, count).tolist() == wanted.tolist()
+
+
+def test_a_nucleus_may_be_wide() -> None:
+    """Wider than what is looked through first, and narrower: as sorting all tokens finds it."""
+    random = np.random.default_rng(0)
+    logits = np.stack([random.normal(size=3000), random.normal(size=3000) * 12])
+    whole = probabilities(logits, Sampling(1.0))
+    for top_p in (0.1, 0.5, 0.9, 0.999, 1.0 - 1e-12):
+        found = probabilities(logits, Sampling(1.0, top_p=top_p))
+        for row, shares in zip(found, whole, strict=True):
+            ordered = np.sort(shares)[::-1]
+            count = int((np.cumsum(ordered) - ordered < top_p).sum())
+            assert np.flatnonzero(row).tolist() == np.sort(np.argsort(-shares)[:count]).tolist()
+            np.testing.assert_allclose(row[row > 0], shares[row > 0] / ordered[:count].sum(), rtol=1e-9)
+    widths = (probabilities(logits, Sampling(1.0, top_p=0.9)) > 0).sum(axis=1)
+    assert widths[1] < USUALLY_ENOUGH < widths[0]
