@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from compexport.errors import InputError, describe
+from engines.largest import largest
 from engines.profile import check_count
+from engines.sampling import Array, Tokens, among
 
-Array = npt.NDArray[Any]
-Tokens = npt.NDArray[np.int64]
 Scores = npt.NDArray[np.float32]
 
 UNLIKELY = np.float32(-1e9)  # the score of a beam that nothing should be made of
@@ -91,18 +91,19 @@ class BeamSearch:
         """Which of the batch's rows each row of ``history`` belongs to."""
         return np.repeat(self.rows, self._beams.num_beams) if self.count else self.rows
 
-    def advance(self, log_probabilities: Scores) -> tuple[Tokens, Tokens]:
-        """Add a token to every beam, as ``log_probabilities`` [as ``history``, V] say, and drop rows that are done.
+    def advance(self, scores: Array, norms: Scores) -> tuple[Tokens, Tokens]:
+        """Add a token to every beam, and drop rows that are done.
 
-        Returns the new tokens [R · N] of rows that stay, and for each which row of ``log_probabilities`` it follows.
+        Its log probability is its score, of ``scores`` [as ``history``, V], less that row's of ``norms``. Returns the
+        new tokens [R · N] of rows that stay, and for each which row of ``scores`` it follows.
         """
         beams = self._beams.num_beams
         first = self.count == 0
-        scores, parents, tokens = self._best(log_probabilities.reshape(len(self.rows), -1, log_probabilities.shape[-1]))
+        summed, parents, tokens = self._best(scores, norms)
         self.count += 1
-        ends = np.isin(tokens, self._eos) | (self.count >= self._limits)[:, None]
-        self._collect(scores, parents, tokens, ends)
-        running = scores + np.where(ends, UNLIKELY, np.float32(0.0))
+        ends = among(tokens, self._eos) | (self.count >= self._limits)[:, None]
+        self._collect(summed, parents, tokens, ends)
+        running = summed + np.where(ends, UNLIKELY, np.float32(0.0))
         order = np.argsort(-running, axis=1, kind="stable")[:, :beams]
         self._scores = np.take_along_axis(running, order, 1)
         parents, tokens = np.take_along_axis(parents, order, 1), np.take_along_axis(tokens, order, 1)
@@ -127,15 +128,18 @@ class BeamSearch:
         """What was asked for of a row, best first."""
         return self.found[row][: self._beams.num_return_sequences]
 
-    def _best(self, log_probabilities: Scores) -> tuple[Scores, Tokens, Tokens]:
-        """Of [R, N, V] (or [R, 1, V], the same for every beam) the best candidates [R, C]: score, beam, token."""
-        beams, vocabulary = self._scores.shape[1], log_probabilities.shape[-1]
-        summed = (log_probabilities + self._scores[:, :, None]).reshape(len(self.rows), beams * vocabulary)
-        places = np.argpartition(summed, -self._candidates, axis=1)[:, -self._candidates :]
-        scores = np.take_along_axis(summed, places, 1)
-        order = np.lexsort((places, -scores), axis=1)
-        places, scores = np.take_along_axis(places, order, 1), np.take_along_axis(scores, order, 1)
-        return scores, places // vocabulary, places % vocabulary
+    def _best(self, scores: Array, norms: Scores) -> tuple[Scores, Tokens, Tokens]:
+        """Of all beams' tokens the best candidates [R, C] of each row: summed log probability, beam, token."""
+        rows, beams = self._scores.shape
+        width = min(self._candidates, scores.shape[-1])
+        tokens = np.stack([_first(one, width) for one in scores])
+        values = np.take_along_axis(scores, tokens, 1) - norms[:, None]
+        # What is one beam at first is the same for all.
+        shape = (rows, beams, width)
+        tokens = np.broadcast_to(tokens.reshape(rows, -1, width), shape).reshape(rows, -1)
+        summed = (values.reshape(rows, -1, width) + self._scores[:, :, None]).reshape(rows, -1)
+        order = np.argsort(-summed, axis=1, kind="stable")[:, : self._candidates]
+        return np.take_along_axis(summed, order, 1), order // width, np.take_along_axis(tokens, order, 1)
 
     def _collect(self, scores: Scores, parents: Tokens, tokens: Tokens, ends: npt.NDArray[np.bool_]) -> None:
         """Those of the N best candidates that end are whole texts; those behind them were only there to go on."""
@@ -143,7 +147,7 @@ class BeamSearch:
         for at, place in np.argwhere(ends[:, : self._beams.num_beams]):
             token = tokens[at, place]
             text = np.append(self._texts[at, parents[at, place]], token)
-            self._add(self.rows[at], text, scores[at, place], ended=bool(np.isin(token, self._eos)))
+            self._add(self.rows[at], text, scores[at, place], ended=bool((token == self._eos).any()))
             changed.add(self.rows[at])
         for row in changed:
             self._keep_best(row)
@@ -171,7 +175,19 @@ class BeamSearch:
         return np.asarray(self._improvable & open_ & ~ends.all(axis=1))
 
 
-def log_softmax(logits: Array) -> Scores:
-    """[K, V] -> [K, V], float32."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)), np.float32)
+def log_norms(logits: Array) -> Scores:
+    """[K, V] -> [K]: what logits are more than log probabilities; not finite where one of a row is NaN or infinity."""
+    # Row by row, which stays in the processor's cache.
+    return np.array([_log_norm(row) for row in logits], np.float32)
+
+
+def _log_norm(row: Array) -> np.float32:
+    most = row.max()
+    shifted = row - most
+    return np.float32(most + np.log(np.exp(shifted, out=shifted).sum()))
+
+
+def _first(row: Array, count: int) -> Tokens:
+    """Places of the ``count`` largest of a row, the largest first; of equal ones the first."""
+    found = largest(row, count)
+    return np.asarray(found[np.argsort(-row[found], kind="stable")[:count]])

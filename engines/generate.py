@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from compexport.errors import InputError, describe
+from compexport.errors import CompexportError, InputError, describe
 from engines.answers import not_finite
-from engines.beam import BeamSearch, Hypothesis, log_softmax
+from engines.beam import BeamSearch, Hypothesis, log_norms
 from engines.logit_rules import Ruling
 from engines.manifest import Generation
 from engines.options import Options, options_for
@@ -217,12 +217,14 @@ class Generator(ABC):
         _, limits, ruling = self._ends(begun, options)
         search = BeamSearch(options.beams, self.generation.eos_ids, begun.history, limits)
         while True:
-            self._require_finite(last, search.owners, np.ones(len(last), bool))
-            scores = log_softmax(last)
-            if ruling is not None:
-                scores = ruling.apply(scores, search.history, search.owners, search.count)
-                self._require_choice(scores, np.ones(len(scores), bool))
-            tokens, parents = search.advance(scores)
+            norms = log_norms(last)
+            if not np.isfinite(norms).all():
+                raise self._not_finite(search.owners[~np.isfinite(norms)])
+            if ruling is not None:  # which act on log probabilities
+                last = ruling.apply(last - norms[:, None], search.history, search.owners, search.count)
+                self._require_choice(last, np.ones(len(last), bool))
+                norms = np.zeros_like(norms)
+            tokens, parents = search.advance(last, norms)
             if not len(tokens) or (deadline is not None and not deadline.allows(len(tokens), search.length - 1)):
                 break
             state = self._take(state, parents)
@@ -258,7 +260,12 @@ class Generator(ABC):
         """What a row that is at its end reads is padding, and what follows from that nobody asked."""
         broken = going & ~np.isfinite(last).all(axis=1)
         if broken.any():
-            raise not_finite(f"{self.name}: logits hold", got=f"row {', '.join(map(str, inside[broken][:5]))}")
+            raise self._not_finite(inside[broken])
+
+    def _not_finite(self, rows: Tokens) -> CompexportError:
+        return not_finite(
+            f"{self.name}: logits hold", got=f"row {', '.join(map(str, dict.fromkeys(rows[:5].tolist())))}"
+        )
 
     def _require_choice(self, scores: Array, going: npt.NDArray[np.bool_]) -> None:
         if np.isneginf(scores[going].max(axis=1)).any():

@@ -9,15 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from compexport.errors import InputError, describe
-
-Array = npt.NDArray[Any]
-Tokens = npt.NDArray[np.int64]
+from engines.sampling import Array, Tokens
 
 NOTHING = -1  # stands in a history where a row has no token
 

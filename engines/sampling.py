@@ -15,12 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from compexport.errors import InputError, describe
+from engines.largest import largest
 from engines.profile import check_count
 
 Array = npt.NDArray[Any]
 Tokens = npt.NDArray[np.int64]
 
 EOS, LENGTH, BUDGET = "eos", "length", "budget"
+USUALLY_ENOUGH = 256  # tokens to find a nucleus among; all are sorted where it is wider
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +79,15 @@ class Sampler:
         """[B, V] -> [B]; of equally likely tokens the first."""
         if not self.sampling.draws:
             return np.asarray(logits.argmax(axis=-1), dtype=np.int64)
-        shares = probabilities(logits, self.sampling)
-        return drawn(shares, np.array([stream.random() for stream in self._streams]))
+        uniform = np.array([stream.random() for stream in self._streams])
+        top_k = self.sampling.top_k
+        if top_k is None:
+            return drawn(probabilities(logits, self.sampling), uniform)
+        # Of these alone, which takes a tenth of the time.
+        places = [largest(row, top_k) for row in logits]
+        pairs = zip(logits, places, uniform, strict=True)
+        found = [at[drawn(probabilities(row[None, at], self.sampling), one[None])[0]] for row, at, one in pairs]
+        return np.array(found, np.int64)
 
     def keep(self, rows: Tokens) -> None:
         """Go on with these rows only, numbered as in the last call."""
@@ -104,12 +113,22 @@ def probabilities(logits: Array, sampling: Sampling) -> npt.NDArray[np.float64]:
 
 def _nucleus(shares: npt.NDArray[np.float64], top_p: float) -> npt.NDArray[np.float64]:
     """The likeliest tokens up to the one with which they add up to ``top_p``, renormalised; the others 0."""
-    order = np.argsort(-shares, axis=-1, kind="stable")
-    ordered = np.take_along_axis(shares, order, axis=-1)
-    needed = np.cumsum(ordered, axis=-1) - ordered < top_p
     kept = np.zeros_like(shares)
-    np.put_along_axis(kept, order, np.where(needed, ordered, 0.0), axis=-1)
+    for row, into in zip(shares, kept, strict=True):
+        order, sums = _likeliest_first(row, largest(row, USUALLY_ENOUGH))
+        if sums[-1] < top_p:
+            order, sums = _likeliest_first(row, np.arange(len(row)))
+        needed = order[sums - row[order] < top_p]
+        into[needed] = row[needed]
     return np.asarray(kept / kept.sum(axis=-1, keepdims=True))
+
+
+def _likeliest_first(
+    shares: npt.NDArray[np.float64], places: Tokens
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """``places``, ascending, of [V] sorted by their shares, and the sums of these so far."""
+    order = places[np.argsort(-shares[places], kind="stable")]
+    return order, np.cumsum(shares[order])
 
 
 def drawn(shares: npt.NDArray[np.float64], uniform: npt.NDArray[np.float64]) -> Tokens:
@@ -120,6 +139,11 @@ def drawn(shares: npt.NDArray[np.float64], uniform: npt.NDArray[np.float64]) -> 
     wanted = np.minimum(uniform * total, np.nextafter(total, 0.0))
     found = (below <= wanted[:, None]).sum(axis=-1)
     return np.asarray(found, dtype=np.int64)
+
+
+def among(tokens: Tokens, ids: Sequence[int] | Tokens) -> npt.NDArray[np.bool_]:
+    """Which tokens are one of a few ``ids``: ``np.isin``, at a fifth of its time for so few."""
+    return np.asarray((tokens[..., None] == np.asarray(ids, np.int64)).any(axis=-1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,5 +172,5 @@ class Stop:
 
     def ends(self, tokens: Tokens, count: int, limits: Tokens) -> list[str | None]:
         """Why each row ends with its ``count``-th token, of ``tokens`` [B]; None where it goes on."""
-        at_eos = np.isin(tokens, self.eos_ids)
+        at_eos = among(tokens, self.eos_ids)
         return [EOS if eos else LENGTH if full else None for eos, full in zip(at_eos, count >= limits, strict=True)]

@@ -102,7 +102,7 @@ def test_tables_of_other_commands_do_not_matter_but_are_checked(
         ("[build]\nrato = 2\n", "[build] has an unknown option: got rato; did you mean ratio?"),
         ("[bulid]\nratio = 2\n", "unknown table: got [bulid]; did you mean [build]?"),
         ("[zzz]\n", "unknown table: got [zzz], expected one of bench, build, demo"),
-        ("[build]\nqqqq = 2\n", "[build] has an unknown option: got qqqq, expected one of assemblies"),
+        ("[build]\nqqqq = 2\n", "[build] has an unknown option: got qqqq, expected one of assemblies, backend"),
         ("[build]\nratio = true\n", "[build] ratio: got true, expected a number or a string or a list, each a number"),
         ("[build]\nseed = 1.5\n", "[build] seed: got 1.5, expected a whole number"),
         ("[build]\nseed = true\n", "[build] seed: got true, expected a whole number"),

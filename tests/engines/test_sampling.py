@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from compexport.errors import InputError
-from engines.sampling import EOS, GREEDY, LENGTH, Sampler, Sampling, Stop, drawn, probabilities
+from engines.largest import largest
+from engines.sampling import EOS, GREEDY, LENGTH, USUALLY_ENOUGH, Sampler, Sampling, Stop, drawn, probabilities
 
 LOGITS = np.random.default_rng(0).normal(size=(5, 50)).astype(np.float32) * 3
 
@@ -99,3 +100,35 @@ def test_a_length_is_a_whole_number(length: float) -> None:
 def test_what_makes_no_sense(changes: dict[str, float], match: str) -> None:
     with pytest.raises(InputError, match=match):
         Sampling(**changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [1, 7, 90, 2047, 2048, 5000, 32128])
+@pytest.mark.parametrize("count", [1, 6, 50, 600])
+def test_the_largest_are_those_that_sorting_finds(size: int, count: int) -> None:
+    random = np.random.default_rng(size)
+    for values in (
+        random.normal(size=size),
+        random.integers(0, 9, size),
+        np.full(size, -np.inf),
+        np.arange(size)[::-1],
+    ):
+        values = values.astype(np.float32)
+        values[random.random(size) < 0.3] = -np.inf
+        wanted = np.flatnonzero(values >= np.sort(values)[::-1][min(count, size) - 1])
+        assert largest(values, count).tolist() == wanted.tolist()
+
+
+def test_a_nucleus_may_be_wide() -> None:
+    """Wider than what is looked through first, and narrower: as sorting all tokens finds it."""
+    random = np.random.default_rng(0)
+    logits = np.stack([random.normal(size=3000), random.normal(size=3000) * 12])
+    whole = probabilities(logits, Sampling(1.0))
+    for top_p in (0.1, 0.5, 0.9, 0.999, 1.0 - 1e-12):
+        found = probabilities(logits, Sampling(1.0, top_p=top_p))
+        for row, shares in zip(found, whole, strict=True):
+            ordered = np.sort(shares)[::-1]
+            count = int((np.cumsum(ordered) - ordered < top_p).sum())
+            assert np.flatnonzero(row).tolist() == np.sort(np.argsort(-shares)[:count]).tolist()
+            np.testing.assert_allclose(row[row > 0], shares[row > 0] / ordered[:count].sum(), rtol=1e-9)
+    widths = (probabilities(logits, Sampling(1.0, top_p=0.9)) > 0).sum(axis=1)
+    assert widths[1] < USUALLY_ENOUGH < widths[0]
