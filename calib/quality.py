@@ -87,19 +87,8 @@ def evaluate(
     names = [backbone, *(name for name in runtime.members.engines if name != backbone)]
     total = len(names) * len(reported) + rows_to_choose_on(parts, backbone, layers)
     work = Work(runtime, progress, total, settings)
-    score = _scorer(runtime, reported, metric)
-    values: dict[str, dict[str, float]] = {}
-    found: dict[str, Read] = {}
-    truth: Answers = []
-    for name in names:
-        if name in layers:
-            found[name] = work.read(name, reported, search.statistic)
-            given: Answers = [{"label": label} for label in found[name].labels]
-        else:
-            given = work.answers(name, reported)
-        if name == backbone:
-            truth = given
-        values[name] = score(given, truth)
+    found = {name: work.read(name, reported, search.statistic) for name in names if name in layers}
+    values, truth = _scored(work, names, reported, found, _scorer(runtime, reported, metric))
     metric = next(iter(values[backbone]))
     table: dict[str, Any] = {
         "metric": metric,
@@ -118,6 +107,22 @@ def evaluate(
             values[name] = {metric: point["value"]}
     table["variants"] = {name: one[metric] for name, one in values.items()}
     return Evaluation(table, _rows(values, backbone, metric))
+
+
+def _scored(
+    work: Work, names: Sequence[str], reported: Examples, found: Mapping[str, Read], score: Score
+) -> tuple[dict[str, dict[str, float]], Answers]:
+    """The metrics of every variant, and the answers of the first of them, the backbone."""
+    values: dict[str, dict[str, float]] = {}
+    truth: Answers = []
+    for name in names:
+        if name in found:
+            given: Answers = [{"label": label} for label in found[name].labels]
+        else:
+            given = work.answers(name, reported)
+        truth = truth or given
+        values[name] = score(given, truth)
+    return values, truth
 
 
 def _rows(values: Mapping[str, Mapping[str, float]], backbone: str, metric: str) -> list[dict[str, Any]]:

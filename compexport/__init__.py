@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         Rows,
         Saving,
         Slender,
+        WritingCheck,
         bench,
         build,
         evaluate,
@@ -77,6 +78,7 @@ __all__ = [
     "Sampling",
     "Saving",
     "Slender",
+    "WritingCheck",
     # what can go wrong
     "BundleError",
     "CompexportError",
@@ -90,6 +92,7 @@ _HOMES = {
     **dict.fromkeys(("bench", "build", "evaluate", "import_checkpoint"), "compexport.api"),
     **dict.fromkeys(("inspect", "load", "verify"), "compexport.api"),
     **dict.fromkeys(("Columns", "Device", "Exits", "Fit", "Rows", "Saving", "Slender"), "compexport.api"),
+    "WritingCheck": "compexport.api",
     "train": "compexport.training",
     "Bundle": "engines.bundle",
     "Decision": "engines.selector",

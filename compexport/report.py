@@ -18,15 +18,14 @@ from engines.points import is_part, is_token
 from engines.profile import Profile
 from engines.writing_time import WritingTimes
 
+LONGEST = 1000  # tokens that any output is drawn with at most
+
 
 def require_quality(quality: Mapping[str, Any] | None) -> Mapping[str, Any]:
     """A plot of latency against quality needs both; InputError says how to get the missing one."""
     if quality is None:
         raise InputError(describe("--plot needs the quality of each variant", hint="run `compexport evaluate` first"))
     return quality
-
-
-LONGEST = 1000  # tokens that any output is drawn with at most
 
 
 def pareto_png(bench: Mapping[str, Any], quality: Mapping[str, Any], variants: Mapping[str, Variant]) -> bytes:

@@ -81,13 +81,14 @@ class ModularFamily(Family[Seq2Seq]):
         """Every tensor of the base and of the modules is stored at most once, however many graphs use it."""
         tensors = {**self.modular.base.state_dict(), **self.modular.module_tensors()}
         places: dict[str, set[tuple[int, int]]] = {}
-        for name, where in stored_places(graphs).items():
-            places.setdefault(name.removesuffix(TRANSPOSED), set()).update(where)
+        for stored, where in stored_places(graphs).items():
+            if (name := stored.removesuffix(TRANSPOSED)) in tensors:  # and not what was computed while tracing
+                places.setdefault(name, set()).update(where)
         for name, where in places.items():
             if len(where) > 1:
                 raise ValueError(f"{name} is stored {len(where)} times, as {sorted(where)}")
-        known = sum(tensors[name].numel() * tensors[name].element_size() for name in places if name in tensors)
-        found = sum(length for _, length in set().union(*(places[name] for name in places if name in tensors)))
+        known = sum(tensors[name].numel() * tensors[name].element_size() for name in places)
+        found = sum(length for _, length in set().union(*places.values()))
         if found > known:
             raise ValueError(f"the tensors of tiles take {found} bytes, but have {known}")
 

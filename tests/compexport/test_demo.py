@@ -35,6 +35,18 @@ def test_picture_is_a_png_of_relative_times() -> None:
     assert report._relative_points(BENCH, QUALITY, VARIANTS) == {(1, 8): [(1.0, 1.0, 1), (0.625, 0.9, 4)]}
 
 
+def test_what_writes_is_drawn_with_all_its_tokens() -> None:
+    def row(name: str, ms: float) -> dict[str, Any]:
+        return {"variant": name, "batch": 1, "length": 8, "p50_ms": ms, "p99_ms": ms}
+
+    firsts = [row("r1", 2.0), row("r4", 1.0)]
+    steps = [row(f"{name}/token-{after}", ms) for name, ms in (("r1", 2.0), ("r4", 0.5)) for after in (1, 64)]
+    bench = {**BENCH, "rows": [*firsts, *steps]}
+    lengths = [{"source": 8.0, "longest_source": 8, "tokens": [5], "counts": [3], "cut": 0}]
+    quality = {**QUALITY, "output_tokens": {"groups": lengths}}
+    assert report._relative_points(bench, quality, VARIANTS) == {(1, 8): [(1.0, 1.0, 1), (0.3, 0.9, 4)]}
+
+
 def test_page_needs_no_other_file_and_escapes_text() -> None:
     table = Table("<t>", ("text", "n"), [("<script>alert(1)</script>", 1.5)], ["a & b"])
     page = report.page("title", ["one & two"], [table], b"\x89PNG")

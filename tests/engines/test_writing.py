@@ -257,3 +257,24 @@ def test_feeds_are_padded_on_the_left(runtime: Runtime) -> None:
     feeds = encoder.feeds(encoder.encode(["ab", "a"]))
     assert feeds["attention_mask"].tolist() == [[1, 1], [0, 1]]
     assert feeds["input_ids"][1, 0] == PAD and feeds["input_ids"][1, 1] == feeds["input_ids"][0, 0]
+
+
+def test_decoders_stop_in_time_too(runtime: Runtime) -> None:
+    runtime.members.profile = measured({R1: 1e6}, prompt_ms=1e-3)
+    rules = {"min_new_tokens": 5, "max_new_tokens": 5}
+    late, other = runtime(["Once upon", "a time"], budget_ms=1e5, variant=R1, settings=rules)
+    assert (late.why, other.why) == ("budget", "budget") and late.met_budget
+    assert len(late.output["tokens"]) == len(other.output["tokens"]) == 1
+    stream = runtime.stream("Once upon", budget_ms=1e5, variant=R1, settings=rules)
+    list(stream)
+    assert stream.result is not None and stream.result.output == late.output
+    assert len(runtime("Once upon", budget_ms=1e8, variant=R1, settings=rules).output["tokens"]) == 5
+
+
+def test_settings_are_said_once(runtime: Runtime) -> None:
+    with pytest.raises(InputError, match="a setting is there twice: got max_new_tokens, expected each once"):
+        runtime("Once", max_new_tokens=3, settings={"max_new_tokens": 3})
+    by_name = runtime("Once", variant=R2, settings={"max_new_tokens": 4, "temperature": 1.0, "seed": 5, "top_k": None})
+    assert by_name.output == runtime("Once", variant=R2, max_new_tokens=4, sampling=SAMPLING).output
+    long = runtime("x" * 60, variant=R4, settings={"max_length": 20}).output["tokens"]
+    assert len(long) == 1, "nineteen tokens of the text are read, and one is left"
