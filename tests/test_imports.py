@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ENGINE_MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     for path in (ROOT / "engines").rglob("*.py")
+    if path.parts[-2:] != ("plugins", "kernels.py")  # is Triton's, and read only to be compiled
 )
 TRAINING = {
     "torch",
