@@ -178,7 +178,8 @@ class BeamSearch:
 def log_norms(logits: Array) -> Scores:
     """[K, V] -> [K]: what logits are more than log probabilities; not finite where one of a row is NaN or infinity."""
     # Row by row, which stays in the processor's cache.
-    return np.array([_log_norm(row) for row in logits], np.float32)
+    with np.errstate(invalid="ignore"):
+        return np.array([_log_norm(row) for row in logits], np.float32)
 
 
 def _log_norm(row: Array) -> np.float32:
