@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from calib import processes
 from calib.arithmetic import training_device
-from calib.batches import Batch
+from calib.batches import Batch, Rows
 from calib.clock import Clock
 from calib.costeff.losses import first_exits_error
 from calib.finetune import parameter_groups
@@ -22,7 +22,7 @@ from calib.ode.exits import ExitLesson
 from calib.ode.lesson import Lesson, measured
 from calib.ode.settings import OdeSettings
 from calib.ode.sharing import Sharing
-from calib.ode.start import Rows, Start
+from calib.ode.start import Start
 from calib.progress import Progress
 from calib.trainer import Training
 from calib.unfinished import Unfinished

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from calib import processes
 from calib.arithmetic import moved, plain_attention
+from calib.batches import Rows
 from calib.data import Examples
 from calib.fit import with_held_out
 from calib.ode.course import EXITS, SHARE, TRAIN, Course, Quality, quality
@@ -23,7 +24,7 @@ from calib.ode.exits import exit_accuracies
 from calib.ode.lesson import Lesson
 from calib.ode.settings import OdeSettings
 from calib.ode.sharing import Sharing
-from calib.ode.start import Rows, Start, knows_answers, objective_of, open_start, random_folder
+from calib.ode.start import Start, knows_answers, objective_of, open_start, random_folder
 from calib.progress import Progress, silent
 from calib.unfinished import Unfinished
 from compexport.errors import InputError, describe
