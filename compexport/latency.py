@@ -18,6 +18,7 @@ from compexport.present import Progress
 from engines.cascade import Cascade
 from engines.exit_rule import TO_THE_END
 from engines.manifest import DECODER, Manifest, TensorSpec, backbones
+from engines.measure import Timing, environment, interleave
 from engines.paths import segment_macs
 from engines.points import is_part, is_token, segment_name, token_name, variant_of
 from engines.runtime import Runtime
@@ -41,18 +42,13 @@ def measure(
 
     All variants of one (B, S) are timed in turn, A B A B, so that what the machine does meanwhile meets all alike.
     """
-    from engines.measure import environment, interleave
-
     manifest = runtime.bundle.manifest
     rows: list[Row] = []
     sizes = [(batch, length) for batch in batches for length in lengths]
     for done, (batch, length) in enumerate(sizes):
         progress(f"timing batch {batch} x length {length}", done, len(sizes))
         timings = interleave(_calls(runtime, batch, length), min_runs=min_runs, min_seconds=0.0, warmup=3)
-        rows += [
-            {"variant": name, "batch": batch, "length": length, "p50_ms": t.p50_ms, "p99_ms": t.p99_ms, "runs": t.runs}
-            for name, t in timings.items()
-        ]
+        rows += rows_of(batch, length, timings)
     return {
         "device": runtime.device,
         "backend": runtime.backend,
@@ -61,6 +57,14 @@ def measure(
         "rows": rows,
         "realised": realised(rows, manifest),
     }
+
+
+def rows_of(batch: int, length: int, timings: Mapping[str, Timing]) -> list[Row]:
+    """One row per variant or part of one, by its name, of what was timed at (B, S)."""
+    return [
+        {"variant": name, "batch": batch, "length": length, "p50_ms": t.p50_ms, "p99_ms": t.p99_ms, "runs": t.runs}
+        for name, t in timings.items()
+    ]
 
 
 def _calls(runtime: Runtime, batch: int, length: int) -> dict[str, Callable[[], object]]:
