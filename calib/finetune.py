@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -17,14 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calib import processes
-from calib.arithmetic import Precision, moved, plain_attention, to_device
+from calib.arithmetic import moved, plain_attention, to_device
 from calib.batches import Batch, Collate, Rows, batches_by_length, collate_for, tokenise
 from calib.clock import WARM_UP_SHARE, Clock
 from calib.data import Examples
 from calib.labels import SHOWN, label_ids
 from calib.learners import Learner
 from calib.progress import Progress, silent
-from calib.settings import require_meant
+from calib.settings import TrainingSettings
 from calib.trainer import LossOf, Training
 from calib.unfinished import Unfinished
 from compexport.errors import InputError, describe
@@ -36,30 +35,19 @@ WEIGHT_DECAY = 0.01  # of matrices; biases and norms have none
 
 
 @dataclass(frozen=True)
-class FinetuneSettings:
-    """How a model is fine-tuned. ``max_length`` in tokens; ``learning_rate`` is the peak.
+class FinetuneSettings(TrainingSettings):
+    """How a model is fine-tuned."""
 
-    ``steps`` take the place of ``epochs``. ``max_seconds`` ends it early, with the learning rate brought down in time.
-    ``batch_size`` counts the texts of one step, of all processes together.
-    """
-
-    steps: int | None = None
-    epochs: float = 3.0
-    batch_size: int = 32
-    max_length: int = 128
     learning_rate: float = 5e-5
-    seed: int = 0
-    max_seconds: float | None = None
-    precision: Precision = "auto"
 
     def checked(self) -> FinetuneSettings:
         """Itself, or InputError for a value that cannot be meant."""
-        require_meant(self, ("steps", "epochs", "batch_size", "max_seconds"))
+        self.require_meant()
         return self
 
     def steps_for(self, rows: int) -> int:
         """How many steps that is on so many rows."""
-        return self.steps or max(1, math.ceil(self.epochs * math.ceil(rows / self.batch_size)))
+        return self.steps or self.steps_of(self.epochs, rows)
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,8 @@ class Course:
         """The clock of a stage that begins now."""
         share = self.shares[stage]
         whole = sum(self.shares.values())
-        asked = self.settings.steps
-        steps = round(asked * share / whole) if asked is not None else round(self.settings.steps_for(rows) * share)
+        asked, epochs = self.settings.steps, self.settings.epochs
+        steps = round(asked * share / whole if asked is not None else self.settings.steps_of(epochs, rows) * share)
         seconds = None
         if self.settings.max_seconds is not None:
             left = self.settings.max_seconds - sum(record["seconds"] for record in self.records.values())
