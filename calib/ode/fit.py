@@ -31,7 +31,7 @@ from compexport.errors import InputError, describe
 from exporter.backbone import Backbone, load_backbone, load_config
 from exporter.checkpoint import MethodCheckpoint, save_checkpoint
 from exporter.identity import backbone_sha256
-from exporter.methods.ode import Form, Stepping, stepping_for_ratio, warnings_of
+from exporter.methods.ode import DEFAULT_FORM, Form, Stepping, stepping_for_ratio, warnings_of
 from exporter.methods.ode_convert import shared_folder
 from exporter.methods.ode_stepping import usual_ratios_of
 
@@ -166,10 +166,10 @@ def _opened(
     if settings.exit_heads:
         course.shares = {**course.shares, **{f"{EXITS}-r{ratio}": EXITS_SHARE for ratio in with_exits(steppings)}}
     fewest = Draws.of(lesson.groups, settings).lowest
-    form: Form = "block" if settings.form == "auto" else settings.form
+    form: Form = DEFAULT_FORM if settings.form == "auto" else settings.form
     for stepping in steppings.values():
         if stepping.n < fewest:  # the others are what the model is trained for
-            for line in warnings_of(Stepping(form, stepping.steps)):
+            for line in warnings_of(Stepping(form, stepping.steps), f"--fewest-steps {stepping.n} trains for it"):
                 progress(line)
     return _Run(course, start, lesson, teacher, knows_answers(folder, start), steppings, fewest)
 
@@ -241,11 +241,11 @@ def with_exits(steppings: Mapping[float, Stepping]) -> dict[float, Stepping]:
 
 
 def chosen_form(found: Quality, settings: OdeSettings, metric: str) -> Form:
-    """The form that was trained; of both, the one with the better metric over all ratios, the block form if equal."""
+    """The form that was trained; of both, the one with the better metric over all ratios, the default one if equal."""
     if settings.form != "auto":
         return settings.form
     total = {form: sum(one[metric] for one in by_ratio.values()) for form, by_ratio in found.stepped.items()}
-    return max(total, key=lambda form: total[form])
+    return max(total, key=lambda form: (total[form], form == DEFAULT_FORM))
 
 
 def _shown(found: Quality, form: Form, metric: str) -> dict[str, Any]:

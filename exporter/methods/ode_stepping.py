@@ -155,7 +155,7 @@ def stepping_for_ratio(of: OdeFacts | Sequence[int], ratio: float, form: Form = 
                 f"no whole number of steps at ratio {ratio:g}",
                 got=f"{iterations} iterations",
                 expected=f"a ratio among {', '.join(f'{one:g}' for one in ratios_that_work(groups))}",
-                hint="or a list of your own with --steps",
+                hint="or a list of your own with `compexport build --steps`",
             )
         )
     return Stepping.even(groups, [round(count) for count in counts], form)
@@ -174,8 +174,8 @@ def usual_ratios_of(groups: Sequence[int]) -> list[float]:
     return [ratio for ratio in possible if ratio in USUAL_RATIOS] or possible[:1]
 
 
-def warnings_of(stepping: Stepping) -> list[str]:
-    """What a user should know of the steps before trusting them, one line each."""
+def warnings_of(stepping: Stepping, hint: str | None = None) -> list[str]:
+    """What a user should know of the steps before trusting them, one line each; ``hint``: what to do about it."""
     if stepping.largest < RISKY_STEP:
         return []
     reason = (
@@ -185,9 +185,22 @@ def warnings_of(stepping: Stepping) -> list[str]:
     )
     return [
         f"{stepping.n} steps instead of {stepping.total:g}: a step of {stepping.largest:g} is at least {RISKY_STEP:g}, "
-        f"where {reason} and answers may be far off; train with `compexport train ode`, and measure with "
-        "`compexport evaluate`"
+        f"where {reason} and answers may be far off; "
+        + (
+            hint
+            or f"train with `compexport train ode --fewest-steps {stepping.n}`, and measure with `compexport evaluate`"
+        )
     ]
+
+
+def warnings_of_checkpoint(stepping: Stepping, checkpoint: MethodCheckpoint | None) -> list[str]:
+    """The same of steps that a checkpoint may have been trained to take."""
+    record = None if checkpoint is None else checkpoint.settings.get("training")
+    fewest = record.get("fewest_steps") if isinstance(record, dict) else None
+    trained = isinstance(fewest, int) and fewest <= stepping.n and stepping.form == form_of(checkpoint)
+    return warnings_of(
+        stepping, "the model was trained for it: measure with `compexport evaluate`" if trained else None
+    )
 
 
 def form_of(checkpoint: MethodCheckpoint | None) -> Form:
