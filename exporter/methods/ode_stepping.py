@@ -20,6 +20,7 @@ FORMS: tuple[Form, ...] = get_args(Form)
 DEFAULT_FORM: Form = "sublayer"  # the better one on a trained model (docs/benchmarks.md)
 USUAL_RATIOS = (2, 3, 4)
 RISKY_STEP = 2.0  # from here on the weight 1 - dt of the old state is at or below -1
+_MEASURE = "`compexport evaluate`"
 _TOLERANCE = 1e-6
 _RATIO_TOLERANCE = 0.01  # a name may write 12 / 7 with two decimals
 
@@ -178,6 +179,7 @@ def warnings_of(stepping: Stepping, hint: str | None = None) -> list[str]:
     """What a user should know of the steps before trusting them, one line each; ``hint``: what to do about it."""
     if stepping.largest < RISKY_STEP:
         return []
+    hint = hint or f"train with `compexport train ode --fewest-steps {stepping.n}`, and measure with {_MEASURE}"
     reason = (
         f"the old state enters with weight {1 - stepping.largest:g}"
         if stepping.form == "block"
@@ -185,11 +187,7 @@ def warnings_of(stepping: Stepping, hint: str | None = None) -> list[str]:
     )
     return [
         f"{stepping.n} steps instead of {stepping.total:g}: a step of {stepping.largest:g} is at least {RISKY_STEP:g}, "
-        f"where {reason} and answers may be far off; "
-        + (
-            hint
-            or f"train with `compexport train ode --fewest-steps {stepping.n}`, and measure with `compexport evaluate`"
-        )
+        f"where {reason} and answers may be far off; {hint}"
     ]
 
 
@@ -198,9 +196,7 @@ def warnings_of_checkpoint(stepping: Stepping, checkpoint: MethodCheckpoint | No
     record = None if checkpoint is None else checkpoint.settings.get("training")
     fewest = record.get("fewest_steps") if isinstance(record, dict) else None
     trained = isinstance(fewest, int) and fewest <= stepping.n and stepping.form == form_of(checkpoint)
-    return warnings_of(
-        stepping, "the model was trained for it: measure with `compexport evaluate`" if trained else None
-    )
+    return warnings_of(stepping, f"the model was trained for it: measure with {_MEASURE}" if trained else None)
 
 
 def form_of(checkpoint: MethodCheckpoint | None) -> Form:
