@@ -25,7 +25,7 @@ import numpy as np
 
 from benchmarks.models import bert_base, stock_export
 from benchmarks.record import command_line, save
-from compexport.latency import random_feeds, realised
+from compexport.latency import random_feeds, realised, rows_of
 from engines.backends import ort
 from engines.bundle import Bundle
 from engines.measure import environment, interleave, usable_cores
@@ -59,18 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
                 warmup=2,
             )
             print(batch, length, {name: round(t.p50_ms, 1) for name, t in timings.items()}, flush=True)
-            rows += [
-                {
-                    "variant": name,
-                    "batch": batch,
-                    "length": length,
-                    "p50_ms": t.p50_ms,
-                    "p99_ms": t.p99_ms,
-                    "runs": t.runs,
-                }
-                for name, t in timings.items()
-                if name != "stock"
-            ]
+            rows += rows_of(batch, length, {name: t for name, t in timings.items() if name != "stock"})
             against_stock.append(_stock_row(batch, length, timings))
     cells = realised(rows, bundle.manifest)
     shares = [_where(bundle, batch, length) for batch in options.batch for length in options.length]

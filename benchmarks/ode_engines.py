@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks.memory import PROCESSES, middle_of_several, pss_mb
 from benchmarks.models import FFN, HIDDEN, albert
 from benchmarks.record import command_line, save
-from compexport.latency import random_feeds, realised
+from compexport.latency import random_feeds, realised, rows_of
 from engines.backends import ort
 from engines.bundle import Bundle
 from engines.manifest import ENCODER
@@ -140,17 +140,7 @@ def _timed(bundle: Bundle, options: argparse.Namespace) -> list[dict[str, Any]]:
             calls = {name: partial(session.run, feeds) for name, session in sessions.items()}
             timings = interleave(calls, min_runs=options.runs, min_seconds=options.seconds, warmup=2)
             print(batch, length, {name: round(t.p50_ms, 1) for name, t in timings.items()}, flush=True)
-            rows += [
-                {
-                    "variant": name,
-                    "batch": batch,
-                    "length": length,
-                    "p50_ms": t.p50_ms,
-                    "p99_ms": t.p99_ms,
-                    "runs": t.runs,
-                }
-                for name, t in timings.items()
-            ]
+            rows += rows_of(batch, length, timings)
     return rows
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -47,8 +48,16 @@ def without_paths(document: dict[str, Any], work: Path | None = None) -> dict[st
     kept = {key: value for key, value in document.items() if key not in {"output", "bundle"}}
     if work is None:
         return kept
-    shortened: dict[str, Any] = json.loads(json.dumps(kept).replace(f"{work}/", ""))
-    return shortened
+    beginning = re.compile(rf"(?<!\S){re.escape(str(work))}/")  # of a word, not a part of another path
+
+    def shortened(value: Any) -> Any:
+        if isinstance(value, str):
+            return beginning.sub("", value)
+        if isinstance(value, dict):
+            return {name: shortened(one) for name, one in value.items()}
+        return [shortened(one) for one in value] if isinstance(value, list) else value
+
+    return {name: shortened(value) for name, value in kept.items()}
 
 
 def say(message: str, done: float | None = None, total: float | None = None) -> None:

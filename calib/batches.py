@@ -17,6 +17,7 @@ from engines.prompts import Prompt
 from exporter.backbone import Backbone
 
 Batch = dict[str, Tensor]
+Rows = Sequence[Mapping[str, Any]]  # of token ids and what belongs to them, one per example
 BUCKETED_BATCHES = 8  # texts of this many batches are sorted by length together
 
 
@@ -68,7 +69,7 @@ class Collate:
 
     pad_id: int
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
+    def __call__(self, rows: Rows) -> Batch:
         longest = max(len(row["input_ids"]) for row in rows)
         batch = {"attention_mask": torch.zeros(len(rows), longest, dtype=torch.long)}
         for name in rows[0]:
@@ -126,7 +127,7 @@ def collate_for(backbone: Backbone) -> Collate:
     return Collate(int(backbone.config.pad_token_id or 0))
 
 
-def batches_by_length(rows: Sequence[Mapping[str, Any]], size: int, collate: Collate) -> list[Batch]:
+def batches_by_length(rows: Rows, size: int, collate: Collate) -> list[Batch]:
     """All rows by length, ``size`` at a time."""
     ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
     return [collate(ordered[start : start + size]) for start in range(0, len(ordered), size)]

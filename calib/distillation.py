@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib.batches import Batch, collate_for
+from calib.batches import Batch, Rows, collate_for
 from calib.clock import Clock
 from calib.losses import STEPS_SHARE, batch_loss, takes_part
 from calib.progress import Progress, silent
@@ -29,7 +29,7 @@ BETAS = (0.9, 0.98)
 def distillation(
     backbone: Backbone,
     plugins: Mapping[int, Plugins],
-    rows: Sequence[Mapping[str, Any]],
+    rows: Rows,
     settings: FitSettings,
     clock: Clock,
     *,

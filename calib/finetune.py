@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calib import processes
-from calib.arithmetic import Precision, moved, plain_attention, to_device
-from calib.batches import Batch, batches_by_length, collate_for, tokenise
+from calib.arithmetic import moved, plain_attention, to_device
+from calib.batches import Batch, Collate, Rows, batches_by_length, collate_for, tokenise
 from calib.clock import WARM_UP_SHARE, Clock
 from calib.data import Examples
 from calib.labels import SHOWN, label_ids
 from calib.learners import Learner
 from calib.progress import Progress, silent
-from calib.settings import require_meant
-from calib.trainer import Training
+from calib.settings import TrainingSettings
+from calib.trainer import LossOf, Training
 from calib.unfinished import Unfinished
 from compexport.errors import InputError, describe
 from engines.atomic import staged_folder
@@ -35,30 +35,19 @@ WEIGHT_DECAY = 0.01  # of matrices; biases and norms have none
 
 
 @dataclass(frozen=True)
-class FinetuneSettings:
-    """How a model is fine-tuned. ``max_length`` in tokens; ``learning_rate`` is the peak.
+class FinetuneSettings(TrainingSettings):
+    """How a model is fine-tuned."""
 
-    ``steps`` take the place of ``epochs``. ``max_seconds`` ends it early, with the learning rate brought down in time.
-    ``batch_size`` counts the texts of one step, of all processes together.
-    """
-
-    steps: int | None = None
-    epochs: float = 3.0
-    batch_size: int = 32
-    max_length: int = 128
     learning_rate: float = 5e-5
-    seed: int = 0
-    max_seconds: float | None = None
-    precision: Precision = "auto"
 
     def checked(self) -> FinetuneSettings:
         """Itself, or InputError for a value that cannot be meant."""
-        require_meant(self, ("steps", "epochs", "batch_size", "max_seconds"))
+        self.require_meant()
         return self
 
     def steps_for(self, rows: int) -> int:
         """How many steps that is on so many rows."""
-        return self.steps or max(1, math.ceil(self.epochs * math.ceil(rows / self.batch_size)))
+        return self.steps or self.steps_of(self.epochs, rows)
 
 
 @dataclass(frozen=True)
@@ -122,6 +111,17 @@ def _files_of(record: Path) -> set[str]:
         raise InputError(describe(f"{record}: does not say what was written", got=got, hint=hint)) from error
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What is learnt, and how it is told how well. ``tokenise``: a row per example, InputError without answers."""
+
+    tokenise: Callable[[Examples], Rows]
+    collate: Collate
+    loss: LossOf
+    metric: str
+    measure: Callable[[Rows, Progress], float]
+
+
 def finetune(
     learner: Learner,
     training: Examples,
@@ -132,27 +132,62 @@ def finetune(
     warm_up: float = WARM_UP_SHARE,
     progress: Progress = silent,
 ) -> Finetuned:
-    """Fine-tune all of ``learner`` on ``training`` and measure its accuracy on ``dev``.
+    """Fine-tune all of ``learner`` on ``training`` and measure its accuracy on ``dev``; the rest as ``taught``.
+
+    Raises InputError for a label that the model does not have as well.
+    """
+    settings = settings or FinetuneSettings()
+
+    def tokenise_labelled(examples: Examples) -> Rows:
+        return tokenise(learner.backbone, examples, settings.max_length, _classes(examples, learner))
+
+    collate = collate_for(learner.backbone)
+    subject = Subject(
+        tokenise=tokenise_labelled,
+        collate=collate,
+        loss=_cross_entropy,
+        metric="accuracy",
+        measure=partial(_share_right, learner, collate, settings.batch_size),
+    )
+    done = taught(
+        learner, subject, training, dev, settings=settings, unfinished=unfinished, warm_up=warm_up, progress=progress
+    )
+    if dev is not None:  # what always giving the most common label reaches
+        classes = _classes(dev, learner)
+        done.record["majority"] = Counter(classes).most_common(1)[0][1] / len(classes)
+    return done
+
+
+def taught(
+    learner: Learner,
+    subject: Subject,
+    training: Examples,
+    dev: Examples | None,
+    *,
+    settings: FinetuneSettings,
+    unfinished: Unfinished | None,
+    warm_up: float,
+    progress: Progress,
+) -> Finetuned:
+    """Fine-tune all of ``learner`` in ``subject`` on ``training``, and measure on ``dev`` what it knows.
 
     In several processes (``calib.processes``) all must call it alike. ``unfinished`` is where the run is saved, and
-    from where it goes on; ``warm_up`` is the share of it in which the learning rate rises. Raises InputError for a
-    label that the model does not have or a setting out of range, CompexportError when numbers are no longer finite.
+    from where it goes on; ``warm_up`` is the share of it in which the learning rate rises. Raises InputError for
+    examples without answers or a setting out of range, CompexportError when numbers are no longer finite.
     """
-    settings = (settings or FinetuneSettings()).checked()
-    assert training.labels is not None
-    classes = label_ids(training.labels, learner.labels, training.origin, training.label_names)
-    wanted = None if dev is None else _dev_classes(dev, learner)
+    settings = settings.checked()
     clock = Clock(time.monotonic(), settings.steps_for(len(training)), settings.max_seconds, warm_up=warm_up)
     with torch.random.fork_rng(), plain_attention(learner.model), moved(learner):
         torch.manual_seed(settings.seed)
         progress("tokenise")
-        rows = tokenise(learner.backbone, training, settings.max_length, classes)
+        rows = subject.tokenise(training)
+        held_out = None if dev is None else subject.tokenise(dev)
         steps = Training(
             model=learner,
             groups=parameter_groups(learner, settings.learning_rate),
-            loss=_cross_entropy,
+            loss=subject.loss,
             rows=rows,
-            collate=collate_for(learner.backbone),
+            collate=subject.collate,
             clock=clock,
             batch_size=settings.batch_size,
             seed=settings.seed,
@@ -163,29 +198,27 @@ def finetune(
         ).run()
         learner.eval().requires_grad_(False)
         value = None
-        if dev is not None and wanted is not None:
-            examples, truth = dev, wanted
-            value = processes.by_first(lambda: accuracy(learner, examples, truth, settings, progress))
+        if held_out is not None:
+            value = processes.by_first(partial(subject.measure, held_out, progress))
     record = {
         "method": "finetune",
         "labels": learner.labels,
         "steps": steps,
         "epochs": round(steps * settings.batch_size / len(training), 3),
         "seconds": round(time.monotonic() - clock.started, 2),
-        "metric": "accuracy",
+        "metric": subject.metric,
         "value": value,
-        # What always giving the most common label reaches.
-        "majority": None if wanted is None else Counter(wanted).most_common(1)[0][1] / len(wanted),
+        "majority": None,
         "texts": len(training),
         "held_out": 0 if dev is None else len(dev),
     }
     return Finetuned(learner, record, settings)
 
 
-def _dev_classes(dev: Examples, learner: Learner) -> list[int]:
-    if dev.labels is None:
-        raise InputError(describe(f"{dev.origin}: no label column", expected="labels, to measure the accuracy"))
-    return label_ids(dev.labels, learner.labels, dev.origin, dev.label_names)
+def _classes(examples: Examples, learner: Learner) -> list[int]:
+    if examples.labels is None:
+        raise InputError(describe(f"{examples.origin}: no label column", expected="labels to learn and to measure by"))
+    return label_ids(examples.labels, learner.labels, examples.origin, examples.label_names)
 
 
 def _cross_entropy(model: nn.Module, batch: Batch, step: int) -> Tensor:
@@ -203,15 +236,17 @@ def parameter_groups(model: nn.Module, learning_rate: float) -> list[dict[str, A
     ]
 
 
-@torch.no_grad()
-def accuracy(
-    learner: Learner, examples: Examples, wanted: Sequence[int], settings: FinetuneSettings, progress: Progress = silent
-) -> float:
+def accuracy(learner: Learner, examples: Examples, wanted: Sequence[int], settings: FinetuneSettings) -> float:
     """The share of examples whose most likely class is the wanted one, in fp32."""
     rows = tokenise(learner.backbone, examples, settings.max_length, wanted)
+    return _share_right(learner, collate_for(learner.backbone), settings.batch_size, rows)
+
+
+@torch.no_grad()
+def _share_right(learner: Learner, collate: Collate, size: int, rows: Rows, progress: Progress = silent) -> float:
     device = next(learner.parameters()).device
     right = done = 0
-    for made in batches_by_length(rows, settings.batch_size, collate_for(learner.backbone)):
+    for made in batches_by_length(rows, size, collate):
         progress("measure", done, len(rows))
         batch = to_device(made, device)
         truth = batch.pop("labels")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.arithmetic import autocast, to_device
-from calib.batches import Batch, batches_by_length, collate_for
+from calib.batches import Batch, Rows, batches_by_length, collate_for
 from calib.progress import Progress, silent
 from calib.settings import FitSettings
 from exporter.backbone import Backbone
@@ -28,7 +28,7 @@ SHARE = 0.2  # of max_seconds, about the most that the start may take
 def start_mixers(
     backbone: Backbone,
     plugins: Mapping[int, VariatorPlugins],
-    rows: Sequence[Mapping[str, Any]],
+    rows: Rows,
     settings: FitSettings,
     device: torch.device,
     progress: Progress = silent,

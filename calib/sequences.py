@@ -5,14 +5,13 @@ Letters: B batch, S source tokens, T target tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from tokenizers import Tokenizer
 
-from calib.batches import Batch, Collate
+from calib.batches import Batch, Collate, Rows
 from calib.data import Examples
 from compexport.errors import InputError, describe
 
@@ -48,7 +47,7 @@ def tokenise_pairs(reader: Reader, examples: Examples, max_length: int) -> list[
 class PairCollate(Collate):
     """Rows -> input_ids, attention_mask [B,S] and labels [B,T], padded on the right to the longest."""
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
+    def __call__(self, rows: Rows) -> Batch:
         batch = super().__call__([{"input_ids": row["input_ids"]} for row in rows])
         longest = max(len(row["labels"]) for row in rows)
         batch["labels"] = torch.full((len(rows), longest), UNLABELLED)

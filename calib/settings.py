@@ -34,6 +34,33 @@ def require_meant(settings: Any, positive: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True)
+class TrainingSettings:
+    """What all trainings by passes over the data have in common; what each counts is said there.
+
+    ``max_length`` in tokens; ``learning_rate`` is the peak; ``steps`` take the place of ``epochs``; ``max_seconds``
+    ends a training early, with the learning rate brought down in time; ``batch_size`` counts the texts of one step, of
+    all processes together.
+    """
+
+    epochs: float = 3.0
+    steps: int | None = None
+    batch_size: int = 32
+    max_length: int = 128
+    learning_rate: float = 1e-4
+    seed: int = 0
+    max_seconds: float | None = None
+    precision: Precision = "auto"
+
+    def require_meant(self, *positive: str) -> None:
+        """InputError for a value that cannot be meant; ``positive``: what else must be above 0 unless it is None."""
+        require_meant(self, ("steps", "epochs", "batch_size", "max_seconds", *positive))
+
+    def steps_of(self, epochs: float, rows: int) -> int:
+        """How many steps so many passes over so many rows are."""
+        return max(1, math.ceil(epochs * math.ceil(rows / self.batch_size)))
+
+
+@dataclass(frozen=True)
 class FitSettings:
     """How plugins are fitted. ``max_length`` in tokens; ``learning_rate`` is the peak.
 

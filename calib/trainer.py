@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from calib import processes
 from calib.arithmetic import Precision, uses_bf16
-from calib.batches import Batch, Collate, LengthBuckets
+from calib.batches import Batch, Collate, LengthBuckets, Rows
 from calib.clock import Clock
 from calib.progress import Progress, silent
 from calib.unfinished import CLOCK, TENSORS, Unfinished, read_json, read_tensors, step_of
@@ -41,7 +41,7 @@ class Training:
     model: nn.Module
     groups: Sequence[dict[str, Any]]
     loss: LossOf
-    rows: Sequence[Mapping[str, Any]]
+    rows: Rows
     collate: Collate
     clock: Clock
     batch_size: int

@@ -5,7 +5,6 @@ Letters: B batch, S source tokens, T target tokens, V vocabulary.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,22 +15,19 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from calib import processes
-from calib.arithmetic import moved, plain_attention, to_device
-from calib.batches import Batch, Collate, batches_by_length
-from calib.clock import WARM_UP_SHARE, Clock
+from calib.arithmetic import to_device
+from calib.batches import Batch, Collate, Rows, batches_by_length
+from calib.clock import WARM_UP_SHARE
 from calib.data import Examples
-from calib.finetune import Finetuned, FinetuneSettings, parameter_groups
+from calib.finetune import Finetuned, FinetuneSettings, Subject, taught
 from calib.learners import Learner
 from calib.progress import Progress, silent
 from calib.sequences import UNLABELLED, PairCollate, tokenise_pairs
-from calib.trainer import Training
 from calib.unfinished import Unfinished
 from exporter.backbone import Seq2Seq, load_config, load_seq2seq
 from exporter.hosts.seq2seq import SEQ2SEQ_HOSTS
 from exporter.identity import LABEL_WORDS
 
-Rows = Sequence[Mapping[str, Any]]
 METRIC = "token_accuracy"
 
 
@@ -81,50 +77,22 @@ def finetune_writer(
 ) -> Finetuned:
     """Fine-tune all of ``writer`` on ``training``, and measure on ``dev`` how many next tokens it knows.
 
-    As ``calib.finetune.finetune``. Raises InputError for data without targets or a setting out of range,
-    CompexportError when numbers are no longer finite.
+    As ``calib.finetune.taught``.
     """
-    settings = (settings or FinetuneSettings()).checked()
-    clock = Clock(time.monotonic(), settings.steps_for(len(training)), settings.max_seconds, warm_up=warm_up)
+    settings = settings or FinetuneSettings()
     backbone: Seq2Seq = writer.backbone
-    with torch.random.fork_rng(), plain_attention(writer.model), moved(writer):
-        torch.manual_seed(settings.seed)
-        progress("tokenise")
-        rows = tokenise_pairs(backbone, training, settings.max_length)
-        measured = None if dev is None else tokenise_pairs(backbone, dev, settings.max_length)
-        steps = Training(
-            model=writer,
-            groups=parameter_groups(writer, settings.learning_rate),
-            loss=_loss,
-            rows=rows,
-            collate=collate_pairs(backbone),
-            clock=clock,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            precision=settings.precision,
-            unfinished=unfinished,
-            progress=progress,
-        ).run()
-        writer.eval().requires_grad_(False)
-        value = None
-        if measured is not None:
-            dev_rows = measured
-            value = processes.by_first(
-                lambda: token_accuracy(writer.model, dev_rows, collate_pairs(backbone), settings.batch_size, progress)
-            )
-    record: dict[str, Any] = {
-        "method": "finetune",
-        "labels": [],
-        "steps": steps,
-        "epochs": round(steps * settings.batch_size / len(training), 3),
-        "seconds": round(time.monotonic() - clock.started, 2),
-        "metric": METRIC,
-        "value": value,
-        "majority": None,
-        "texts": len(training),
-        "held_out": 0 if dev is None else len(dev),
-    }
-    return Finetuned(writer, record, settings)
+    collate = collate_pairs(backbone)
+
+    def tokenise(examples: Examples) -> Rows:
+        return tokenise_pairs(backbone, examples, settings.max_length)
+
+    def measure(rows: Rows, progress: Progress) -> float:
+        return token_accuracy(writer.model, rows, collate, settings.batch_size, progress)
+
+    subject = Subject(tokenise, collate, _loss, METRIC, measure)
+    return taught(
+        writer, subject, training, dev, settings=settings, unfinished=unfinished, warm_up=warm_up, progress=progress
+    )
 
 
 def _loss(model: nn.Module, batch: Batch, step: int) -> Tensor:

@@ -27,6 +27,7 @@ from engines.manifest import (
     TensorSpec,
     backbones,
 )
+from engines.measure import Timing, environment, interleave
 from engines.paths import segment_macs
 from engines.points import (
     encoder_name,
@@ -58,8 +59,6 @@ def measure(
 
     All variants of one (B, S) are timed in turn, A B A B, so that what the machine does meanwhile meets all alike.
     """
-    from engines.measure import environment, interleave
-
     manifest = runtime.bundle.manifest
     rows: list[Row] = []
     sizes = [(batch, length) for batch in batches for length in lengths]
@@ -69,10 +68,7 @@ def measure(
         timings = interleave(calls, min_runs=min_runs, min_seconds=0.0, warmup=3)
         timings |= {name: timings[other] for name, other in same.items()}
         timings = {name: timing for name, timing in timings.items() if not name.endswith(writing_parts.BEFORE)}
-        rows += [
-            {"variant": name, "batch": batch, "length": length, "p50_ms": t.p50_ms, "p99_ms": t.p99_ms, "runs": t.runs}
-            for name, t in timings.items()
-        ]
+        rows += rows_of(batch, length, timings)
     return {
         "device": runtime.device,
         "backend": runtime.backend,
@@ -81,6 +77,14 @@ def measure(
         "rows": rows,
         "realised": realised(rows, manifest),
     }
+
+
+def rows_of(batch: int, length: int, timings: Mapping[str, Timing]) -> list[Row]:
+    """One row per variant or part of one, by its name, of what was timed at (B, S)."""
+    return [
+        {"variant": name, "batch": batch, "length": length, "p50_ms": t.p50_ms, "p99_ms": t.p99_ms, "runs": t.runs}
+        for name, t in timings.items()
+    ]
 
 
 def _calls(runtime: Runtime, batch: int, length: int) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:

@@ -358,7 +358,7 @@ def _how_to_complete(model: Any, host: Host | None, task: str, missing: list[str
     sharing = None if host is None else host.sharing
     if host is not None and sharing is not None and sharing.causal and sharing.stated(model.config) is None:
         layers = host.layers(host.encoder(model))
-        if all(name.startswith(f"{_name_of(layers, model)}.") for name in missing):
+        if all(name.startswith(f"{name_of(layers, model)}.") for name in missing):
             return f'where layers are one, stored once, config.json must say so, like "{FIELD}": [{len(layers)}]'
     return "" if task == "feature-extraction" else f"fine-tune the model for {task} first"
 
@@ -368,7 +368,7 @@ def _tie(folder: Path, model: Any, host: Host, missing: set[str]) -> set[str]:
     if host.sharing is None or not host.sharing.causal:
         return missing
     layers = host.layers(host.encoder(model))
-    prefix = _name_of(layers, model)
+    prefix = name_of(layers, model)
     try:
         places = {index: f"{prefix}.{index}." for index in repeats(layers, model.config)}
         absent = {index for index, place in places.items() if any(name.startswith(place) for name in missing)}
@@ -380,7 +380,8 @@ def _tie(folder: Path, model: Any, host: Host, missing: set[str]) -> set[str]:
     return left
 
 
-def _name_of(part: nn.Module, model: Any) -> str:
+def name_of(part: nn.Module, model: nn.Module) -> str:
+    """Where in ``model`` one of its modules is, as its tensors' names begin."""
     return next(name for name, module in model.named_modules() if module is part)
 
 

@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 
 from benchmarks import generation, ode_engines, report
+from compexport.latency import rows_of
+from engines.measure import Timing
 
 
 def measured(disk: float = 1.001, memory: float = 1.1, realised: float = 0.97) -> dict[str, Any]:
     names = [ode_engines.variant(steps, kind) for steps in ode_engines.TIMED for kind in ("unrolled", "step engine")]
-    rows = [
-        {"variant": name, "batch": 1, "length": 128, "p50_ms": 10.0 + index, "p99_ms": 20.0, "runs": 3}
-        for index, name in enumerate(names)
-    ]
+    rows = rows_of(1, 128, {name: Timing(10.0 + index, 20.0, 3) for index, name in enumerate(names)})
     gains = [
         {"variant": name, "batch": 1, "length": 128, "speedup": 1.9, "ideal": 2.0, "realised": realised}
         for name in names[1:]

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calib.batches import collate_for, tokenise
+from calib.batches import Rows, collate_for, tokenise
 from calib.costeff.course import Course, tensors_of
 from calib.costeff.plan import ASSISTANT, plan, results
 from calib.costeff.settings import CosteffSettings
-from calib.costeff.stages import EXITS, Material, Rows, exit_accuracies
+from calib.costeff.stages import EXITS, Material, exit_accuracies
 from calib.data import Examples
 from calib.fit import with_held_out
 from calib.labels import label_ids

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from calib.arithmetic import Precision
-from calib.settings import require_meant
+from calib.settings import TrainingSettings
 from compexport.errors import InputError, describe
 
 Pooling = Literal["cls", "cls+mean"]
@@ -14,13 +13,13 @@ POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
 
 @dataclass(frozen=True)
-class CosteffSettings:
-    """How a family of slender models is trained. ``max_length`` in tokens.
+class CosteffSettings(TrainingSettings):
+    """How a family of slender models is trained.
 
     ``epochs`` are passes over the data in fine-tuning and in teaching the assistant; the other stages take as many more
     or fewer as in the official recipe, which has 5 on SST-2. ``steps``, of all stages together, take their place.
     ``max_seconds`` ends every stage early, in proportion. ``learning_rate`` is the peak of those two stages and of the
-    last; the others have theirs in proportion. ``batch_size`` counts the texts of one step, of all processes together.
+    last; the others have theirs in proportion.
 
     ``heads_per_event``: heads that leave every layer at a time; officially 1. ``importance_rows``: rows whose gradients
     tell which leave; officially all. ``joint``: at ratio 1 train the whole model with its exits, and not the exits
@@ -28,13 +27,7 @@ class CosteffSettings:
     """
 
     epochs: float = 2.0
-    steps: int | None = None
-    batch_size: int = 32
-    max_length: int = 128
     learning_rate: float = 5e-5
-    seed: int = 0
-    max_seconds: float | None = None
-    precision: Precision = "auto"
     joint: bool = False
     pooling: Pooling = "cls+mean"
     heads_per_event: int = 2
@@ -42,7 +35,7 @@ class CosteffSettings:
 
     def checked(self) -> CosteffSettings:
         """Itself, or InputError for a value that cannot be meant."""
-        require_meant(self, ("steps", "epochs", "batch_size", "max_seconds", "heads_per_event", "importance_rows"))
+        self.require_meant("heads_per_event", "importance_rows")
         if self.pooling not in POOLINGS:
             raise InputError(describe("pooling", got=self.pooling, expected=f"one of {', '.join(POOLINGS)}"))
         return self

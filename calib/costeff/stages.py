@@ -6,17 +6,16 @@ Letters: B batch, S sequence length, H hidden size, L layers, C classes.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from calib import processes
 from calib.arithmetic import autocast, to_device
-from calib.batches import Batch, Collate, batches_by_length
+from calib.batches import Batch, Collate, Rows, batches_by_length
 from calib.clock import Clock
 from calib.costeff.importance import Importance, gradient_sums, importance, scored_weights
 from calib.costeff.losses import answers_error, exit_to_exit, first_exits_error, hidden_error
@@ -33,7 +32,6 @@ WARM_UP_SHARE = 0.1
 HIDDEN_SHARE = 0.7
 EXITS = ".highway."  # what the names of the exits' tensors hold, and no other
 
-Rows = Sequence[Mapping[str, Any]]
 # (student, teacher, batch's mask, labels) -> loss
 StageLoss = Callable[[CosteffOutput, CosteffOutput, Tensor, Tensor], Tensor]
 

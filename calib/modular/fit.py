@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from calib import processes
 from calib.arithmetic import moved
-from calib.batches import Batch
+from calib.batches import Batch, Rows
 from calib.clock import Clock
 from calib.data import Examples
 from calib.finetune import FinetuneSettings, parameter_groups
@@ -26,7 +26,7 @@ from calib.progress import Progress, silent
 from calib.sequences import tokenise_pairs
 from calib.trainer import Training
 from calib.unfinished import Unfinished
-from calib.writers import METRIC, Rows, Writer, collate_pairs, finetune_writer, token_accuracy
+from calib.writers import METRIC, Writer, collate_pairs, finetune_writer, token_accuracy
 from compexport.errors import CompexportError, describe
 from exporter.backbone import Seq2Seq, load_seq2seq
 from exporter.checkpoint import MethodCheckpoint

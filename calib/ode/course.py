@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from calib import processes
 from calib.arithmetic import training_device
-from calib.batches import Batch
+from calib.batches import Batch, Rows
 from calib.clock import Clock
 from calib.costeff.losses import first_exits_error
 from calib.finetune import parameter_groups
@@ -22,7 +22,7 @@ from calib.ode.exits import ExitLesson
 from calib.ode.lesson import Lesson, measured
 from calib.ode.settings import OdeSettings
 from calib.ode.sharing import Sharing
-from calib.ode.start import Rows, Start
+from calib.ode.start import Start
 from calib.progress import Progress
 from calib.trainer import Training
 from calib.unfinished import Unfinished
@@ -50,8 +50,8 @@ class Course:
         """The clock of a stage that begins now."""
         share = self.shares[stage]
         whole = sum(self.shares.values())
-        asked = self.settings.steps
-        steps = round(asked * share / whole) if asked is not None else round(self.settings.steps_for(rows) * share)
+        asked, epochs = self.settings.steps, self.settings.epochs
+        steps = round(asked * share / whole if asked is not None else self.settings.steps_of(epochs, rows) * share)
         seconds = None
         if self.settings.max_seconds is not None:
             left = self.settings.max_seconds - sum(record["seconds"] for record in self.records.values())

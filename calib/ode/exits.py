@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from calib.arithmetic import to_device
-from calib.batches import Batch, Collate, batches_by_length
+from calib.batches import Batch, Collate, Rows, batches_by_length
 from calib.ode.lesson import Lesson
 from calib.progress import Progress
 from exporter.methods.ode import Stepping
@@ -41,9 +38,7 @@ class ExitLesson(nn.Module):
 
 
 @torch.no_grad()
-def exit_accuracies(
-    exits: ExitLesson, rows: Sequence[Mapping[str, Any]], collate: Collate, size: int, progress: Progress
-) -> list[float]:
+def exit_accuracies(exits: ExitLesson, rows: Rows, collate: Collate, size: int, progress: Progress) -> list[float]:
     """The share of ``rows`` that is right after every step, the last one included, in fp32."""
     device = next(exits.parameters()).device
     right, done = torch.zeros(exits.stepping.n), 0

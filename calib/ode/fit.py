@@ -15,6 +15,7 @@ from torch import Tensor
 
 from calib import processes
 from calib.arithmetic import moved, plain_attention
+from calib.batches import Rows
 from calib.data import Examples
 from calib.fit import with_held_out
 from calib.ode.course import EXITS, SHARE, TRAIN, Course, Quality, quality
@@ -23,14 +24,14 @@ from calib.ode.exits import exit_accuracies
 from calib.ode.lesson import Lesson
 from calib.ode.settings import OdeSettings
 from calib.ode.sharing import Sharing
-from calib.ode.start import Rows, Start, knows_answers, objective_of, open_start, random_folder
+from calib.ode.start import Start, knows_answers, objective_of, open_start, random_folder
 from calib.progress import Progress, silent
 from calib.unfinished import Unfinished
 from compexport.errors import InputError, describe
 from exporter.backbone import Backbone, load_backbone, load_config
 from exporter.checkpoint import MethodCheckpoint, save_checkpoint
 from exporter.identity import backbone_sha256
-from exporter.methods.ode import Form, Stepping, stepping_for_ratio, warnings_of
+from exporter.methods.ode import DEFAULT_FORM, Form, Stepping, stepping_for_ratio, warnings_of
 from exporter.methods.ode_convert import shared_folder
 from exporter.methods.ode_stepping import usual_ratios_of
 
@@ -165,10 +166,10 @@ def _opened(
     if settings.exit_heads:
         course.shares = {**course.shares, **{f"{EXITS}-r{ratio}": EXITS_SHARE for ratio in with_exits(steppings)}}
     fewest = Draws.of(lesson.groups, settings).lowest
-    form: Form = "block" if settings.form == "auto" else settings.form
+    form: Form = DEFAULT_FORM if settings.form == "auto" else settings.form
     for stepping in steppings.values():
         if stepping.n < fewest:  # the others are what the model is trained for
-            for line in warnings_of(Stepping(form, stepping.steps)):
+            for line in warnings_of(Stepping(form, stepping.steps), f"--fewest-steps {stepping.n} trains for it"):
                 progress(line)
     return _Run(course, start, lesson, teacher, knows_answers(folder, start), steppings, fewest)
 
@@ -240,11 +241,11 @@ def with_exits(steppings: Mapping[float, Stepping]) -> dict[float, Stepping]:
 
 
 def chosen_form(found: Quality, settings: OdeSettings, metric: str) -> Form:
-    """The form that was trained; of both, the one with the better metric over all ratios, the block form if equal."""
+    """The form that was trained; of both, the one with the better metric over all ratios, the default one if equal."""
     if settings.form != "auto":
         return settings.form
     total = {form: sum(one[metric] for one in by_ratio.values()) for form, by_ratio in found.stepped.items()}
-    return max(total, key=lambda form: total[form])
+    return max(total, key=lambda form: (total[form], form == DEFAULT_FORM))
 
 
 def _shown(found: Quality, form: Form, metric: str) -> dict[str, Any]:

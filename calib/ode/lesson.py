@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.arithmetic import to_device
-from calib.batches import Batch, Collate, batches_by_length
+from calib.batches import Batch, Collate, Rows, batches_by_length
 from calib.ode.losses import state_distance
 from calib.ode.objectives import Goal
 from calib.progress import Progress
@@ -76,7 +76,7 @@ class Lesson(nn.Module):
 
 def measured(
     lesson: Lesson,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Rows,
     collate: Collate,
     size: int,
     steps: Sequence[tuple[int, float]],

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from calib.arithmetic import Precision
-from calib.settings import require_meant
+from calib.settings import TrainingSettings
 from compexport.errors import InputError, describe
 
 Objective = Literal["classification", "mlm", "lm"]
@@ -16,12 +15,11 @@ TRAINED_FORMS: tuple[TrainedForm, ...] = get_args(TrainedForm)
 
 
 @dataclass(frozen=True)
-class OdeSettings:
-    """How a model is trained to be run in fewer steps than its N iterations. ``max_length`` in tokens.
+class OdeSettings(TrainingSettings):
+    """How a model is trained to be run in fewer steps than its N iterations.
 
     ``epochs`` are passes over the data; making an unshared model share its layers, and exits, take as many again each.
     ``steps``, of all stages together, take their place. ``max_seconds`` ends every stage early, in proportion.
-    ``batch_size`` counts the texts of one step, of all processes together.
 
     ``objective`` None: whatever model and data are for. ``form`` "auto" trains both and keeps the better one.
     ``lowest``: of each batch the number of steps is drawn between this and N; None: half of N, rounded up.
@@ -42,18 +40,10 @@ class OdeSettings:
     iterations: int | None = None
     from_scratch: bool = False
     exit_heads: bool = False
-    epochs: float = 3.0
-    steps: int | None = None
-    batch_size: int = 32
-    max_length: int = 128
-    learning_rate: float = 1e-4
-    seed: int = 0
-    max_seconds: float | None = None
-    precision: Precision = "auto"
 
     def checked(self) -> OdeSettings:
         """Itself, or InputError for a value that cannot be meant."""
-        require_meant(self, ("steps", "epochs", "batch_size", "max_seconds", "lowest", "share", "iterations"))
+        self.require_meant("lowest", "share", "iterations")
         if self.objective is not None and self.objective not in OBJECTIVES:
             raise InputError(describe("objective", got=self.objective, expected=f"one of {', '.join(OBJECTIVES)}"))
         if self.form not in TRAINED_FORMS:
@@ -68,7 +58,3 @@ class OdeSettings:
         if self.plain and self.lowest is not None:
             raise InputError(describe("--plain with --fewest-steps", expected="one of them"))
         return self
-
-    def steps_for(self, rows: int) -> int:
-        """How many training steps ``epochs`` are on so many rows."""
-        return max(1, round(self.epochs * -(-rows // self.batch_size)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from calib.batches import Collate, collate_for, tokenise
+from calib.batches import Collate, Rows, collate_for, tokenise
 from calib.data import Examples
 from calib.labels import label_ids
 from calib.learners import Learner, open_learner
@@ -26,7 +25,6 @@ from exporter.methods.ode import shared_host
 from exporter.methods.ode_convert import save_model
 from exporter.quiet import quiet_transformers
 
-Rows = Sequence[Mapping[str, Any]]
 MASK_TOKENS = ("[MASK]", "<mask>")
 
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -398,6 +398,9 @@ def open_file(path: Path, *, threads: int | None = None, provider: str = "cpu", 
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if provider == "cuda":
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    else:
+        _make_shared_arena()
+        options.add_session_config_entry("session.use_env_allocators", "1")
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=[PROVIDERS[provider]])
     except Exception as error:
@@ -409,6 +412,20 @@ def open_file(path: Path, *, threads: int | None = None, provider: str = "cpu", 
             )
         )
     return session
+
+
+@cache
+def _make_shared_arena() -> None:
+    """One arena, for as long as the process lives, in which all our sessions compute.
+
+    Otherwise each would keep one of its own, as large as its largest run needed. Other users of ONNX Runtime in the
+    process are left alone, unless they ask for a shared arena too.
+    """
+    import onnxruntime
+
+    arena = onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR
+    place = onnxruntime.OrtMemoryInfo("Cpu", arena, 0, onnxruntime.OrtMemType.DEFAULT)
+    onnxruntime.create_and_register_allocator(place, onnxruntime.OrtArenaCfg({}))
 
 
 def tensor_specs(values: Sequence[Any]) -> list[TensorSpec]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from compexport.errors import InputError, describe
-from exporter.backbone import Backbone, load_backbone
+from exporter.backbone import Backbone, load_backbone, name_of
 from exporter.checkpoint import copy_model
 from exporter.hosts.shared import repeats, tie
 from exporter.importers.folder import folder_near
@@ -73,7 +73,7 @@ def save_model(model: nn.Module, folder: Path) -> None:
 def _names_of_repeats(model: Any) -> tuple[str, ...]:
     host = shared_host(model.config)
     layers = host.layers(host.encoder(model))
-    prefix = next(name for name, module in model.named_modules() if module is layers)
+    prefix = name_of(layers, model)
     return tuple(f"{prefix}.{index}." for index in repeats(layers, model.config))
 
 

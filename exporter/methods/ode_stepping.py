@@ -20,6 +20,7 @@ FORMS: tuple[Form, ...] = get_args(Form)
 DEFAULT_FORM: Form = "sublayer"  # the better one on a trained model (docs/benchmarks.md)
 USUAL_RATIOS = (2, 3, 4)
 RISKY_STEP = 2.0  # from here on the weight 1 - dt of the old state is at or below -1
+_MEASURE = "`compexport evaluate`"
 _TOLERANCE = 1e-6
 _RATIO_TOLERANCE = 0.01  # a name may write 12 / 7 with two decimals
 
@@ -155,7 +156,7 @@ def stepping_for_ratio(of: OdeFacts | Sequence[int], ratio: float, form: Form = 
                 f"no whole number of steps at ratio {ratio:g}",
                 got=f"{iterations} iterations",
                 expected=f"a ratio among {', '.join(f'{one:g}' for one in ratios_that_work(groups))}",
-                hint="or a list of your own with --steps",
+                hint="or a list of your own with `compexport build --steps`",
             )
         )
     return Stepping.even(groups, [round(count) for count in counts], form)
@@ -174,10 +175,11 @@ def usual_ratios_of(groups: Sequence[int]) -> list[float]:
     return [ratio for ratio in possible if ratio in USUAL_RATIOS] or possible[:1]
 
 
-def warnings_of(stepping: Stepping) -> list[str]:
-    """What a user should know of the steps before trusting them, one line each."""
+def warnings_of(stepping: Stepping, hint: str | None = None) -> list[str]:
+    """What a user should know of the steps before trusting them, one line each; ``hint``: what to do about it."""
     if stepping.largest < RISKY_STEP:
         return []
+    hint = hint or f"train with `compexport train ode --fewest-steps {stepping.n}`, and measure with {_MEASURE}"
     reason = (
         f"the old state enters with weight {1 - stepping.largest:g}"
         if stepping.form == "block"
@@ -185,9 +187,16 @@ def warnings_of(stepping: Stepping) -> list[str]:
     )
     return [
         f"{stepping.n} steps instead of {stepping.total:g}: a step of {stepping.largest:g} is at least {RISKY_STEP:g}, "
-        f"where {reason} and answers may be far off; train with `compexport train ode`, and measure with "
-        "`compexport evaluate`"
+        f"where {reason} and answers may be far off; {hint}"
     ]
+
+
+def warnings_of_checkpoint(stepping: Stepping, checkpoint: MethodCheckpoint | None) -> list[str]:
+    """The same of steps that a checkpoint may have been trained to take."""
+    record = None if checkpoint is None else checkpoint.settings.get("training")
+    fewest = record.get("fewest_steps") if isinstance(record, dict) else None
+    trained = isinstance(fewest, int) and fewest <= stepping.n and stepping.form == form_of(checkpoint)
+    return warnings_of(stepping, f"the model was trained for it: measure with {_MEASURE}" if trained else None)
 
 
 def form_of(checkpoint: MethodCheckpoint | None) -> Form:

@@ -21,7 +21,7 @@ from exporter.methods.ode_stepping import (
     described_stepping,
     listed_ratios,
     usual_ratios_of,
-    warnings_of,
+    warnings_of_checkpoint,
 )
 from exporter.plans.costeff import default_exits
 from exporter.plans.plan import Plan, PlannedGraph
@@ -75,7 +75,8 @@ class OdePlan(Plan):
         raise InputError(describe(f"{self.folder}: --exits needs exit heads", got=got, hint=hint))
 
     def warnings(self) -> list[str]:
-        return [line for ratio in self.ratios for line in warnings_of(self.stepping(ratio))]
+        found = (warnings_of_checkpoint(self.stepping(ratio), self.checkpoint) for ratio in self.ratios)
+        return [line for lines in found for line in lines]
 
     # --- steps
 

@@ -15,24 +15,19 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from engines.backends import ort
-from engines.bundle import Bundle, BundleWriter
+from engines.bundle import Bundle
 from engines.manifest import (
     DECODER,
     GENERATION,
     PAST,
     PRESENT,
-    Backbone,
     Cost,
     Generation,
-    Graph,
-    Manifest,
-    Parity,
     TensorSpec,
     Tokenizer,
-    Variant,
     cache_name,
 )
+from tests.engines import toys
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
@@ -41,7 +36,6 @@ H, HEADS, LAYERS, POSITIONS = 16, 2, 4, 48
 V, EOS, PAD = 257, 256, 256
 WIDTH = H // HEADS
 NAMES = {1: "ode-r1-fp32", 2: "ode-r2-fp32", 4: "ode-r4-fp32"}
-DTYPES = {"int64": TensorProto.INT64, "float32": TensorProto.FLOAT}
 
 
 @cache
@@ -113,8 +107,8 @@ def decoder(steps: Sequence[float]) -> onnx.ModelProto:
     graph = helper.make_graph(
         o.nodes,
         "decoder",
-        [_info(spec) for spec in inputs],
-        [_info(spec) for spec in outputs],
+        [toys.info(spec) for spec in inputs],
+        [toys.info(spec) for spec in outputs],
         [numpy_helper.from_array(value, name) for name, value in o.tensors.items()],
     )
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
@@ -165,20 +159,6 @@ def _spec(name: str, dtype: str, *shape: int | str) -> TensorSpec:
     return TensorSpec(name=name, dtype=dtype, shape=list(shape))
 
 
-def _info(spec: TensorSpec) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(spec.name, DTYPES[spec.dtype], spec.shape)
-
-
-def _specs(values: Sequence[onnx.ValueInfoProto]) -> list[TensorSpec]:
-    dtypes = {number: name for name, number in DTYPES.items()}
-    found = []
-    for value in values:
-        kind = value.type.tensor_type
-        shape = [dim.dim_param or dim.dim_value for dim in kind.shape.dim]
-        found.append(TensorSpec(name=value.name, dtype=dtypes[kind.elem_type], shape=shape))
-    return found
-
-
 def save_tokenizer(folder: Path) -> None:
     """GPT-2's, with no merges: a token for every byte, and one for the end of a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -193,56 +173,26 @@ def save_tokenizer(folder: Path) -> None:
 
 def make_bundle(folder: Path, ratios: Sequence[int] = (1, 2, 4)) -> Bundle:
     """The ratios into ``folder``, with engines."""
-    with BundleWriter(folder) as writer:
-        (writer.dir / "graphs").mkdir()
-        save_tokenizer(writer.dir)
-        graphs, variants = {}, {}
-        for ratio in ratios:
-            name, steps = f"ode-r{ratio}", [float(ratio)] * (LAYERS // ratio)
-            made = decoder(steps)
-            (writer.dir / "graphs" / f"{name}.onnx").write_bytes(made.SerializeToString(deterministic=True))
-            graphs[name] = Graph(
-                path=f"graphs/{name}.onnx",
-                opset=18,
-                inputs=_specs(made.graph.input),
-                outputs=_specs(made.graph.output),
-                cost=Cost(per_token=12 * H * H * len(steps) + H * V, per_pair=2 * H * len(steps)),
-                parity=Parity(max_abs=0.0, tolerance=1e-4, shapes=[]),
-                key=hashlib.sha256(made.SerializeToString(deterministic=True)).hexdigest(),
-            )
-            variants[NAMES[ratio]] = Variant(
-                method="ode",
-                ratio=ratio,
-                precision="fp32",
-                graphs={DECODER: name},
-                params=1,
-                extra_params=0,
-                flops_ratio=ratio,
-                steps=[steps],
-            )
-        with ort.EngineBuilder(writer.dir, "engines/ort-cpu") as builder:
-            for name, entry in graphs.items():
-                builder.add(name, entry)
-            engines = builder.finish()
-        sizes = {"params": 1, "hidden_size": H, "layers": LAYERS}
-        inputs = ["input_ids", "attention_mask"]
-        return writer.commit(
-            Manifest(
-                backbone=Backbone(
-                    name="toy", architecture="GPT2LMHeadModel", model_type="gpt2", sha256="0" * 64, **sizes
-                ),  # type: ignore[arg-type]
-                method="ode",
-                task=GENERATION,
-                tokenizer=Tokenizer(path="tokenizer.json", max_length=POSITIONS, pad_id=PAD, inputs=inputs),
-                generation=Generation(eos_ids=[EOS], bos_id=EOS, pad_id=PAD, max_positions=POSITIONS),
-                variants=variants,
-                graphs=graphs,
-                engines={f"{name}-ort-cpu": engine for name, engine in engines.items()},
-                files={},
-                versions={},
-                command="tests",
-            )
-        )
+    graphs, variants = {}, {}
+    for ratio in ratios:
+        name, steps = f"ode-r{ratio}", [float(ratio)] * (LAYERS // ratio)
+        cost = Cost(per_token=12 * H * H * len(steps) + H * V, per_pair=2 * H * len(steps))
+        graphs[name] = (decoder(steps), cost)
+        variants[NAMES[ratio]] = toys.variant("ode", ratio, {DECODER: name}, steps=[steps])
+    inputs = ["input_ids", "attention_mask"]
+    return toys.make_bundle(
+        folder,
+        graphs,
+        variants,
+        model_type="gpt2",
+        layers=LAYERS,
+        hidden_size=H,
+        tokenizer=Tokenizer(path="tokenizer.json", max_length=POSITIONS, pad_id=PAD, inputs=inputs),
+        save_tokenizer=save_tokenizer,
+        method="ode",
+        task=GENERATION,
+        generation=Generation(eos_ids=[EOS], bos_id=EOS, pad_id=PAD, max_positions=POSITIONS),
+    )
 
 
 def prompts(batch: int, longest: int = 9, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

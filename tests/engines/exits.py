@@ -5,7 +5,6 @@ A layer adds to every token a mix of the text's mean, so that padding changes no
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,8 +12,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from engines.backends import ort
-from engines.bundle import Bundle, BundleWriter
+from engines.bundle import Bundle
 from engines.manifest import (
     ALL_EXITS,
     ENCODER,
@@ -22,23 +20,18 @@ from engines.manifest import (
     HIDDEN,
     PREVIOUS,
     ROWS,
-    Backbone,
     Cost,
-    Graph,
-    Manifest,
-    Parity,
     TensorSpec,
     Tokenizer,
-    Variant,
     segment_role,
 )
+from tests.engines import toys
 from tests.engines.test_text import ALL_INPUTS, save_tokenizer
 
 H, C, V, LAYERS = 8, 3, 128, 6
 EXITS = (2, 4, 6)
 LABELS = ["bad", "fair", "good"]
 NAMES = {1.0: "costeff-r1-fp32", 4.0: "costeff-r4-fp32"}
-DTYPES = {"int64": TensorProto.INT64, "float32": TensorProto.FLOAT}
 
 Nodes = list[onnx.NodeProto]
 
@@ -164,41 +157,13 @@ def _model(weights: Weights, nodes: Nodes, inputs: list[TensorSpec], outputs: li
     graph = helper.make_graph(
         nodes,
         "exits",
-        [_info(spec) for spec in inputs],
-        [_info(spec) for spec in outputs],
+        [toys.info(spec) for spec in inputs],
+        [toys.info(spec) for spec in outputs],
         [numpy_helper.from_array(value, name) for name, value in tensors.items() if name in used],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     onnx.checker.check_model(model, full_check=True)
     return model
-
-
-def _info(spec: TensorSpec) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(spec.name, DTYPES[spec.dtype], spec.shape)
-
-
-def _entry(name: str, model: onnx.ModelProto, cost: Cost) -> Graph:
-    return Graph(
-        path=f"graphs/{name}.onnx",
-        opset=18,
-        inputs=_specs(model.graph.input),
-        outputs=_specs(model.graph.output),
-        cost=cost,
-        parity=Parity(max_abs=0.0, tolerance=1e-4, shapes=[]),
-        key=hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest(),
-    )
-
-
-def _specs(values: Sequence[onnx.ValueInfoProto]) -> list[TensorSpec]:
-    dtypes = {number: name for name, number in DTYPES.items()}
-    return [
-        TensorSpec(
-            name=value.name,
-            dtype=dtypes[value.type.tensor_type.elem_type],
-            shape=[dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim],
-        )
-        for value in values
-    ]
 
 
 def make_bundle(
@@ -208,61 +173,31 @@ def make_bundle(
 
     ``broken``: the layer whose exit returns NaN.
     """
-    with BundleWriter(folder) as writer:
-        (writer.dir / "graphs").mkdir()
-        save_tokenizer(writer.dir)
-        graphs: dict[str, Graph] = {}
-        variants = {}
-        for ratio, name in NAMES.items():
-            weights = Weights(ratio, broken)
-            plain = plain_backbone and ratio == 1
-            spans = [(0, LAYERS)] if plain else _spans(exits)
-            models = {segment_role(i): segment(weights, a, b) for i, (a, b) in enumerate(spans)}
-            models = {ENCODER: encoder(weights)} if plain else {**models, ALL_EXITS: all_exits(weights)}
-            costs = [Cost(per_token=int(1200 / ratio) * (b - a), fixed=C * H) for a, b in spans]
-            roles = {}
-            for (role, model), cost in zip(models.items(), [*costs, Cost()], strict=False):
-                graph = f"costeff-r{ratio:g}-{role}"
-                roles[role] = graph
-                graphs[graph] = _entry(graph, model, cost)
-                (writer.dir / graphs[graph].path).write_bytes(model.SerializeToString(deterministic=True))
-            variants[name] = Variant(
-                method="costeff",
-                ratio=ratio,
-                precision="fp32",
-                graphs=roles,
-                params=1,
-                extra_params=0,
-                flops_ratio=ratio,
-                exits=None if plain else list(exits),
-            )
-        with ort.EngineBuilder(writer.dir, "engines/ort-cpu") as builder:
-            for name, entry in graphs.items():
-                builder.add(name, entry)
-            engines = builder.finish()
-        return writer.commit(
-            Manifest(
-                backbone=Backbone(
-                    name="toy",
-                    architecture="Toy",
-                    model_type="bert",
-                    sha256="0" * 64,
-                    params=1,
-                    hidden_size=H,
-                    layers=LAYERS,
-                ),
-                method="costeff",
-                task="sequence-classification",
-                labels=LABELS,
-                tokenizer=Tokenizer(path="tokenizer.json", max_length=16, pad_id=0, inputs=ALL_INPUTS),
-                variants=variants,
-                graphs=graphs,
-                engines={f"{name}-ort-cpu": engine for name, engine in engines.items()},
-                files={},
-                versions={},
-                command="tests",
-            )
-        )
+    graphs: dict[str, tuple[onnx.ModelProto, Cost]] = {}
+    variants = {}
+    for ratio, name in NAMES.items():
+        weights = Weights(ratio, broken)
+        plain = plain_backbone and ratio == 1
+        spans = [(0, LAYERS)] if plain else _spans(exits)
+        models = {segment_role(i): segment(weights, a, b) for i, (a, b) in enumerate(spans)}
+        models = {ENCODER: encoder(weights)} if plain else {**models, ALL_EXITS: all_exits(weights)}
+        costs = [Cost(per_token=int(1200 / ratio) * (b - a), fixed=C * H) for a, b in spans]
+        roles = {role: f"costeff-r{ratio:g}-{role}" for role in models}
+        graphs |= dict(zip(roles.values(), zip(models.values(), [*costs, Cost()], strict=False), strict=True))
+        variants[name] = toys.variant("costeff", ratio, roles, exits=None if plain else list(exits))
+    return toys.make_bundle(
+        folder,
+        graphs,
+        variants,
+        model_type="bert",
+        layers=LAYERS,
+        hidden_size=H,
+        tokenizer=Tokenizer(path="tokenizer.json", max_length=16, pad_id=0, inputs=ALL_INPUTS),
+        save_tokenizer=save_tokenizer,
+        method="costeff",
+        task="sequence-classification",
+        labels=LABELS,
+    )
 
 
 def _spans(exits: Sequence[int]) -> list[tuple[int, int]]:

@@ -5,30 +5,23 @@ Two groups, each a layer that adds to every token a mix of the text's mean, so t
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import helper, parser
 
-from engines.backends import ort
-from engines.bundle import Bundle, BundleWriter
+from engines.bundle import Bundle
 from engines.manifest import (
     EMBED,
     HEAD,
-    Backbone,
     Cost,
-    Graph,
-    Manifest,
-    Parity,
-    TensorSpec,
     Tokenizer,
-    Variant,
     head_role,
     step_role,
 )
+from tests.engines import toys
 from tests.engines.test_text import ALL_INPUTS, save_tokenizer
 
 H, C, V = 8, 3, 128
@@ -41,7 +34,6 @@ _random = np.random.default_rng(0)
 TABLE = _random.normal(size=(V, H)).astype(np.float32)
 MIX = (_random.normal(size=(2, H, H)) / H**0.5).astype(np.float32)
 HEADS = {role: _random.normal(size=(H, C)).astype(np.float32) * 2 for role in (HEAD, *map(head_role, range(1, 5)))}
-DTYPES = {onnx.TensorProto.INT64: "int64", onnx.TensorProto.FLOAT: "float32"}
 
 _EMBED = """<ir_version: 10, opset_import: ["": 18]>
 embed (int64[batch, sequence] input_ids, int64[batch, sequence] token_type_ids)
@@ -125,29 +117,6 @@ def reference(feeds: Mapping[str, np.ndarray], ratio: int) -> list[np.ndarray]:
     return found
 
 
-def _entry(name: str, model: onnx.ModelProto, cost: Cost) -> Graph:
-    def specs(values: Sequence[onnx.ValueInfoProto]) -> list[TensorSpec]:
-        kinds = [(value.name, value.type.tensor_type) for value in values]
-        return [
-            TensorSpec(
-                name=name,
-                dtype=DTYPES[kind.elem_type],
-                shape=[dim.dim_param or dim.dim_value for dim in kind.shape.dim],
-            )
-            for name, kind in kinds
-        ]
-
-    return Graph(
-        path=f"graphs/{name}.onnx",
-        opset=18,
-        inputs=specs(model.graph.input),
-        outputs=specs(model.graph.output),
-        cost=cost,
-        parity=Parity(max_abs=0.0, tolerance=1e-4, shapes=[]),
-        key=hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest(),
-    )
-
-
 def make_bundle(folder: Path, *, with_exits: bool) -> Bundle:
     """Both ratios into ``folder``, with engines."""
     models = {EMBED: (_model(_EMBED, table=TABLE), Cost())}
@@ -155,43 +124,22 @@ def make_bundle(folder: Path, *, with_exits: bool) -> Bundle:
     for role, weight in HEADS.items():
         made = _model(_HEAD, head=weight)
         models[role] = (made if role != HEAD else _plain_head(made), Cost(fixed=C * H))
-    with BundleWriter(folder) as writer:
-        (writer.dir / "graphs").mkdir()
-        save_tokenizer(writer.dir)
-        graphs, variants = {}, {}
-        with ort.EngineBuilder(writer.dir, "engines/ort-cpu") as builder:
-            for role, (model, cost) in models.items():
-                graphs[f"ode-{role}"] = _entry(f"ode-{role}", model, cost)
-                (writer.dir / graphs[f"ode-{role}"].path).write_bytes(model.SerializeToString(deterministic=True))
-                builder.add(f"ode-{role}", graphs[f"ode-{role}"])
-            engines = builder.finish()
-        for ratio, steps in STEPS.items():
-            exits = EXITS[ratio] if with_exits else None
-            roles = [EMBED, *(step_role(group, 2) for group in range(2)), HEAD, *map(head_role, exits or ())]
-            variants[NAMES[ratio]] = Variant(
-                method="ode",
-                ratio=ratio,
-                precision="fp32",
-                graphs={role: f"ode-{role}" for role in roles},
-                params=1,
-                extra_params=0,
-                flops_ratio=ratio,
-                exits=exits,
-                steps=steps,
-            )
-        sizes = {"params": 1, "hidden_size": H, "layers": 4}
-        return writer.commit(
-            Manifest(
-                backbone=Backbone(name="toy", architecture="Toy", model_type="albert", sha256="0" * 64, **sizes),  # type: ignore[arg-type]
-                method="ode",
-                task="sequence-classification",
-                labels=LABELS,
-                tokenizer=Tokenizer(path="tokenizer.json", max_length=16, pad_id=0, inputs=ALL_INPUTS),
-                variants=variants,
-                graphs=graphs,
-                engines={f"{name}-ort-cpu": engine for name, engine in engines.items()},
-                files={},
-                versions={},
-                command="tests",
-            )
-        )
+    variants = {}
+    for ratio, steps in STEPS.items():
+        exits = EXITS[ratio] if with_exits else None
+        roles = [EMBED, *(step_role(group, 2) for group in range(2)), HEAD, *map(head_role, exits or ())]
+        graphs = {role: f"ode-{role}" for role in roles}
+        variants[NAMES[ratio]] = toys.variant("ode", ratio, graphs, exits=exits, steps=steps)
+    return toys.make_bundle(
+        folder,
+        {f"ode-{role}": made for role, made in models.items()},
+        variants,
+        model_type="albert",
+        layers=4,
+        hidden_size=H,
+        tokenizer=Tokenizer(path="tokenizer.json", max_length=16, pad_id=0, inputs=ALL_INPUTS),
+        save_tokenizer=save_tokenizer,
+        method="ode",
+        task="sequence-classification",
+        labels=LABELS,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,12 @@ def applied(rules: Rules, scores: np.ndarray, history: np.ndarray, sources: np.n
     lengths = np.full(batch, history.shape[1] - count)
     ruling = Ruling(rules, EOS, lengths, np.full(batch, LIMIT), list(sources))
     return ruling.apply(scores, history, np.arange(batch), count)
+
+
+def _set(rules: Rules) -> list[str]:
+    """What of the rules is not as by default, for a name."""
+    default = asdict(NO_RULES)
+    return [f"{name}={value}" for name, value in asdict(rules).items() if value != default[name]]
 
 
 @pytest.mark.parametrize(
@@ -44,7 +51,7 @@ def applied(rules: Rules, scores: np.ndarray, history: np.ndarray, sources: np.n
         (Rules(forced_bos_id=4), lambda source: theirs.ForcedBOSTokenLogitsProcessor(4)),
         (Rules(forced_eos_id=1), lambda source: theirs.ForcedEOSTokenLogitsProcessor(2 + LIMIT, 1)),
     ],
-    ids=str,
+    ids=lambda value: "-" if callable(value) else ",".join(_set(value)),
 )
 def test_rules_are_those_of_transformers(rules: Rules, processor: Any) -> None:
     changed = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -135,6 +136,26 @@ def test_only_the_variants_asked_for(bundle: Bundle) -> None:
 def test_no_outputs_asked_for(bundle: Bundle) -> None:
     session = ort.open_sessions(bundle, NAMES[:1], threads=1)[NAMES[0]]
     assert session.run(feed(1, 4), []) == {}
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not tell a process its memory")
+def test_sessions_compute_in_the_same_memory(tmp_path: Path) -> None:
+    text = """<ir_version: 10, opset_import: ["": 18]>
+    big (int64[1] size) => (float sum) {
+        one = Constant <value_floats = [1.0]> ()
+        ones = Expand (one, size)
+        grown = Exp (ones)
+        sum = ReduceSum <keepdims = 0> (grown)
+    }"""
+    path = tmp_path / "big.onnx"
+    onnx.save(onnx.parser.parse_model(text), str(path))
+    size, number = 2**24, 4  # 64 MB for each of two tensors
+    sessions = [ort.open_file(path, threads=1) for _ in range(number)]
+    held = []
+    for session in sessions:
+        session.run(None, {"size": np.array([size], np.int64)})
+        held.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+    assert held[-1] - held[0] < size * 4
 
 
 def test_one_session_in_many_threads(bundle: Bundle) -> None:

@@ -22,6 +22,7 @@ from exporter.methods.ode_stepping import (
     stepping_for_ratio,
     usual_ratios_of,
     warnings_of,
+    warnings_of_checkpoint,
 )
 
 
@@ -100,6 +101,24 @@ def test_long_steps_are_warned_of() -> None:
         assert line.startswith("6 steps instead of 12: a step of 2 is at least 2,")
         assert reason in line
     assert "a step of 5 is" in warnings_of(Stepping("block", ((5.0, 1.0),)))[0]
+
+
+@pytest.mark.parametrize(
+    ("training", "said"),
+    [
+        (None, "--fewest-steps 3"),
+        ({"fewest_steps": 4}, "--fewest-steps 3"),
+        ({"fewest_steps": "3"}, "--fewest-steps 3"),
+        ({"fewest_steps": 3}, "was trained for it"),
+    ],
+)
+def test_steps_that_a_model_was_trained_for(training: dict[str, Any] | None, said: str) -> None:
+    trained = checkpoint(form="sublayer", training=training)
+    (line,) = warnings_of_checkpoint(stepping_for_ratio((12,), 4), trained)
+    assert said in line
+    (other,) = warnings_of_checkpoint(stepping_for_ratio((12,), 4, "block"), trained)
+    assert "--fewest-steps 3" in other
+    assert warnings_of_checkpoint(stepping_for_ratio((12,), 1.5), trained) == []
 
 
 def test_steps_of_a_checkpoint() -> None:
