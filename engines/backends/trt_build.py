@@ -292,7 +292,8 @@ def _fix_addresses() -> None:
     """On Linux, start this process anew with the same memory addresses every time, where that is allowed.
 
     The compiler puts outputs of a graph that has several in an order that follows from addresses: without this, about
-    one plan in ten of such a graph has other bytes than the rest.
+    one plan in ten of such a graph has other bytes than the rest. Lengths of paths and of the environment move
+    addresses too: ``trt_process`` keeps them equal.
     """
     if sys.platform != "linux":
         return
@@ -300,7 +301,7 @@ def _fix_addresses() -> None:
     personality.argtypes = [ctypes.c_ulong]
     now = personality(_QUERY)
     if now >= 0 and personality(now | _NO_RANDOM_ADDRESSES) >= 0:
-        os.execv(sys.executable, [sys.executable, "-m", "engines.backends.trt_build", _FIXED])
+        os.execv(sys.executable, [sys.executable, "-P", "-m", "engines.backends.trt_build", _FIXED])
 
 
 def _await_end(stop: threading.Event) -> None:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO
 
@@ -18,6 +18,7 @@ from engines.backends.trt_build import Built, Request
 
 _ROOT = Path(__file__).resolve().parents[2]
 _GRACE_S = 15.0
+_KEPT = ("PATH", "HOME", "TMP", "TEMP", "SYSTEMROOT", "LANG", "LC_", "LD_", "CUDA_", "NVIDIA_", "TRT_")
 
 
 class PlanProcess:
@@ -35,12 +36,13 @@ class PlanProcess:
         """Build; raises CompexportError, one line, for whatever goes wrong, a compiler that dies included."""
         with tempfile.TemporaryFile("w+", errors="replace") as said:
             self._process = process = subprocess.Popen(
-                [sys.executable, "-m", "engines.backends.trt_build"],
+                [sys.executable, "-P", "-m", "engines.backends.trt_build"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=said,
                 text=True,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(_search_path())},
+                cwd=Path(self._request.graph).parent,
+                env=_environment(),
                 start_new_session=True,  # Ctrl-C reaches this process only, which then cancels the build
             )
             try:
@@ -66,7 +68,7 @@ class PlanProcess:
         if self._cancelled:
             raise self._error("cancelled")
         with contextlib.suppress(OSError):  # it may be dead already, which is told below
-            process.stdin.write(json.dumps(asdict(self._request)) + "\n")
+            process.stdin.write(json.dumps(asdict(_relative(self._request))) + "\n")
             process.stdin.flush()
         for line in process.stdout:
             event = json.loads(line)
@@ -97,9 +99,26 @@ class PlanProcess:
             process.wait()
 
 
-def _search_path() -> list[str]:
-    """Our own modules first, wherever the caller found them."""
-    return [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+def _relative(request: Request) -> Request:
+    """With paths as from the graph's folder: lengths of texts move memory, and that what the compiler makes."""
+    folder = os.path.dirname(os.path.abspath(request.graph))
+    cache = request.timing_cache
+    return replace(
+        request,
+        graph=os.path.basename(request.graph),
+        plan=os.path.relpath(request.plan, folder),
+        timing_cache=None if cache is None else os.path.relpath(cache, folder),
+    )
+
+
+def _environment() -> dict[str, str]:
+    """What the process needs of this one's, for the same reason; our own modules first, wherever they were found.
+
+    Nothing is ever imported from the folder it works in, which is a bundle's.
+    """
+    path = [os.path.abspath(place) for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
+    kept = {name: value for name, value in os.environ.items() if name.startswith(_KEPT)}
+    return {**kept, "PYTHONPATH": os.pathsep.join([str(_ROOT), *path])}
 
 
 def _death(code: int) -> str:

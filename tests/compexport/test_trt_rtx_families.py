@@ -84,11 +84,15 @@ def test_every_graph_of_every_method_becomes_a_plan(bundles: Callable[[str], Pat
 def test_a_second_build_gives_the_same_bytes(
     bundles: Callable[[str], Path], tmp_path: Path, family: str, graph: str
 ) -> None:
-    bundle = bundles(family)
-    record = read_record(bundle / FOLDER / f"{graph}.json")
-    plan = tmp_path / "again.plan"
+    """In another folder, whose path is longer."""
+    first = bundles(family)
+    again = tmp_path / "of another length" / "bundle"
+    shutil.copytree(first, again)
+    record = read_record(again / FOLDER / f"{graph}.json")
+    plan = again / FOLDER / f"{graph}.plan"
+    plan.unlink()
     request = Request(
-        "tensorrt_rtx", str(bundle / f"graphs/{graph}.onnx"), str(plan), record.profiles, ["sm86", "sm89", "sm120"]
+        "tensorrt_rtx", str(again / f"graphs/{graph}.onnx"), str(plan), record.profiles, ["sm86", "sm89", "sm120"]
     )
     PlanProcess(request, "TensorRT-RTX").run()
     assert hashlib.sha256(plan.read_bytes()).hexdigest() == record.sha256
