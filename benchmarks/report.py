@@ -8,20 +8,19 @@
 from __future__ import annotations
 
 import io
-import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.models import FFN, HIDDEN, LAYERS
+from benchmarks.page import RESULTS, Result, environment_line, load, ratio_of, table
+from benchmarks.page_modular import assemblies_notes, assemblies_table, writing_notes, writing_table
+from benchmarks.page_steps import generation_table, steps_notes, steps_quality_notes, steps_quality_table, steps_table
 
 ROOT = Path(__file__).parent
-RESULTS = ROOT / "results"
 PAGE = ROOT.parent / "docs" / "benchmarks.md"
 TEXT = ROOT / "report.md"
-
-Result = dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,33 +44,6 @@ def render() -> str:
     return "\n".join(lines) + "\n"
 
 
-def load(name: str) -> Result:
-    """One result file."""
-    found: Result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    return found
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """A Markdown table; numbers to the right."""
-    body = [[str(cell) for cell in row] for row in rows]
-    return [
-        "| " + " | ".join(header) + " |",
-        "|" + "|".join("---" if index == 0 else "---:" for index in range(len(header))) + "|",
-        *("| " + " | ".join(row) + " |" for row in body),
-    ]
-
-
-def environment_line(name: str) -> list[str]:
-    """Where a result was measured, in one line."""
-    where = load(name)["environment"]
-    versions = ", ".join(f"{library} {version}" for library, version in where["versions"].items())
-    return [f"Measured on {where['processor']}, {where['cores']} cores, {where['system']}; {versions}."]
-
-
-def _ratio(variant: str) -> str:
-    return variant.split("-r")[1].split("-")[0]
-
-
 def latency_table() -> list[str]:
     result = load("latency")
     times = {(r["variant"], r["batch"], r["length"]): r for r in result["rows"]}
@@ -81,7 +53,7 @@ def latency_table() -> list[str]:
         rows.append(
             (
                 f"{cell['batch']} x {cell['length']}",
-                _ratio(cell["variant"]),
+                ratio_of(cell["variant"]),
                 f"{cell['ideal']:.2f}",
                 f"{cell['speedup']:.2f}",
                 f"{cell['realised']:.2f}",
@@ -172,7 +144,7 @@ def quality_table() -> list[str]:
     demo = load("demo")
     evaluated = {row["variant"]: row["value"] for row in demo["evaluate"]["variants"]}
     reached = {
-        "demo": {_ratio(name): value for name, value in evaluated.items()},
+        "demo": {ratio_of(name): value for name, value in evaluated.items()},
     }
     if _fitted_long():
         reached["long fit"] = load("fit_minilm")["cosine"]
@@ -283,7 +255,7 @@ def slender_table() -> list[str]:
     rows = [
         (
             f"{task}, n = {result['evaluate']['n']}",
-            _ratio(row["variant"]),
+            ratio_of(row["variant"]),
             row["variant"].partition("@")[2] or "to the end",
             f"{row['value']:.3f}",
             f"{row['relative_quality']:.1%}",
@@ -418,110 +390,6 @@ def cascade_picture(result: Result) -> bytes:
     return drawn.getvalue()
 
 
-# --- shared layers ----------------------------------------------------------------------------------------------------
-
-NOT_MEASURED = "Not measured yet: no figure."
-
-
-def _measured(name: str) -> bool:
-    return (RESULTS / f"{name}.json").exists()
-
-
-def steps_table() -> list[str]:
-    """Time by number of steps, as a graph of its own and by the step engine."""
-    if not _measured("ode_engines"):
-        return [NOT_MEASURED]
-    result = load("ode_engines")
-    gains = {(r["variant"], r["batch"], r["length"]): r for r in result["realised"]}
-    rows = []
-    for row in result["rows"]:
-        gain = gains.get((row["variant"], row["batch"], row["length"]))
-        size, ratio = f"{row['batch']} x {row['length']}", _ratio(row["variant"])
-        kind = "step engine" if "-step-" in row["variant"] else "unrolled"
-        shown = [f"{gain[name]:.2f}" if gain else "" for name in ("ideal", "speedup", "realised")]
-        rows.append((size, f"{12 // int(ratio)}", kind, *shown, f"{row['p50_ms']:.1f}", f"{row['p99_ms']:.1f}"))
-    header = ["batch x length", "steps", "kind", "FLOPs ceiling", "measured speed-up", "realised", "p50 ms", "p99 ms"]
-    return [*table(header, rows), "", *environment_line("ode_engines")]
-
-
-def steps_notes() -> list[str]:
-    """Disk, memory, and which kind is the faster one where."""
-    if not _measured("ode_engines"):
-        return []
-    result = load("ode_engines")
-    kinds = [
-        f"{kind}: {cases['one']['pss_mb']:.0f} MB for n = 12, {cases['together']['pss_mb']:.0f} MB for 3, 4, 6 and 12"
-        for kind, cases in result["memory"].items()
-    ]
-    beside = [
-        f"{row['time_ratio']:.2f} ({row['steps']} steps, {row['batch']} x {row['length']})"
-        for row in result["step_over_unrolled"]
-    ]
-    return [
-        f"{result['model']}. On disk, a graph of 12 steps with its weights is {result['disk_ratio']:.4f} times one of a"
-        f" single step. In memory (PSS), {'; '.join(kinds)}: {result['memory_ratio']:.2f} times one.",
-        "",
-        f"Time of the step engine over that of the graph made for as many steps: {', '.join(beside)}.",
-    ]
-
-
-def generation_table() -> list[str]:
-    """Tokens per second at half the steps."""
-    if not _measured("generation"):
-        return [NOT_MEASURED]
-    result = load("generation")
-    rows = [
-        (
-            f"{one['model']}, width {one['hidden_size']}",
-            f"{one['steps']['1']} and {one['steps']['2']}",
-            f"{one['tokens_per_second']['1']:.1f}",
-            f"{one['tokens_per_second']['2']:.1f}",
-            f"{one['speedup']:.2f}",
-            f"{one['speedup_after_prompt']:.2f}",
-            f"{one['ceiling']:.2f}",
-        )
-        for one in result["models"]
-    ]
-    header = ["GPT-2 of the size", "steps", "tokens/s at all", "at half", "quotient", "without prompt", "FLOPs ceiling"]
-    about = f"{result['tokens']} tokens after a prompt of {result['prompt']}, batch 1, the prompt's reading included."
-    return [*table(header, rows), "", about, "", *environment_line("generation")]
-
-
-def steps_quality_table() -> list[str]:
-    """What is kept in fewer steps, by task and training: in both forms, and with the other iterations left out."""
-    if not _stepped():
-        return [NOT_MEASURED]
-    rows = []
-    for task, result in _stepped().items():
-        for row in result["rows"]:
-            values = [f"{row[name]:.4f}" for name in ("sublayer", "block", "dropped")]
-            rows.append([task, row["training"], row["n"], *values, f"{row['relative_drop']:.2%}"])
-    return table(
-        ["task", "trained", "n", "sublayer form", "block form", "iterations dropped", "lost in the form trained"], rows
-    )
-
-
-def steps_quality_notes() -> list[str]:
-    """How it was trained."""
-    lines = []
-    for task, result in _stepped().items():
-        recipe = result["recipe"]
-        first, then = recipe["first"], recipe["then"]
-        lines.append(
-            f"- {task}: {result['metric']} on {result['n']} dev rows; {first['epochs']:g} epochs ordinarily, then "
-            f"{then['epochs']:g} more either way, batches of {first['batch_size']}, at most {first['max_length']} "
-            f"tokens, {recipe['shared']['fewest_steps']} to 12 steps, {recipe['shared']['form']} form."
-        )
-        lines += environment_line(f"ode_{task}")
-    return lines
-
-
-def _stepped() -> dict[str, Result]:
-    """The results of the tasks on which models were trained to take fewer steps."""
-    names = [task for task in ("agnews", "news20") if _measured(f"ode_{task}")]
-    return {task: load(f"ode_{task}") for task in names}
-
-
 TABLES: dict[str, Callable[[], list[str]]] = {
     "latency": latency_table,
     "stock": stock_table,
@@ -546,6 +414,10 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "generation": generation_table,
     "steps quality": steps_quality_table,
     "steps quality notes": steps_quality_notes,
+    "assemblies": assemblies_table,
+    "assemblies notes": assemblies_notes,
+    "writing": writing_table,
+    "writing notes": writing_notes,
 }
 
 

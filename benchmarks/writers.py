@@ -85,7 +85,7 @@ def t5(tokens: int, size: Size) -> Any:
 
 
 def mbart(tokens: int, size: Size) -> Any:
-    """A BART whose layers normalise first, as mBART's do: twelve of BART's own do not learn from random weights."""
+    """A BART whose layers normalise first, as mBART's do: twelve of BART's own learn too slowly from random weights."""
     from transformers import MBartConfig, MBartForConditionalGeneration
 
     config = MBartConfig(
