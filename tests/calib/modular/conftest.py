@@ -29,13 +29,13 @@ def examples(count: int, seed: int = 0) -> Examples:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """``folder("t5")`` or ``folder("bart")``: made once per session; do not write into it."""
+    """``folder("t5")`` or ``folder("mbart")``: made once per session; do not write into it."""
     made: dict[str, Path] = {}
 
     def get(name: str = "t5") -> Path:
         if name not in made:
             place = tmp_path_factory.mktemp("writers") / name
-            model = {"t5": writers.t5, "bart": writers.bart}[name]
+            model = {"t5": writers.t5, "mbart": writers.mbart}[name]
             made[name] = writers.make(place, model, writers.spelling_tokenizer, pairs(60), SIZE)
         return made[name]
 

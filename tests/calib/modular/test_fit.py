@@ -75,7 +75,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(folder: Folder, tmp_pat
 
         unfinished = Unfinished(place, save_every=2)
         # What one run does to its start must not reach the next.
-        start = load_seq2seq(folder("bart"))
+        start = load_seq2seq(folder("mbart"))
         data = examples(30), examples(8, seed=1)
         result = fit_modular(start, *data, (6,), settings=settings, unfinished=unfinished, progress=report)
         return result.modular.module_tensors()
@@ -86,7 +86,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(folder: Folder, tmp_pat
             run(tmp_path / "stopped", stop)
     for name, one in run(tmp_path / "stopped").items():
         assert torch.equal(one, whole[name]), name
-    start = load_seq2seq(folder("bart"))
+    start = load_seq2seq(folder("mbart"))
     assert run_description(settings, start, (6, 2)) == run_description(settings, start, (2, 6))
 
 
