@@ -20,9 +20,11 @@ import numpy as np
 from benchmarks.models import GPT2, shared_gpt2
 from benchmarks.record import command_line, save
 from engines.bundle import Bundle
+from engines.causal import CausalGenerator
 from engines.generate import Generator
 from engines.manifest import DECODER, GENERATION
 from engines.measure import environment, interleave
+from engines.options import Options
 from engines.runtime import Runtime
 from exporter import family
 
@@ -77,9 +79,9 @@ def _measured(size: str, options: argparse.Namespace) -> dict[str, Any]:
         calls: dict[str, Any] = {}
         for ratio, name in names.items():
             generator = _without_end(runtime.generator(name), runtime, name)
-            mask = np.ones_like(ids)
-            calls[f"{ratio} whole"] = partial(generator.generate, ids, mask, max_new_tokens=options.tokens)
-            calls[f"{ratio} prompt"] = partial(generator.generate, ids, mask, max_new_tokens=1)
+            for part, tokens in (("whole", options.tokens), ("prompt", 1)):
+                wanted = Options(max_new_tokens=tokens)
+                calls[f"{ratio} {part}"] = partial(generator.generate, ids, np.ones_like(ids), options=wanted)
         timings = interleave(calls, min_runs=options.runs, min_seconds=0.0, warmup=1)
         macs = {ratio: _macs(runtime, name, options.prompt, options.tokens) for ratio, name in names.items()}
     whole, prompt = ({r: timings[f"{r} {part}"].p50_ms for r in RATIOS} for part in ("whole", "prompt"))
@@ -101,11 +103,11 @@ def _measured(size: str, options: argparse.Namespace) -> dict[str, Any]:
     return row
 
 
-def _without_end(generator: Generator, runtime: Runtime, name: str) -> Generator:
+def _without_end(generator: Generator, runtime: Runtime, name: str) -> CausalGenerator:
     """One that always writes all its tokens."""
     endless = generator.generation.model_copy(update={"eos_ids": []})
     session: Any = runtime.session(name)
-    return Generator(name, session, endless)
+    return CausalGenerator(name, session, endless)
 
 
 def _macs(runtime: Runtime, name: str, prompt: int, tokens: int) -> int:
