@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import generation, ode_engines, report
+from benchmarks import generation, ode_engines, page, page_modular, page_steps
 from compexport.latency import rows_of
 from engines.measure import Timing
 
@@ -53,6 +55,16 @@ def test_the_target_of_generation_is_for_the_last_model() -> None:
 
 
 def test_pages_say_when_nothing_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    assert report.steps_table() == report.generation_table() == ["Not measured yet: no figure."]
-    assert report.steps_notes() == []
+    monkeypatch.setattr(page, "RESULTS", tmp_path)
+    tables = (page_steps.steps_table, page_steps.generation_table, page_modular.assemblies_table)
+    for table in (*tables, page_modular.writing_table):
+        assert table() == ["Not measured yet: no figure."]
+    assert page_steps.steps_notes() == page_modular.assemblies_notes() == page_modular.writing_notes() == []
+
+
+@pytest.mark.slow
+def test_generation_in_small(tmp_path: Path) -> None:
+    command = ["--quick", "--work", str(tmp_path), "--out", str(tmp_path / "generation.json")]
+    assert generation.main(command) in (0, 3)  # by what the times are; which they are says nothing here
+    (row,) = json.loads((tmp_path / "generation.json").read_text())["models"]
+    assert row["steps"] == {"1": 6, "2": 3} and row["tokens_per_second"]["2"] > 0 and row["ceiling"] > 1
