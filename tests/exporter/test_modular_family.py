@@ -284,6 +284,10 @@ def test_a_rebuild_makes_only_what_changed(
         patch.setattr(ModularPlan, "load", lambda self: pytest.fail("nothing is to be loaded"))
         again = family.build(trained, [4, 1.6], tmp_path / "b")
     assert again.reused == set(more.manifest.graphs) and again.manifest == more.manifest
+    even = family.build(trained, [4], tmp_path / "b", strategy="size-first")
+    assert even.reused == set(more.manifest.graphs), "4 is one tile a stack by either strategy"
+    assert even.manifest.variants["modular-r4-fp32"].settings["strategy"] == "size-first"
+    (trained / "special_tokens_map.json").write_text("{}")
     (trained / "generation_config.json").write_text(
         json.dumps({"num_beams": 3, "no_repeat_ngram_size": 2, "eos_token_id": 1, "pad_token_id": 0,
                     "decoder_start_token_id": 0, "forced_bos_token_id": 9, "diversity_penalty": 0.5})
@@ -291,6 +295,7 @@ def test_a_rebuild_makes_only_what_changed(
     changed = family.build(trained, [4, 1.6], tmp_path / "b").manifest.generation
     assert changed is not None and changed.defaults == {"num_beams": 3, "no_repeat_ngram_size": 2}
     assert changed.forced_bos_id == 9
+    assert (tmp_path / "b/graphs/model/special_tokens_map.json").read_text() == "{}"
 
 
 def test_size_first_takes_other_assemblies(trained: Path) -> None:
