@@ -1,6 +1,7 @@
 """What do assemblies of modules cost in quality? Train a base, its modules once, and other models of the same sizes.
 
     python -m benchmarks.modular cmudict --data ../shared/data/cmudict_g2p [--work DIR] [--out FILE] [--quick]
+        [--assemblies-only]
     python -m benchmarks.modular multi30k --data ../shared/data/multi30k_en_de
 
 A T5 (spelling to phonemes) or an mBART (English to German) of 12 + 12 small layers learns its task from random weights;
@@ -8,8 +9,9 @@ one run trains its modules. Then whole words or sentences are written for the de
 assemblies of 1.5, 2, 3 and 6 times fewer layers, chosen size-first and speed-first. Beside them, at 2, 3 and 6: models
 of the size-first assembly's numbers of layers, from random weights with as many steps as the base ("scratch"), and from
 evenly spaced layers of the base with as many steps as the modules ("shrink"), each a training of its own. What an
-earlier run left in ``--work`` is kept, and an interrupted training goes on; remove it to start anew. ``--quick`` takes
-a few steps of everything, to see that it runs.
+earlier run left in ``--work`` is kept, and an interrupted training goes on; remove it to start anew.
+``--assemblies-only`` leaves out the models that are trained on their own, half of the time. ``--quick`` takes a few
+steps of everything, to see that it runs.
 
 Exit code 3 when a target is missed: size-first assemblies lose at most 5 % of the base's quality at 2, 10 % at 3 and
 20 % at 6. Quality is the share of words that are written as the dictionary has them (1 - word error rate), or BLEU.
@@ -19,7 +21,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from engines.measure import environment
 RATIOS = (1.5, 2, 3, 6)
 LOSS_TARGETS = {2: 0.05, 3: 0.10, 6: 0.20}
 STRATEGIES = ("size-first", "speed-first")
+ALONE = ("scratch", "shrink")
 WRITTEN_TOGETHER = 128
 
 # (texts, data folder, sources, targets) -> the leading score, higher is better, and others
@@ -101,10 +104,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("task", choices=RECIPES)
     parser.add_argument("--data", type=Path, required=True, help="folder with train.tsv and dev.tsv")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything; the result says so")
+    parser.add_argument("--assemblies-only", action="store_true", help="without the models trained on their own")
     options = parser.parse_args(arguments)
     recipe = quick(RECIPES[options.task]) if options.quick else RECIPES[options.task]
     name = f"modular-{options.task}" + ("-quick" if options.quick else "")
-    result = measure(options.task, recipe, options.data, options.work / name, quick=options.quick)
+    forms = () if options.assemblies_only else ALONE
+    result = measure(options.task, recipe, options.data, options.work / name, forms, quick=options.quick)
     save(Path(str(options.out).replace("TASK", options.task)), result)
     print(json.dumps(result["rows"], indent=1))
     return 0 if options.quick or not missed(result["rows"]) else 3
@@ -130,13 +135,18 @@ def read_pairs(file: Path) -> list[tuple[str, str]]:
     return [(source, target) for source, target in rows]
 
 
-def measure(task: str, recipe: Recipe, data: Path, work: Path, *, quick: bool = False) -> dict[str, Any]:
-    """All trainings, one after the other, and what their models write; ``work`` keeps what each command made."""
+def measure(
+    task: str, recipe: Recipe, data: Path, work: Path, forms: Sequence[str], *, quick: bool = False
+) -> dict[str, Any]:
+    """All trainings, one after the other, and what their models write; ``work`` keeps what each command made.
+
+    ``forms``: of the models that are trained on their own.
+    """
     parts = part_of(data, work / "data", recipe)
     bench = Bench(recipe, parts, data, work)
     base = bench.trained("base", work / "base", lambda folder: bench.fresh(folder, recipe.size), recipe.base)
     modules = bench.modules()
-    rows = list(bench.rows())
+    rows = [*bench.rows(), *bench.alone(forms)]
     return {
         "question": f"quality of assemblies on {task}",
         "environment": environment(),
@@ -216,9 +226,8 @@ class Bench:
 
     # --- measuring
 
-    def rows(self) -> Any:
-        """One row for every model: its form, its layers, and its scores."""
-        from exporter.backbone import load_seq2seq
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """One row for the base and every assembly: its form, its layers, and its scores."""
         from exporter.methods.assembly import Assembly, assembly_for_ratio
         from exporter.methods.modular_checkpoint import load_modular
 
@@ -229,12 +238,19 @@ class Bench:
             for ratio in RATIOS:
                 assembly = assembly_for_ratio(modular.facts, ratio, strategy)
                 yield self.row(strategy, ratio, assembly, modular.assemble(assembly), modular.source)
-        for form, start, fit in (
-            ("scratch", self.fresh, self.recipe.base),
-            ("shrink", self.shrunk, self.recipe.modules),
-        ):
+
+    def alone(self, forms: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """The same for models of the size-first assemblies' numbers of layers, each trained on its own."""
+        from exporter.backbone import load_seq2seq
+        from exporter.methods.assembly import Assembly, assembly_for_ratio
+        from exporter.methods.modular_checkpoint import load_modular
+
+        ways = {"scratch": (self.fresh, self.recipe.base), "shrink": (self.shrunk, self.recipe.modules)}
+        facts = load_modular(self.work / "modules").facts
+        for form in forms:
+            start, fit = ways[form]
             for ratio in LOSS_TARGETS:
-                assembly = assembly_for_ratio(modular.facts, ratio, "size-first")
+                assembly = assembly_for_ratio(facts, ratio, "size-first")
                 size = replace(self.recipe.size, encoder=len(assembly.encoder), decoder=len(assembly.decoder))
                 name = f"{form}-{ratio}"
                 self.trained(name, self.work / name, lambda folder, make=start, of=size: make(folder, of), fit)  # type: ignore[misc]

@@ -2,12 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from exporter.methods.assembly import STACKS, Assembly, Stack
-from exporter.methods.assembly_calibrated import TileTable, TileTables, tiles_of
+import torch
+
+from calib.batches import batches_by_length
+from calib.data import Examples
+from calib.progress import Progress, silent
+from calib.sequences import UNLABELLED, tokenise_pairs
+from calib.writers import collate_pairs, label_error, next_tokens
+from exporter.methods.assembly import STACKS, Assembly, Stack, layers_for_ratio
+from exporter.methods.assembly_calibrated import TileTable, TileTables, calibrated, even_costs, tiles_of
 from exporter.methods.modular import ModularModel
+
+PAIRS, BATCH = 128, 32
+
+
+def assemblies_on(
+    model: ModularModel, examples: Examples, ratios: Iterable[float], progress: Progress = silent
+) -> dict[float, Assembly]:
+    """For each ratio the assembly of so few layers whose modules lose least on (at most 128 of) these pairs of texts.
+
+    What is lost is cross-entropy with the targets, the right tokens before given. InputError for a ratio that the
+    layers do not allow, and for examples without targets.
+    """
+    budgets = {ratio: layers_for_ratio(model.facts, ratio) for ratio in ratios}
+    rows = tokenise_pairs(model.source, examples.sample(PAIRS, seed=0), model.source.max_length)
+    batches = batches_by_length(rows, BATCH, collate_pairs(model.source))
+    total, done = 1 + sum(len(tiles_of(model.facts.stack(name))) - model.facts.stack(name).layers for name in STACKS), 0
+
+    @torch.inference_mode()
+    def loss(assembled: Any) -> float:
+        nonlocal done
+        progress("what each module loses", done, total)
+        done += 1
+        counts = [int((batch["labels"] != UNLABELLED).sum()) for batch in batches]
+        errors = [float(label_error(next_tokens(assembled, **batch), batch["labels"])) for batch in batches]
+        return sum(error * count for error, count in zip(errors, counts, strict=True)) / sum(counts)
+
+    losses, costs = tile_losses(model, loss), even_costs(model.facts, encoder=1, decoder=1)
+    return {ratio: calibrated(model.facts, costs, losses, budget) for ratio, budget in budgets.items()}
 
 
 def tile_losses(model: ModularModel, loss: Callable[[Any], float]) -> TileTables:

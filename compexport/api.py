@@ -131,9 +131,9 @@ class Modules:
 class Assemblies:
     """What is assembled of layers and modules (method modular); None keeps the method's own default.
 
-    ``strategy``: "speed-first" or "size-first", by which ratios choose. ``more``: assemblies beside those of ratios, in
-    a JSON file (name -> {"encoder": [tile sizes], "decoder": [tile sizes]}), or names that the checkpoint has, with
-    commas. ``pairs``: variants of every pair of an encoder and a decoder that are built.
+    ``strategy``: "speed-first", "size-first" or, on data, "calibrated", by which ratios choose. ``more``: assemblies
+    beside those of ratios, in a JSON file (name -> {"encoder": [tile sizes], "decoder": [tile sizes]}), or names that
+    the checkpoint has, with commas. ``pairs``: variants of every pair of an encoder and a decoder that are built.
     """
 
     strategy: str | None = None
@@ -401,8 +401,7 @@ def build_document(
         chosen = stepping.plan_options(model, checkpoint, wanted, steps, read, progress)
         options = {**chosen, "exits": _exit_steps(exits), "prefixes": prefix}
     elif planned.method == "modular":
-        assembling.require_no_data(data)
-        options = assembling.plan_options(checkpoint, assemblies.strategy, assemblies.more, assemblies.pairs)
+        options = assembling.plan_options(model, checkpoint, wanted, assemblies, read, progress)
     elif data is not None and not untrained and (missing := [ratio for ratio in wanted if ratio not in there]):
         texts = read_examples(data, "train", columns, progress)
         if fit.span is None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compexport.errors import InputError, describe
+from compexport.present import Progress
 
 if TYPE_CHECKING:
+    from calib.data import Examples
+    from compexport.api import Assemblies
     from exporter.checkpoint import MethodCheckpoint
     from exporter.methods.assembly import Assembly, Strategy
 
@@ -17,22 +20,58 @@ _EXPECTED = 'a JSON file, {"name": {"encoder": [tile sizes], "decoder": [tile si
 
 
 def plan_options(
-    checkpoint: MethodCheckpoint | None, strategy: str | None, more: str | Path | None, pairs: bool
+    model: str | Path,
+    checkpoint: MethodCheckpoint | None,
+    ratios: Sequence[float],
+    asked: Assemblies,
+    read: Callable[[], Examples] | None,
+    progress: Progress,
 ) -> dict[str, Any]:
-    """Options of the method's plan; InputError for a strategy or assemblies that there are not."""
-    named = {} if more is None else named_assemblies(checkpoint, more)
-    return {"strategy": _strategy(strategy), "named": named, "pairs": pairs}
+    """Options of the method's plan. ``read`` gives pairs of texts to choose on; None where there are none.
+
+    InputError for a strategy or assemblies that there are not, and for data that are missing or of no use.
+    """
+    from exporter.plans.modular import CALIBRATED
+
+    named = {} if asked.more is None else named_assemblies(checkpoint, asked.more)
+    options: dict[str, Any] = {"named": named, "pairs": asked.pairs}
+    if asked.strategy != CALIBRATED:
+        _require_no_data(read)
+        return {**options, "strategy": _strategy(asked.strategy)}
+    if read is None:
+        raise InputError(describe(f"--strategy {CALIBRATED} chooses on texts and targets", expected="--data FILE"))
+    return {**options, "chosen": _chosen(model, ratios, read, progress)}
+
+
+def _chosen(
+    model: str | Path, ratios: Sequence[float], read: Callable[[], Examples], progress: Progress
+) -> dict[float, Assembly]:
+    """For each ratio beside 1, the assembly that loses least on what is read."""
+    from calib.tiles import assemblies_on
+    from exporter.methods.modular_checkpoint import load_modular
+
+    modular = load_modular(model)
+    examples = read()
+    if examples.targets is None:
+        what = f"{examples.origin}: no targets, by which an assembly is chosen"
+        raise InputError(describe(what, expected="a column named target"))
+    chosen = assemblies_on(modular, examples, sorted({ratio for ratio in ratios if ratio != 1}), progress)
+    for ratio, assembly in chosen.items():
+        progress(f"ratio {ratio:g}: {assembly}")
+    return chosen
 
 
 def _strategy(name: str | None) -> Strategy:
     from exporter.methods.assembly import STRATEGIES
+    from exporter.plans.modular import CALIBRATED
 
     if name is None:
         return "speed-first"
     for known in STRATEGIES:
         if name == known:
             return known
-    raise InputError(describe("--strategy", got=repr(name), expected=" or ".join(STRATEGIES)))
+    expected = " or ".join((*STRATEGIES, CALIBRATED))
+    raise InputError(describe("--strategy", got=repr(name), expected=expected))
 
 
 def named_assemblies(checkpoint: MethodCheckpoint | None, more: str | Path) -> dict[str, Assembly]:
@@ -80,8 +119,8 @@ def usual_ratios(model: str | Path, checkpoint: MethodCheckpoint | None) -> list
     return usual_ratios(ModularPlan(Path(model), (1,), checkpoint).facts_of_base)
 
 
-def require_no_data(data: object) -> None:
-    """InputError where data are given, of which ``build`` learns nothing for this method."""
-    if data is not None:
-        hint = "modules are trained by `compexport train modular`"
+def _require_no_data(read: object) -> None:
+    """InputError where data are given, by which only one strategy chooses."""
+    if read is not None:
+        hint = "--strategy calibrated chooses on them; modules are trained by `compexport train modular`"
         raise InputError(describe("--data", got="the method modular", expected="none", hint=hint))

@@ -474,13 +474,14 @@ def build(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="ode: block, sublayer, or auto: with the steps, on --data [default: MODEL's, or block].",
+            help="ode: block, sublayer, or auto: with the steps, on --data [default: MODEL's, or sublayer].",
         ),
     ] = None,
     strategy: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="modular: ratios take layers speed-first or size-first [default: speed-first]."
+            metavar="NAME",
+            help="modular: ratios choose speed-first, size-first, or calibrated: on --data [default: speed-first].",
         ),
     ] = None,
     assemblies: Annotated[

@@ -139,7 +139,9 @@ class ModularFamily(Family[Seq2Seq]):
         modules = sum(
             facts.stack(stack).layer_params * sum(size > 1 for size in assembly.stack(stack)) for stack in STACKS
         )
-        chosen = {"strategy": self.assembled.strategy} if name == self.plan.variant(ratio) and ratio != 1 else {}
+        chosen = (
+            {"strategy": self.assembled.strategy_of(ratio)} if name == self.plan.variant(ratio) and ratio != 1 else {}
+        )
         return Variant(
             method=self.plan.method,
             ratio=ratio,

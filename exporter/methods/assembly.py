@@ -250,6 +250,14 @@ def assembly_for_ratio(facts: ModularFacts, ratio: float, strategy: Strategy = "
     """
     if strategy not in STRATEGIES:
         raise InputError(describe("strategy", got=repr(strategy), expected=" or ".join(STRATEGIES)))
+    layers = layers_for_ratio(facts, ratio)
+    if strategy == "speed-first":
+        return speed_first(facts, lambda assembly: assembly.layers, layers)
+    return _size_first(facts, lambda assembly: assembly.layers, layers, "layers")
+
+
+def layers_for_ratio(facts: ModularFacts, ratio: float) -> int:
+    """How many layers an assembly of ``ratio`` may have, both stacks together; InputError for fewer than there are."""
     if not (math.isfinite(ratio) and ratio >= 1):
         raise InputError(describe("ratio", got=ratio, expected="a number of at least 1"))
     fewest = facts.encoder.counts[0] + facts.decoder.counts[0]
@@ -258,9 +266,7 @@ def assembly_for_ratio(facts: ModularFacts, ratio: float, strategy: Strategy = "
     if layers < fewest:
         most = f"at most {facts.base_layers / fewest:.3g} for this model"
         raise InputError(describe("ratio", got=f"{ratio:g}", expected=most))
-    if strategy == "speed-first":
-        return speed_first(facts, lambda assembly: assembly.layers, layers)
-    return _size_first(facts, lambda assembly: assembly.layers, layers, "layers")
+    return layers
 
 
 def usual_ratios(facts: ModularFacts) -> list[float]:

@@ -28,6 +28,7 @@ Part = Literal["encoder", "first", "cached"]
 GENERATION_CONFIG = "generation_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
 MODEL_TYPES = ("t5", "bart", "mbart")
+CALIBRATED = "calibrated"  # the strategy that takes what was chosen on data
 _LONGEST_NAME = 40  # of one stack's tiles, so that both fit into a variant's name
 
 
@@ -43,11 +44,12 @@ class PlannedStack(PlannedGraph):
 class ModularPlan(Plan):
     """One base and its modules, and assemblies of them: for each ratio the one that ``strategy`` takes, and others.
 
-    ``named``: more assemblies, by name. ``pairs``: variants also of every other pair of an encoder and a decoder that
-    are built anyhow, which makes no more graphs.
+    ``chosen``: the assemblies of ratios for which it does not. ``named``: more assemblies, by name. ``pairs``: variants
+    also of every other pair of an encoder and a decoder that are built anyhow, which makes no more graphs.
     """
 
     strategy: Strategy = "speed-first"
+    chosen: Mapping[float, Assembly] = field(default_factory=dict)
     named: Mapping[str, Assembly] = field(default_factory=dict)
     pairs: bool = False
 
@@ -102,7 +104,13 @@ class ModularPlan(Plan):
 
     def assembly(self, ratio: float) -> Assembly:
         """That of one ratio; InputError where the layers are too few for it."""
+        if ratio in self.chosen:
+            return self.chosen[ratio].require_fit(self.facts_of_base, f"assembly of ratio {ratio:g}")
         return assembly_for_ratio(self.facts_of_base, ratio, self.strategy)
+
+    def strategy_of(self, ratio: float) -> str:
+        """What took the assembly of a ratio."""
+        return CALIBRATED if ratio in self.chosen else self.strategy
 
     def ratio_of(self, variant: str) -> float:
         """The ratio that was asked for or, of other assemblies, theirs to four decimals."""

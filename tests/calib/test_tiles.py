@@ -6,9 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-from calib.tiles import tile_losses
+from calib.data import Examples
+from calib.tiles import assemblies_on, tile_losses
+from compexport.errors import InputError
 from exporter.backbone import load_seq2seq
 from exporter.methods.assembly import Assembly
 from exporter.methods.assembly_calibrated import calibrated, even_costs
@@ -45,3 +48,12 @@ def test_modules_that_lose_nothing_are_found_and_taken(tiny: Callable[..., Path]
     shallower = calibrated(model.facts, costs, losses, budget=8)
     assert len(shallower.encoder) + 2 * len(shallower.decoder) <= 8
     assert loss(model.assemble(shallower)) > 0
+
+    texts = ["one two", "three", "four five six"] * 3
+    chosen = assemblies_on(model, Examples(texts, targets=texts[::-1]), [2, 3])
+    for ratio, assembly in chosen.items():  # as few as lose nothing: these weights are random, and nothing is lost
+        assert assembly.require_fit(model.facts).layers <= 24 / ratio
+    with pytest.raises(InputError, match="ratio: got 7, expected at most 6"):
+        assemblies_on(model, Examples(texts, targets=texts), [7])
+    with pytest.raises(InputError, match="no target column"):
+        assemblies_on(model, Examples(texts), [2])

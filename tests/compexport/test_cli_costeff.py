@@ -114,7 +114,7 @@ def test_exits_in_the_file(cli: Cli, trained: Path, tmp_path: Path) -> None:
         (["--ratio", "2,2.0"], "--ratio is there twice: got 2"),
         (["--ratio", "3"], "no trained slender model for ratio 3: got ratios [2]"),
         (["--method", "variator"], "a checkpoint of another method: got costeff, expected variator"),
-        (["--method", "modular"], "unknown method: got modular, expected variator or costeff or ode"),
+        (["--method", "later"], "unknown method: got later, expected variator or costeff or modular or ode"),
     ],
 )
 def test_bad_input(cli: Cli, trained: Path, tmp_path: Path, options: list[str], message: str) -> None:
@@ -145,10 +145,10 @@ def test_exits_in_the_file_are_for_families_that_have_some(cli: Cli, deep: Path,
 def test_a_method_of_a_later_version(cli: Cli, trained: Path, tmp_path: Path) -> None:
     later = Path(shutil.copytree(trained, tmp_path / "later"))
     document = json.loads((later / "compexport.json").read_text())
-    (later / "compexport.json").write_text(json.dumps({**document, "method": "modular"}))
-    expected = "later: unknown method: got modular, expected variator or costeff or ode; upgrade compexport"
+    (later / "compexport.json").write_text(json.dumps({**document, "method": "pruned"}))
+    expected = "later: unknown method: got pruned, expected variator or costeff or modular or ode; upgrade compexport"
     assert cli("build", "later").error == expected
-    with pytest.raises(InputError, match="unknown method: got modular"):
+    with pytest.raises(InputError, match="unknown method: got pruned"):
         family.build(later, [2], tmp_path / "bundle")
 
 

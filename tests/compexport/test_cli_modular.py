@@ -58,11 +58,15 @@ def test_named_assemblies_and_pairs(bundle: Path, model: Path, cli: Callable[...
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--ratio", "2", "--strategy", "fastest"], "--strategy: got 'fastest', expected size-first or speed-first"),
+        (
+            ["--ratio", "2", "--strategy", "fastest"],
+            "--strategy: got 'fastest', expected size-first or speed-first or calibrated",
+        ),
+        (["--ratio", "2", "--strategy", "calibrated"], "calibrated chooses on texts and targets: expected --data FILE"),
         (["--assemblies", "even"], "--assemblies even: got 'even', expected a JSON file"),
         (["--assemblies", "wrong.json"], "wrong.json: even: no assembly"),
         (["--assemblies", "list.json"], "--assemblies list.json: got list"),
-        (["--data", "x.tsv"], "--data: got the method modular, expected none; modules are trained by"),
+        (["--data", "x.tsv"], "--data: got the method modular, expected none; --strategy calibrated chooses on them"),
         (["--exits", "2"], "--exits: got the method modular, expected costeff or ode"),
         (["--ratio", "9"], "ratio: got 9, expected at most 4 for this model"),
     ],
