@@ -175,8 +175,12 @@ class ModularPlan(Plan):
         return [file_sha256(path) if path.is_file() else None for path in paths]
 
     def describes(self, variants: Mapping[str, Variant]) -> bool:
-        """Whether it was this strategy that chose, whose assemblies may be another's too."""
-        return {variant.settings.get("strategy", self.strategy) for variant in variants.values()} <= {self.strategy}
+        """Whether the same chose for every ratio; what another one takes may have the same graphs."""
+        return all(
+            variants[self.variant(ratio)].settings.get("strategy") == self.strategy_of(ratio)
+            for ratio in self.ratios
+            if ratio != 1
+        )
 
     def load(self) -> Family[Any]:
         from exporter.graphs.modular import ModularFamily

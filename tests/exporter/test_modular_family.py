@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -305,6 +307,15 @@ def test_size_first_takes_other_assemblies(trained: Path) -> None:
     two = [plan.assemblies["modular-r2-fp32"] for plan in plans]
     assert two == [Assembly((1, 1, 2), (4,)), Assembly((2, 2), (2, 2))]
     assert [len(plan.graphs()) for plan in plans] == [6, 6]
+
+
+def test_a_plan_knows_what_another_strategy_chose(trained: Path) -> None:
+    variants: Any = {f"modular-r{ratio}-fp32": SimpleNamespace(settings=found) for ratio, found in
+                     ((1, {}), (2, {"strategy": "calibrated"}), (4, {"strategy": "size-first"}))}  # fmt: skip
+    plan = ModularPlan(trained, (1, 2, 4), strategy="size-first", chosen={2: Assembly((2, 2), (2, 2))})
+    assert plan.describes(variants)
+    assert not replace(plan, chosen={}).describes(variants)
+    assert not replace(plan, strategy="speed-first").describes(variants)
 
 
 def test_what_cannot_be_built(tiny: Callable[..., Path], trained: Path, tmp_path: Path) -> None:
