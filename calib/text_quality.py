@@ -15,6 +15,7 @@ from engines.manifest import TEXT2TEXT
 from engines.options import MAX_NEW_TOKENS, options_for
 from engines.runtime import Runtime
 from engines.sampling import EOS
+from engines.writing import most_tokens
 
 Answers = Sequence[Mapping[str, Any]]
 Settings = Mapping[str, Any]
@@ -73,12 +74,17 @@ def _accepted(examples: Examples, wanted: Sequence[str]) -> list[list[str]]:
 
 def output_tokens(runtime: Runtime, variant: str, examples: Examples, given: Answers, settings: Settings) -> Settings:
     """How long the outputs of ``variant`` are by the lengths of their sources, as ``quality.json`` keeps it."""
-    generation = runtime.bundle.manifest.generation
-    assert generation is not None
+    manifest = runtime.bundle.manifest
+    assert manifest.generation is not None
+    options, sources = options_for(manifest.generation, settings), runtime.token_counts(examples.inputs)
     written = [len(answer["tokens"]) for answer in given]
-    cut = [answer["why"] != EOS for answer in given]
-    lengths = OutputLengths.measured(runtime.token_counts(examples.inputs), written, cut)
-    most = options_for(generation, settings).max_new_tokens
+    # A forced end looks like any other.
+    forced = options.rules.forced_eos_id is not None
+    cut = [
+        answer["why"] != EOS or (forced and tokens >= most_tokens(manifest, options, source))
+        for answer, tokens, source in zip(given, written, sources, strict=True)
+    ]
+    lengths = OutputLengths.measured(sources, written, cut)
     usual, longest = (int(np.quantile(written, share, method="higher")) for share in (0.5, 0.99))
     whole = {"p50": usual, "p99": longest, "cut": sum(cut)}
-    return {"variant": variant, "max_new_tokens": most, **whole, "groups": lengths.table()}
+    return {"variant": variant, "max_new_tokens": options.max_new_tokens, **whole, "groups": lengths.table()}

@@ -61,7 +61,7 @@ class Generated:
     """All new tokens of a row, an end token included, and why there are no more.
 
     ``score``: of a text that was searched for with beams, as ``Beams`` says; ``others``: the next best ones, or more
-    texts that were drawn, where several were asked for.
+    texts that were drawn, where several were asked for; fewer where rules leave no more.
     """
 
     tokens: list[int]

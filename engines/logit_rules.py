@@ -95,7 +95,8 @@ class Ruling:
         self._lengths, self._limits = lengths, limits
         # Ends are for min_length to ban: a word of nothing but one is none.
         words = [word for word in rules.bad_words_ids if len(word) > 1 or word[0] not in eos_ids]
-        self._bad = np.array([*rules.suppress_tokens, *(word[0] for word in words if len(word) == 1)], np.int64)
+        self._bad = np.array([word[0] for word in words if len(word) == 1], np.int64)
+        self._suppressed = np.array(rules.suppress_tokens, np.int64)
         self._bad_words = [np.array(word, np.int64) for word in words if len(word) > 1]
         size = rules.encoder_no_repeat_ngram_size
         self._source_ngrams = [_continuations(source, size) for source in sources] if size else []
@@ -113,11 +114,12 @@ class Ruling:
             _ban_repeated(scores, history, self._rules.no_repeat_ngram_size)
         if self._rules.encoder_no_repeat_ngram_size:
             self._ban_of_source(scores, history, rows)
+        scores[:, self._bad] = -np.inf
         for word in self._bad_words:
             _ban_last(scores, history, word)
         self._ban_ends(scores, rows, count)
         self._force(scores, history.shape[1], rows, count)
-        scores[:, self._bad] = -np.inf
+        scores[:, self._suppressed] = -np.inf
         self._ban_at_the_beginning(scores, history.shape[1], count)
         return scores
 

@@ -132,6 +132,7 @@ def _is_current(bundle: Bundle, plan: Plan, keys: Mapping[str, str], runtime: An
     return (
         {name: graph.key for name, graph in manifest.graphs.items()} == keys
         and {name: variant.graphs for name, variant in manifest.variants.items()} == plan.variants()
+        and plan.describes(manifest.variants)
         and engines == {name: runtime.engine_key(key) for name, key in keys.items()}
         and not bundle_damaged(bundle)
     )

@@ -29,14 +29,14 @@ from exporter.methods.modular import ModularModel
 from exporter.methods.modular_checkpoint import load_modular, untrained_modular
 from exporter.methods.modular_steps import CachedStep, EncoderPass, FirstStep
 from exporter.plans import PlannedGraph
-from exporter.plans.modular import GENERATION_CONFIG, ModularPlan, Part, PlannedStack, as_stack
+from exporter.plans.modular import GENERATION_CONFIG, SPECIAL_TOKENS, ModularPlan, Part, PlannedStack, as_stack
 from exporter.weights import WeightsFile, stored_places
 
 _log = logging.getLogger(__name__)
 
 REPORTED_TOKENS = 32  # new tokens, after REPORTED_LENGTH that are read, for which FLOPs ratios are quoted
 _PARTS: dict[Part, Callable[[Any], nn.Module]] = {"encoder": EncoderPass, "first": FirstStep, "cached": CachedStep}
-_SETTINGS = ("config.json", "tokenizer_config.json", "special_tokens_map.json")
+_SETTINGS = ("config.json", "tokenizer_config.json", SPECIAL_TOKENS)
 # What else a generation_config.json says, which changes no token.
 _NO_CHOICE = {"_from_model_config", "return_dict_in_generate", "transformers_version", "use_cache"}
 _NO_CHOICE |= {f"output_{what}" for what in ("attentions", "hidden_states", "logits", "scores")}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from compexport.errors import InputError, describe
-from engines.manifest import DECODER, DECODER_WITH_PAST, ENCODER, TEXT2TEXT, VARIANT_NAME
+from engines.manifest import DECODER, DECODER_WITH_PAST, ENCODER, TEXT2TEXT, VARIANT_NAME, Variant
 from exporter.checkpoint import plain_ratio
 from exporter.identity import LABEL_WORDS, file_sha256
 from exporter.methods.assembly import STACKS, Assembly, ModularFacts, Strategy, Tiling, assembly_for_ratio, runs
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Part = Literal["encoder", "first", "cached"]
 GENERATION_CONFIG = "generation_config.json"
+SPECIAL_TOKENS = "special_tokens_map.json"
 MODEL_TYPES = ("t5", "bart", "mbart")
 CALIBRATED = "calibrated"  # the strategy that takes what was chosen on data
 _LONGEST_NAME = 40  # of one stack's tiles, so that both fit into a variant's name
@@ -159,8 +160,8 @@ class ModularPlan(Plan):
             "part": part.part,
             "tiling": part.tiling,
             "modules": None if ones else self._modules_sha256,
-            # No part of the graph, but of what it is used for: another one must not be taken for the same build.
-            "generation": self._generation_sha256,
+            # No part of the graph, but of what it is used for: others must not be taken for the same build.
+            "used by": self._used_by_sha256,
         }
 
     @cached_property
@@ -169,9 +170,17 @@ class ModularPlan(Plan):
         return self.checkpoint.sha256() if self.checkpoint and trained else f"untrained {self.seed}"
 
     @cached_property
-    def _generation_sha256(self) -> str | None:
-        path = self.folder / GENERATION_CONFIG
-        return file_sha256(path) if path.is_file() else None
+    def _used_by_sha256(self) -> list[str | None]:
+        paths = [self.folder / name for name in (GENERATION_CONFIG, SPECIAL_TOKENS)]
+        return [file_sha256(path) if path.is_file() else None for path in paths]
+
+    def describes(self, variants: Mapping[str, Variant]) -> bool:
+        """Whether the same chose for every ratio; what another one takes may have the same graphs."""
+        return all(
+            variants[self.variant(ratio)].settings.get("strategy") == self.strategy_of(ratio)
+            for ratio in self.ratios
+            if ratio != 1
+        )
 
     def load(self) -> Family[Any]:
         from exporter.graphs.modular import ModularFamily

@@ -6,12 +6,13 @@ Nothing here needs torch: a rebuild with nothing to do imports nothing heavy.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from compexport.errors import InputError, describe
-from engines.manifest import Precision
+from engines.manifest import Precision, Variant
 from exporter.checkpoint import MethodCheckpoint
 from exporter.identity import backbone_sha256, graph_key, label_words_sha256
 
@@ -49,6 +50,10 @@ class Plan(ABC):
     def warnings(self) -> list[str]:
         """What a user should know of the plan before trusting what is built, one line each."""
         return []
+
+    def describes(self, variants: Mapping[str, Variant]) -> bool:
+        """Whether what a manifest says of variants with these graphs is what this plan would say."""
+        return True
 
     def trained(self, ratio: float) -> bool:
         """Whether the checkpoint holds tensors for ``ratio``."""

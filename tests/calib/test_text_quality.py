@@ -28,7 +28,9 @@ def family(written: dict[str, list[str]], **defaults: Any) -> Runtime:
         name: SimpleNamespace(ratio=number, exits=None, is_stepper=False)
         for number, name in enumerate(written, start=1)
     }
-    generation = Generation(eos_ids=[1], bos_id=None, pad_id=0, max_positions=None, defaults=defaults)
+    generation = Generation(
+        eos_ids=[1], bos_id=None, pad_id=0, max_positions=None, decoder_start_ids=[0], defaults=defaults
+    )
     manifest = SimpleNamespace(task=TEXT2TEXT, labels=[], variants=variants, generation=generation)
 
     def write(variant: str, texts: list[str], settings: Any) -> list[dict[str, Any]]:
@@ -83,6 +85,18 @@ def test_lengths_of_outputs_are_kept_with_those_of_their_sources() -> None:
     }  # fmt: skip
     read = OutputLengths.from_table({"output_tokens": table})
     assert read is not None and read.groups[0].counts == {3: 1, 4: 1} and read.groups[0].longest == 3
+
+
+def test_a_forced_end_is_a_cut() -> None:
+    runtime = family({"R1": []})
+    generation = runtime.bundle.manifest.generation
+    assert generation is not None
+    runtime.bundle.manifest.generation = generation.model_copy(update={"forced_eos_id": 1})
+    given = answers("a b c d", "a b c d", "a")
+    for settings in ({"max_new_tokens": 5}, {"max_length": 6}):
+        table = output_tokens(runtime, "R1", Examples(["x", "x", "x"]), given, settings)
+        assert (table["cut"], table["groups"][0]["tokens"]) == (2, [2])
+    assert output_tokens(runtime, "R1", Examples(["x", "x", "x"]), given, {"max_new_tokens": 6})["cut"] == 0
 
 
 def test_texts_may_be_as_long_as_the_longest_target() -> None:

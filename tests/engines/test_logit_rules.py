@@ -71,6 +71,15 @@ def test_rules_are_those_of_transformers(rules: Rules, processor: Any) -> None:
     assert changed > 2
 
 
+def test_what_is_forced_may_be_bad_but_not_suppressed() -> None:
+    scores, start, source = np.zeros((1, V), np.float32), np.array([[0]]), np.zeros((1, 0), np.int64)
+    bad = theirs.NoBadWordsLogitsProcessor([[4]], list(EOS))(torch.tensor(start), torch.tensor(scores))
+    wanted = theirs.ForcedBOSTokenLogitsProcessor(4)(torch.tensor(start), bad).numpy()
+    found = applied(Rules(forced_bos_id=4, bad_words_ids=((4,),)), scores, start, source, 0)
+    np.testing.assert_array_equal(found, wanted)
+    assert np.isneginf(applied(Rules(forced_bos_id=4, suppress_tokens=(4,)), scores, start, source, 0)).all()
+
+
 def test_what_a_row_lacks_is_no_token() -> None:
     """Padded on the left, a row obeys as it would alone."""
     random = np.random.default_rng(0)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -284,6 +286,10 @@ def test_a_rebuild_makes_only_what_changed(
         patch.setattr(ModularPlan, "load", lambda self: pytest.fail("nothing is to be loaded"))
         again = family.build(trained, [4, 1.6], tmp_path / "b")
     assert again.reused == set(more.manifest.graphs) and again.manifest == more.manifest
+    even = family.build(trained, [4], tmp_path / "b", strategy="size-first")
+    assert even.reused == set(more.manifest.graphs), "4 is one tile a stack by either strategy"
+    assert even.manifest.variants["modular-r4-fp32"].settings["strategy"] == "size-first"
+    (trained / "special_tokens_map.json").write_text("{}")
     (trained / "generation_config.json").write_text(
         json.dumps({"num_beams": 3, "no_repeat_ngram_size": 2, "eos_token_id": 1, "pad_token_id": 0,
                     "decoder_start_token_id": 0, "forced_bos_token_id": 9, "diversity_penalty": 0.5})
@@ -291,6 +297,7 @@ def test_a_rebuild_makes_only_what_changed(
     changed = family.build(trained, [4, 1.6], tmp_path / "b").manifest.generation
     assert changed is not None and changed.defaults == {"num_beams": 3, "no_repeat_ngram_size": 2}
     assert changed.forced_bos_id == 9
+    assert (tmp_path / "b/graphs/model/special_tokens_map.json").read_text() == "{}"
 
 
 def test_size_first_takes_other_assemblies(trained: Path) -> None:
@@ -300,6 +307,15 @@ def test_size_first_takes_other_assemblies(trained: Path) -> None:
     two = [plan.assemblies["modular-r2-fp32"] for plan in plans]
     assert two == [Assembly((1, 1, 2), (4,)), Assembly((2, 2), (2, 2))]
     assert [len(plan.graphs()) for plan in plans] == [6, 6]
+
+
+def test_a_plan_knows_what_another_strategy_chose(trained: Path) -> None:
+    variants: Any = {f"modular-r{ratio}-fp32": SimpleNamespace(settings=found) for ratio, found in
+                     ((1, {}), (2, {"strategy": "calibrated"}), (4, {"strategy": "size-first"}))}  # fmt: skip
+    plan = ModularPlan(trained, (1, 2, 4), strategy="size-first", chosen={2: Assembly((2, 2), (2, 2))})
+    assert plan.describes(variants)
+    assert not replace(plan, chosen={}).describes(variants)
+    assert not replace(plan, strategy="speed-first").describes(variants)
 
 
 def test_what_cannot_be_built(tiny: Callable[..., Path], trained: Path, tmp_path: Path) -> None:
