@@ -224,7 +224,9 @@ def answer_text(output: Mapping[str, Any]) -> str:
     """One output of ``run`` in a few words."""
     if "text" in output:
         score = f", score {output['score']:.3f}" if "score" in output else ""
-        shown = f"{output['text']!r} ({len(output['tokens'])} tokens, {_WHY.get(output['why'], output['why'])}{score})"
+        count = len(output["tokens"])
+        tokens = f"{count} token{'' if count == 1 else 's'}"
+        shown = f"{output['text']!r} ({tokens}, {_WHY.get(output['why'], output['why'])}{score})"
         return "; ".join((shown, *map(answer_text, output.get("others", ()))))
     if "embedding" in output:
         values = output["embedding"]

@@ -58,7 +58,8 @@ def _check_format(value: Any) -> None:
 def _first(error: ValidationError) -> str:
     detail = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = ".".join(str(part) for part in detail["loc"])
-    return f"{shown(where)}: {shown(detail['msg'])}"
+    message = shown(detail["msg"].removeprefix("Value error, "))
+    return f"{shown(where)}: {message}" if where else message
 
 
 def _check_names(manifest: Manifest) -> None:

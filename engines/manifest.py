@@ -379,7 +379,7 @@ GENERATION_SETTINGS: Final[dict[str, Any]] = {
     "num_beams": 1,
     "length_penalty": 1.0,
     "early_stopping": False,
-    "max_length": 20,
+    "max_length": None,
     "max_new_tokens": None,
     "min_length": 0,
     "min_new_tokens": None,

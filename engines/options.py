@@ -50,6 +50,7 @@ class Options:
 _BEAMS = {one.name for one in fields(Beams)}
 _RULES = {one.name for one in fields(Rules)}
 _SAMPLING = {one.name for one in fields(Sampling)}
+_NUMBERS = {"temperature", "top_p", "length_penalty", "repetition_penalty"}
 # How many of the likeliest tokens transformers draws from where nothing else is said.
 _USUAL_TOP_K = 50
 NAMES = frozenset({"max_new_tokens", "max_length", "decoder_start_ids"} | _BEAMS | _RULES | _SAMPLING)
@@ -59,25 +60,29 @@ def options_for(generation: Generation, asked: Mapping[str, Any] | None = None) 
     """What was ``asked`` for, by the names in ``NAMES``, before the model's own settings, before none.
 
     Something that was asked for takes those of the model along that it contradicts: one length the other, a
-    temperature its beams, beams its temperature. Raises InputError for an unknown name or a value out of its range.
+    temperature its beams, beams its temperature. Raises InputError for an unknown name, a value out of its range, and
+    for what could not come true: more new tokens at least than at most, or settings of beams without any.
     """
     asked = {name: value for name, value in (asked or {}).items() if value is not None}
     if unknown := asked.keys() - NAMES:
         got, expected = ", ".join(sorted(unknown)), ", ".join(sorted(NAMES))
         raise InputError(describe("no setting of generation has this name", got=got, expected=expected))
+    for name in sorted(asked.keys() & _NUMBERS):
+        if isinstance(asked[name], bool) or not isinstance(asked[name], int | float):
+            raise InputError(describe(name, got=repr(asked[name]), expected="a number"))
     own = _own(generation)
     if asked.keys() & {"max_length", "max_new_tokens"}:
         own = _without(own, {"max_length", "max_new_tokens"})
     if asked.keys() & {"min_length", "min_new_tokens"}:
         own = _without(own, {"min_length", "min_new_tokens"})
-    if asked.get("temperature", 0.0) > 0.0:
+    if asked.get("temperature", 0.0) != 0.0:
         own = _without(own, _BEAMS)
-    elif "temperature" in asked or asked.get("num_beams", 1) > 1:
+    elif "temperature" in asked or asked.get("num_beams", 1) != 1:
         own = _without(own, _SAMPLING)
     chosen = {**own, **asked}
     # A length with the prompt alone is one: the number of new tokens that nobody named is no limit beside it.
     endless = "max_length" in chosen and "max_new_tokens" not in chosen
-    return Options(
+    options = Options(
         max_new_tokens=chosen.get("max_new_tokens", chosen["max_length"] if endless else MAX_NEW_TOKENS),
         max_length=None if "max_new_tokens" in chosen else chosen.get("max_length"),
         sampling=Sampling(**_of(chosen, _SAMPLING)),
@@ -85,6 +90,18 @@ def options_for(generation: Generation, asked: Mapping[str, Any] | None = None) 
         rules=Rules(**_of(chosen, _RULES)),
         decoder_start_ids=_tuples(chosen.get("decoder_start_ids")),
     )
+    _check_effect(options, asked)
+    return options
+
+
+def _check_effect(options: Options, asked: Mapping[str, Any]) -> None:
+    """InputError for what was asked for and could not come true; a model's own settings may be without effect."""
+    least, most = asked.get("min_new_tokens", 0), options.max_new_tokens
+    if least > most:
+        raise InputError(describe("min_new_tokens", got=least, expected=f"at most max_new_tokens, {most}"))
+    without = next((name for name in ("length_penalty", "early_stopping") if name in asked), None)
+    if without is not None and options.beams.num_beams == 1:
+        raise InputError(describe("only beams have this setting", got=without, expected="num_beams above 1 too"))
 
 
 def _own(generation: Generation) -> dict[str, Any]:

@@ -16,7 +16,8 @@ Profile = dict[str, list[list[int]]]
 
 BATCH, LENGTH = Range(1, 8, 32), Range(1, 128, 512)
 _BATCH_AXES = ("batch", "kept")
-_LENGTH_AXES = ("sequence", "encoder_sequence", "decoder_sequence", "past_decoder_sequence")
+_LENGTH_AXES = ("sequence", "encoder_sequence")
+_WRITTEN, _WRITTEN_BEFORE = "decoder_sequence", "past_decoder_sequence"
 _PAST, _TOTAL = "past", "total"
 
 
@@ -33,10 +34,14 @@ def resolved(batch: Range | None, length: Range | None, longest: int | None) -> 
 def profiles_of(inputs: Sequence[TensorSpec], batch: Range, length: Range) -> list[Profile]:
     """One profile; of a decoder that keeps its past two: a prompt without a past, then one token after a past.
 
-    InputError names an axis that is neither a batch nor a length.
+    A decoder that writes another text than is read begins with one token, as a rule, and its cached step reads one,
+    after any number of them, whatever the length of what is read. InputError names an axis that is neither a batch nor
+    a length.
     """
     named = {axis for spec in inputs for axis in spec.shape if isinstance(axis, str)}
     sizes = {**dict.fromkeys(_BATCH_AXES, batch), **dict.fromkeys(_LENGTH_AXES, length)}
+    sizes[_WRITTEN] = Range(1, 1, 1 if _WRITTEN_BEFORE in named else length.high)
+    sizes[_WRITTEN_BEFORE] = Range(1, min(length.usual, max(1, length.high - 1)), max(1, length.high - 1))
     if not named <= sizes.keys() | {_PAST, _TOTAL}:
         unknown = min(named - sizes.keys() - {_PAST, _TOTAL})
         raise InputError(describe("an axis without a range", got=unknown, expected=f"one of {', '.join(sizes)}"))

@@ -105,3 +105,8 @@ def test_smallest_size_from_which_a_variant_is_faster() -> None:
     assert faster_from(rows(grid)) == {"r4": (1, 128)}
     assert faster_from(rows({**grid, (1, 32): 1.01})) == {"r4": (1, 32)}
     assert faster_from(rows({**grid, (8, 128): 0.99})) == {"r4": None}
+
+
+def test_one_token_is_no_plural() -> None:
+    assert tables.answer_text({"text": "K", "tokens": [7], "why": "eos"}) == "'K' (1 token, eos)"
+    assert tables.answer_text({"text": "K L", "tokens": [7, 8], "why": "length"}) == "'K L' (2 tokens, length)"

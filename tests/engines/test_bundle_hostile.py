@@ -196,6 +196,13 @@ def test_hostile_paths_are_refused_everywhere(golden: Path, path: str) -> None:
         refused(golden)
 
 
+def test_what_is_wrong_with_the_whole_is_said_as_it_stands(golden: Path) -> None:
+    manifest = json.loads(MANIFEST)
+    manifest["task"] = "text-generation"
+    seal(golden, manifest)
+    assert "manifest.json is not valid: generation belongs to" in refused(golden)
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.text(max_size=40).filter(lambda text: text not in LISTED and text not in ("engines", "engines/ort-cpu")))
 def test_random_paths_are_refused(path: str) -> None:

@@ -84,6 +84,15 @@ def test_what_is_asked_for_comes_first(own: dict[str, Any], asked: dict[str, Any
         ),
         ({}, {"decoder_start_ids": []}, "decoder_start_ids: got none, expected at least one token"),
         ({}, {"top_k": 5}, "only a temperature above 0 draws tokens: got top_k"),
+        ({}, {"num_beams": "4"}, "num_beams is out of range: got 4, expected a whole number"),
+        ({}, {"temperature": "1"}, "temperature: got '1', expected a number"),
+        ({}, {"min_new_tokens": 40}, "min_new_tokens: got 40, expected at most max_new_tokens, 32"),
+        ({}, {"length_penalty": 0.5}, "only beams have this setting: got length_penalty, expected num_beams above 1"),
+        (
+            {"num_beams": 4},
+            {"temperature": 1.0, "early_stopping": True},
+            "only beams have this setting: got early_stopping",
+        ),
     ],
 )
 def test_what_makes_no_sense(own: dict[str, Any], asked: dict[str, Any], match: str) -> None:

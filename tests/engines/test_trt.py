@@ -78,6 +78,24 @@ def test_a_decoder_reads_a_prompt_and_then_single_tokens(length: Range) -> None:
     assert {shape[1] for shape in token["input_ids"]} == {1}
 
 
+@pytest.mark.parametrize("length", [Range(16, 32, 64), Range(1, 1, 1)])
+def test_a_second_text_grows_from_its_first_token_whatever_is_read(length: Range) -> None:
+    """The length is that of the text read; a cached step always reads one token, after as few as one."""
+    ids = TensorSpec(name="input_ids", dtype="int64", shape=["batch", "decoder_sequence"])
+    read = TensorSpec(name="encoder_attention_mask", dtype="int64", shape=["batch", "encoder_sequence"])
+    past = TensorSpec(
+        name="past_key_values.0.decoder.key", dtype="float32", shape=["batch", 4, "past_decoder_sequence", 8]
+    )
+    (first,) = profiles_of([ids, read], Range(1, 2, 4), length)
+    (later,) = profiles_of([ids, read, past], Range(1, 2, 4), length)
+    for profile in (first, later):
+        assert [shape[1] for shape in profile["encoder_attention_mask"]] == [length.low, length.usual, length.high]
+    assert [shape[1] for shape in first["input_ids"]] == [1, 1, length.high]
+    assert [shape[1] for shape in later["input_ids"]] == [1, 1, 1]
+    lengths = [shape[2] for shape in later[past.name]]
+    assert lengths == sorted(lengths) and lengths[0] == 1 and lengths[2] == max(1, length.high - 1)
+
+
 def test_an_axis_of_another_kind_is_named() -> None:
     with pytest.raises(InputError, match=r"an axis without a range: got frames, expected one of batch, kept, sequence"):
         profiles_of([TensorSpec(name="x", dtype="float32", shape=["batch", "frames"])], Range(1, 1, 1), Range(1, 1, 1))

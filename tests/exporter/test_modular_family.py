@@ -291,11 +291,11 @@ def test_a_rebuild_makes_only_what_changed(
     assert even.manifest.variants["modular-r4-fp32"].settings["strategy"] == "size-first"
     (trained / "special_tokens_map.json").write_text("{}")
     (trained / "generation_config.json").write_text(
-        json.dumps({"num_beams": 3, "no_repeat_ngram_size": 2, "eos_token_id": 1, "pad_token_id": 0,
+        json.dumps({"num_beams": 3, "no_repeat_ngram_size": 2, "max_length": 20, "eos_token_id": 1, "pad_token_id": 0,
                     "decoder_start_token_id": 0, "forced_bos_token_id": 9, "diversity_penalty": 0.5})
     )  # fmt: skip
     changed = family.build(trained, [4, 1.6], tmp_path / "b").manifest.generation
-    assert changed is not None and changed.defaults == {"num_beams": 3, "no_repeat_ngram_size": 2}
+    assert changed is not None and changed.defaults == {"num_beams": 3, "no_repeat_ngram_size": 2, "max_length": 20}
     assert changed.forced_bos_id == 9
     assert (tmp_path / "b/graphs/model/special_tokens_map.json").read_text() == "{}"
 
