@@ -57,7 +57,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         return found
 
     parser = command_line(__doc__, "generation", work=True)
-    parser.add_argument("--models", type=sizes, default=["base", "large"], help="the largest last")
+    parser.add_argument("--models", type=sizes, default=["base", "large", "xl"], help="the largest last")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt")
     parser.add_argument("--tokens", type=int, default=64, help="tokens to write")
     parser.add_argument("--runs", type=int, default=5, help="of each ratio")

@@ -105,9 +105,12 @@ def _check_effect(options: Options, asked: Mapping[str, Any]) -> None:
 
 
 def _own(generation: Generation) -> dict[str, Any]:
-    """The model's settings, under the names of ``Options`` and its parts."""
+    """The model's settings, under the names of ``Options`` and its parts.
+
+    A model that draws tokens within beams, which is not done here, gets its beams.
+    """
     own = {name: value for name, value in generation.defaults.items() if value is not None and name != "do_sample"}
-    if generation.defaults.get("do_sample"):
+    if generation.defaults.get("do_sample") and own.get("num_beams", 1) == 1:
         own = {"temperature": 1.0, "top_k": _USUAL_TOP_K, **own}
         if not own["top_k"]:
             del own["top_k"]

@@ -46,6 +46,7 @@ RULES = Rules(no_repeat_ngram_size=3, forced_eos_id=2)
         (DRAWN, {}, Options(32, Sampling(1.0, 50, 0.9), rules=Rules(forced_eos_id=2))),
         (DRAWN, {"temperature": 0.7, "seed": 3}, Options(32, Sampling(0.7, 50, 0.9, 3), rules=Rules(forced_eos_id=2))),
         (DRAWN | {"top_k": 0}, {}, Options(32, Sampling(1.0, None, 0.9), rules=Rules(forced_eos_id=2))),
+        (DRAWN | {"num_beams": 3}, {}, Options(beams=Beams(3), rules=Rules(forced_eos_id=2))),
         (DRAWN, {"temperature": 0.0}, Options(rules=Rules(forced_eos_id=2))),
         (DRAWN, {"num_beams": 3}, Options(beams=Beams(3), rules=Rules(forced_eos_id=2))),
         ({"temperature": 0.7, "top_k": 9}, {}, Options(rules=Rules(forced_eos_id=2))),
