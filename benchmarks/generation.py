@@ -1,6 +1,6 @@
 """How many more tokens per second does a decoder write in half its steps?
 
-    python -m benchmarks.generation [--models base,large] [--prompt 64] [--tokens 64] [--out FILE] [--quick]
+    python -m benchmarks.generation [--models base,large,xl] [--prompt 64] [--tokens 64] [--out FILE] [--quick]
 
 GPT-2s of several sizes whose layers are one, random weights, ratios 1 and 2: both read the same prompt and write as
 many tokens, greedily and with the cache on, in turn. "ceiling" is the quotient of their MACs: the product with the
