@@ -30,7 +30,7 @@ def test_files_are_named_as_from_the_work_folder(work: str) -> None:
 
 
 def test_without_a_work_folder_only_what_was_written_is_left_out() -> None:
-    assert without_paths({"output": "o", "bundle": "b", "data": "/tmp/work/dev.tsv"}) == {"data": "/tmp/work/dev.tsv"}
+    assert without_paths({"output": "o", "bundle": "b", "data": "/data/dev.tsv"}) == {"data": "/data/dev.tsv"}
 
 
 def test_work_is_done_once_for_what_it_is_made_from(tmp_path: Path) -> None:
