@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.record import command_line, save
+from benchmarks.record import command_line, judged, save
 from calib.data import Examples, has_split
 from compexport import api
 from engines.bundle import Bundle
@@ -81,9 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
             "identity": [_identity(runtime, name, texts, quality) for name in runtime.members.layers],
         }
     save(Path(str(options.out).replace("TASK", options.task)), result)
-    problems = missed(result)
-    print("\n".join(problems) or "all targets met", file=sys.stderr)
-    return 3 if problems else 0
+    return judged(missed(result))
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

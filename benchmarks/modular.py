@@ -242,11 +242,14 @@ class Bench:
     def alone(self, forms: Sequence[str]) -> Iterator[dict[str, Any]]:
         """The same for models of the size-first assemblies' numbers of layers, each trained on its own."""
         from exporter.backbone import load_seq2seq
+        from exporter.checkpoint import find_checkpoint
         from exporter.methods.assembly import Assembly, assembly_for_ratio
-        from exporter.methods.modular_checkpoint import load_modular
+        from exporter.methods.modular_settings import METHOD, ModularSettings
 
         ways = {"scratch": (self.fresh, self.recipe.base), "shrink": (self.shrunk, self.recipe.modules)}
-        facts = load_modular(self.work / "modules").facts
+        checkpoint = find_checkpoint(self.work / "modules", METHOD)
+        assert checkpoint is not None, "the modules were trained before"
+        facts = ModularSettings.of(checkpoint).facts
         for form in forms:
             start, fit = ways[form]
             for ratio in LOSS_TARGETS:

@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks.memory import PROCESSES, middle_of_several, pss_mb
 from benchmarks.models import FFN, HIDDEN, albert
-from benchmarks.record import command_line, save
+from benchmarks.record import command_line, judged, save
 from compexport.latency import random_feeds, realised, rows_of
 from engines.backends import ort
 from engines.bundle import Bundle
@@ -66,9 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         "step_over_unrolled": _step_over_unrolled(rows),
     }
     save(options.out, result)
-    problems = missed(result)
-    print("\n".join(problems) or "all targets met", file=sys.stderr)
-    return 3 if problems else 0
+    return judged(missed(result))
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -7,7 +7,7 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,24 @@ def command_line(doc: str | None, result: str, *, work: bool = False) -> argpars
         parser.add_argument("--work", type=Path, default=shared, help="models and bundles, kept for the next run")
     parser.add_argument("--out", type=Path, default=RESULTS / f"{result}.json")
     return parser
+
+
+def among(known: Collection[str]) -> Callable[[str], list[str]]:
+    """A type of command-line arguments: names with commas, all of them ``known``."""
+
+    def names(text: str) -> list[str]:
+        found = text.split(",")
+        if not set(found) <= set(known):
+            raise argparse.ArgumentTypeError(f"got {text}, expected some of {', '.join(known)}")
+        return found
+
+    return names
+
+
+def judged(problems: Sequence[str]) -> int:
+    """The exit code of a benchmark that missed these targets, 3 for any, after saying so on stderr."""
+    print("\n".join(problems) or "all targets met", file=sys.stderr)
+    return 3 if problems else 0
 
 
 def save(path: Path, result: dict[str, Any]) -> None:

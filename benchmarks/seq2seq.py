@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.models import SEQ2SEQ, seq2seq
-from benchmarks.record import command_line, save
+from benchmarks.record import among, command_line, judged, save
 from compexport import handing_on
 from engines.bundle import Bundle
 from engines.generate import Generator
@@ -57,20 +57,12 @@ def main(arguments: list[str] | None = None) -> int:
         "rows": rows,
     }
     save(options.out, result)
-    problems = missed(result)
-    print("\n".join(problems) or "targets met", file=sys.stderr)
-    return 3 if problems else 0
+    return judged(missed(result))
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    def names(text: str) -> list[str]:
-        found = text.split(",")
-        if not set(found) <= set(SEQ2SEQ):
-            raise argparse.ArgumentTypeError(f"got {text}, expected some of {', '.join(SEQ2SEQ)}")
-        return found
-
     parser = command_line(__doc__, "seq2seq", work=True)
-    parser.add_argument("--models", type=names, default=["t5-base", "bart-base"])
+    parser.add_argument("--models", type=among(SEQ2SEQ), default=["t5-base", "bart-base"])
     parser.add_argument("--source", type=int, default=64, help="tokens of each text that is read")
     parser.add_argument("--tokens", type=int, default=32, help="tokens to write")
     parser.add_argument("--batches", type=lambda text: [int(one) for one in text.split(",")], default=[1, 8])
