@@ -10,7 +10,7 @@ import pytest
 from benchmarks.record import once, without_paths
 
 
-@pytest.mark.parametrize("work", ["/tmp/work", "w", "/tmp/Wörk (2)"])
+@pytest.mark.parametrize("work", ["/var/models", "w", "/var/Wörk (2)"])
 def test_files_are_named_as_from_the_work_folder(work: str) -> None:
     document: dict[str, Any] = {
         "output": f"{work}/model",
