@@ -34,6 +34,13 @@ def require_meaning(task: str, metric: str | None, settings: Settings) -> None:
             raise InputError(describe(f"{what} is for bundles that read one text and write another", got=task))
 
 
+def require_single(examples: Examples) -> None:
+    """InputError for pairs of texts: such a model reads one."""
+    if examples.pairs is not None:
+        what, got = f"{examples.origin}: texts to read", f"two columns, {examples.columns_chosen}"
+        raise InputError(describe(what, got=got, expected="one", hint="name it by --text"))
+
+
 def with_length(runtime: Runtime, examples: Examples, settings: Settings) -> Settings:
     """``settings``, and where they and the model say nothing of a length, one that fits the longest target."""
     generation = runtime.bundle.manifest.generation

@@ -84,6 +84,9 @@ def named_assemblies(checkpoint: MethodCheckpoint | None, more: str | Path) -> d
     names = [name.strip() for name in str(more).split(",")]
     missing = [name for name in names if name not in known]
     if missing:
+        if Path(more).suffix == ".json" or Path(more).is_dir():
+            found = "a folder" if Path(more).is_dir() else "no such file"
+            raise InputError(describe(f"--assemblies {more}", got=found, expected=_EXPECTED))
         has = f"the checkpoint has {', '.join(known)}" if known else "the checkpoint has none by name"
         raise InputError(describe(f"--assemblies {more}", got=repr(missing[0]), expected=_EXPECTED, hint=has))
     return {name: known[name] for name in names}
@@ -104,6 +107,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise InputError(describe(f"--assemblies {path}: unreadable", got=error, expected="JSON")) from error
     if not isinstance(document, dict) or not document:
         raise InputError(describe(f"--assemblies {path}", got=type(document).__name__, expected=_EXPECTED))
+    if set(document) == {"encoder", "decoder"} and isinstance(document["encoder"], list):
+        raise InputError(describe(f"--assemblies {path}", got="an assembly without a name", expected=_EXPECTED))
     return document
 
 

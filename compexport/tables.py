@@ -84,7 +84,7 @@ def bench_table(document: Mapping[str, Any], variants: Mapping[str, Any], qualit
     gains = faster_from([row for row in document["realised"] if not is_part(row["variant"])])
     notes = [faster_from_note(name, size) for name, size in gains.items()]
     if any(is_token(row["variant"]) for row in document["rows"]):
-        notes.append("up to the first token that is written")
+        notes.append("all times above are up to the first token that is written; the time of whole texts: `select`")
     return Table(f"latency on {document['device']}", ("variant", "ratio", *measured, metric), rows, notes)
 
 
@@ -164,6 +164,8 @@ def evaluate_table(document: Mapping[str, Any], variants: Mapping[str, Any]) -> 
         values = [f"{row['value']:.4f}", f"{row['drop']:+.4f}", *(f"{row[name]:.4f}" for name in further)]
         rows.append((name, variant.ratio, variant.flops_ratio, *values))
     title = f"{document['metric']} on {document['n']} examples"
+    if document.get("truth", "targets") != "targets":
+        title += f", which have no targets: compared with what {document['truth']} writes"
     notes = [f"exit thresholds chosen on {document['calibration']['rows']}"] if "calibration" in document else []
     if "output_tokens" in document:
         notes.append(_lengths_note(document["output_tokens"]))

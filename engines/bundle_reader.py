@@ -316,7 +316,9 @@ def _replacing(root: Path) -> bool:
 def _read_manifest(root: Path) -> tuple[bytes, _Identity]:
     _require_folder(root)
     if not os.path.lexists(root / MANIFEST):
-        raise FileFault(MANIFEST, "is missing: this folder is not a bundle")
+        model = (root / "config.json").is_file()
+        what = f"a model; `compexport build {root}` makes a bundle of it" if model else "not a bundle"
+        raise FileFault(MANIFEST, f"is missing: this folder is {what}")
     return _read(root, MANIFEST, MAX_MANIFEST_BYTES)
 
 

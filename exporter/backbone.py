@@ -16,7 +16,7 @@ from engines.manifest import TEXT2TEXT, LabelWords, Task
 from exporter.hosts import HOSTS, Host, host_of
 from exporter.hosts.seq2seq import SEQ2SEQ_HOSTS, Seq2SeqHost
 from exporter.hosts.shared import repeats, tie
-from exporter.identity import LABEL_WORDS, VOCABULARIES, backbone_sha256
+from exporter.identity import LABEL_WORDS, backbone_sha256, has_tokenizer
 from exporter.label_words import read_label_words
 from exporter.official import require_plain_model
 from exporter.sharing import FIELD
@@ -256,13 +256,22 @@ def _labels(folder: Path, task: Task, config: Any) -> tuple[list[str], LabelWord
     return [], None
 
 
+def _instead_of_a_model(folder: Path) -> str:
+    if folder.is_file():
+        return "a file"
+    if not folder.is_dir():
+        return "no such folder"
+    return "a bundle" if (folder / "manifest.json").is_file() else "no config.json in it"
+
+
 def load_config(folder: Path) -> Any:
     """``config.json`` of a model folder, as transformers reads it; InputError if there is none of a known kind."""
     if not (folder / "config.json").is_file():
-        found = "no such folder" if not folder.is_dir() else "no config.json in it"
         raise InputError(
             describe(
-                f"{folder}: not a model", got=found, expected="a Hugging Face folder (config.json, model.safetensors)"
+                f"{folder}: not a model",
+                got=_instead_of_a_model(folder),
+                expected="a Hugging Face folder (config.json, model.safetensors)",
             )
         )
     require_plain_model(folder)
@@ -444,7 +453,7 @@ def _tokenizer_json(folder: Path) -> str:
     from transformers import AutoTokenizer
 
     try:
-        if not any((folder / name).exists() for name in VOCABULARIES):
+        if not has_tokenizer(folder):
             raise FileNotFoundError("none of its files")  # transformers would make up an empty one
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         text: str = tokenizer.backend_tokenizer.to_str()

@@ -56,6 +56,17 @@ def test_folder_without_a_model(refused: Callable[..., str], tmp_path: Path) -> 
     (tmp_path / "empty").mkdir()
     assert "not a model: got no config.json in it, expected a Hugging Face folder" in refused("build", "empty")
     assert "no such folder" in refused("build", "nowhere")
+    (tmp_path / "empty" / "manifest.json").write_text("{}")
+    assert "not a model: got a bundle, expected" in refused("build", "empty")
+    assert "not a model: got a file, expected" in refused("build", "empty/manifest.json")
+
+
+def test_a_model_where_a_bundle_is_meant(refused: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    found = refused("run", "model", "--text", "a")
+    assert "manifest.json is missing: this folder is a model; `compexport build" in found
+    assert "model` makes a bundle of it" in found
 
 
 def test_unsupported_architecture_names_the_supported_ones(refused: Callable[..., str], tmp_path: Path) -> None:

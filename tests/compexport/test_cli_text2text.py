@@ -132,6 +132,12 @@ def test_a_run_has_the_options_of_writing(cli: Cli, bundle: Path) -> None:
             "--early-stopping: got 'soon', expected true, false or never",
         ),
         (("run", "--text", "a", "--num-beams", 2, "--temperature", 1), "not in beams"),
+        (("run", "--text", "a", "--text-pair", "b"), "text 0 (counted from 0) is a pair: expected one text, of which"),
+        (("run", "--text", "a", "--text", ""), "text 1 (counted from 0) is empty"),
+        (
+            ("evaluate", "--data", "pairs.tsv"),
+            "pairs.tsv: texts to read: got two columns, text = sentence1,",
+        ),
         (("run", "--text", "a", "--budget-ms", 5), "a budget needs a latency profile"),
         (
             ("evaluate", "--data", "dev.tsv", "--metric", "rouge"),
@@ -141,8 +147,25 @@ def test_a_run_has_the_options_of_writing(cli: Cli, bundle: Path) -> None:
     ],
 )
 def test_what_is_refused(cli: Cli, bundle: Path, arguments: tuple[Any, ...], error: str) -> None:
+    Path("pairs.tsv").write_text("sentence1\tsentence2\na\tb\n")
     done = cli(*arguments)
     assert done.code == 2 and error in done.error
+
+
+def test_evaluate_says_once_what_it_does(cli: Cli, bundle: Path) -> None:
+    Path("plain.txt").write_text("\n".join(["film " * 300, *TEXTS]))
+    done = cli("evaluate", "--data", "plain.txt", "--max-new-tokens", 3, "--threads", 1)
+    assert done.code == 0, done.err
+    assert done.err.count("longer than") == 1 and "1 of 4 texts are longer than the model reads" in done.err
+    assert "bleu on 4 examples, which have no targets: compared with what modular-r1-fp32 writes" in done.out
+
+
+def test_lengths_that_nobody_names_are_those_that_the_bundle_reads(cli: Cli, bundle: Path) -> None:
+    longest = Bundle.open(bundle).manifest.tokenizer.max_length  # type: ignore[union-attr]
+    done = cli("bench", "--batch", 1, "--min-runs", 3, "--threads", 1, "--json")
+    assert done.code == 0, done.err
+    assert {row["length"] for row in done.document["rows"]} == {min(one, longest) for one in (32, 128)}
+    assert "--batch is out of range: got 0" in cli("bench", "--batch", 0).error
 
 
 # --- opening and writing ----------------------------------------------------------------------------------------------
@@ -193,6 +216,26 @@ def test_a_stream_is_the_text_in_pieces(runtime: Runtime) -> None:
     pieces = list(stream)
     assert "".join(pieces) == whole.output["text"] and len(pieces) > 1
     assert isinstance(stream.result, Result) and stream.result.output == whole.output
+
+
+def test_a_stream_tells_what_its_steps_took(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("engines.writer.perf_counter", lambda: now[0])
+    generator = runtime.generator(BASE)
+    step, told = generator._step, []
+
+    def slow(*given: Any) -> Any:
+        now[0] += 0.25
+        return step(*given)
+
+    monkeypatch.setattr(generator, "_step", slow)
+    runtime.members.profile = measured({BASE: 1.0})
+    monkeypatch.setattr(runtime._anytime, "observe", lambda *given: told.append(given))
+    for _ in runtime.stream(TEXTS[0], variant=BASE, settings={"min_new_tokens": 5, "max_new_tokens": 5}):
+        now[0] += 60.0  # whoever reads it
+    ((name, expected, engine_ms),) = told
+    assert name == BASE and expected.p50_ms == pytest.approx(4 + 4) and not expected.extrapolated
+    assert engine_ms == pytest.approx(4 * 250)
 
 
 # --- budgets ----------------------------------------------------------------------------------------------------------
