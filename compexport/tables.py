@@ -174,13 +174,21 @@ def evaluate_table(document: Mapping[str, Any], variants: Mapping[str, Any]) -> 
 
 def _lengths_note(found: Mapping[str, Any]) -> str:
     cut = f"; {found['cut']} were cut at {found['max_new_tokens']}" if found["cut"] else ""
-    return f"outputs of {found['variant']} have {found['p50']} tokens (p50) to {found['p99']} (p99){cut}"
+    beams = found.get("num_beams", 1)
+    with_ = f", with {beams} beams" if beams > 1 else ""
+    return f"outputs of {found['variant']}{with_} have {found['p50']} tokens (p50) to {found['p99']} (p99){cut}"
 
 
 def points_table(document: Mapping[str, Any]) -> Table:
     """``evaluate``: the operating points of variants with exits; FLOPs count what rows are expected to need."""
-    rows = []
+    rows: list[tuple[Any, ...]] = []
+    seen: dict[tuple[str, str], str] = {}
     for name, point in document["points"].items():
+        same = seen.setdefault((point["variant"], _thresholds(point["rule"])), name)
+        if same != name:
+            # The coarsest thresholds that there are may serve several wishes.
+            rows.append((name, point["flops_ratio"], point["speedup"], None, None, f"as {same}", None))
+            continue
         layers = document["exits"][point["variant"]]["layers"]
         left = ", ".join(f"{layer}: {share:.0%}" for layer, share in zip(layers, point["histogram"], strict=True))
         shown = [f"{point['value']:.4f}", f"{point['drop']:+.4f}", _thresholds(point["rule"]), left]
@@ -289,6 +297,9 @@ def ode_table(document: Mapping[str, Any]) -> Table:
         rows.append((ratio, document["n"][ratio], *values))
     title = f"{document['output']}: trained in {document['steps']} steps, {document['seconds']:.0f} s"
     notes = [f"{document['form']} form of a step; measured on {document['held_out']} rows"]
+    if not document["learnt"]:
+        always = f"the commonest answer alone has {metric} {document['majority']:.4f}"
+        notes.append(f"warning: nothing was learnt: {always}; train longer, or look at the data and the learning rate")
     return Table(title, ("ratio", "steps", metric, "iterations dropped"), rows, notes)
 
 

@@ -85,7 +85,7 @@ class Decision:
     def document(self) -> dict[str, Any]:
         """What ``select --json`` prints. An infinite budget is null there, as JSON has no infinity."""
         finite = self.budget_ms is not None and math.isfinite(self.budget_ms)
-        tokens = {} if self.expected_tokens is None else {"expected_tokens": asdict(self.expected_tokens)}
+        tokens = {} if self.expected_tokens is None else {"expected_tokens": self.expected_tokens.document()}
         return {
             "variant": self.variant,
             "predicted_ms": self.predicted_ms,
@@ -429,7 +429,9 @@ class Comparison:
         if not expected.measured:
             return f"for all {expected.p99} tokens that are allowed, as lengths of outputs were not measured"
         usual = "" if usual_ms is None else f", usually {_ms(usual_ms)} for {expected.p50}"
-        return f"for the {expected.p99} tokens that one output in a hundred has{usual}"
+        beams = expected.counted_with
+        counted = "" if beams is None else f", counted {'without beams' if beams == 1 else f'with {beams} beams'}"
+        return f"for the {expected.p99} tokens that one output in a hundred has{usual}{counted}"
 
     def _why_chosen(self) -> str:
         time_ms = self.times[self.chosen]

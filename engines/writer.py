@@ -88,7 +88,11 @@ class Writer:
         """How many tokens the longest text of a chunk will have."""
         batch, length = shape
         most, lengths = most_tokens(self._manifest, options, length), self._members.output_lengths
-        found = Expected.at_most(most) if lengths is None else lengths.expected(batch, length, most)
+        found = Expected.at_most(most)
+        if lengths is not None:
+            found = lengths.expected(batch, length, most)
+            if lengths.num_beams != options.beams.num_beams:
+                found = replace(found, counted_with=lengths.num_beams)
         return found.at_least(min(most, options.rules.min_new_tokens))
 
     def _deadline(self, request: Request, number: int) -> StepDeadline | None:
@@ -106,10 +110,12 @@ class Writer:
     def _observe(self, request: Request, number: int, written: Sequence[Generated], engine_ms: float) -> None:
         times, engine, options = self._members.writing_times, request.engine, request.options
         assert options is not None
-        # How many steps a search with beams took does not show in what it found.
-        if times is None or not times.knows(engine) or options.beams.num_beams > 1:
+        if times is None or not times.knows(engine):
             return
-        tokens = [len(text.tokens) for one in written for text in (one, *one.others)]
+        if options.beams.num_beams > 1:  # whose search may go on beyond what it found
+            tokens = [one.steps or 1 for one in written]
+        else:
+            tokens = [len(text.tokens) for one in written for text in (one, *one.others)]
         count = Expected.at_most(max(tokens))
         expected = times.writing([request.shapes[number]], [count], rows_per_text(options))[engine]
         # Texts that end early leave the batch: then the prediction is a bound, as it is outside the grid.
