@@ -109,9 +109,13 @@ class ModularFamily(Family[Seq2Seq]):
         part = as_stack(graph)
         if arithmetic.is_stock:
             return _runner(cache(lambda: arithmetic.of(self._module(part))), arithmetic)
-        return lambda feed: _arrays(
-            joined_outputs(self._in(arithmetic), part.part, part.tiling, _tensors(feed, arithmetic))
-        )
+        modular = cache(lambda: self._in(arithmetic))
+
+        def run(feed: parity.Arrays) -> list[np.ndarray]:
+            with torch.inference_mode():
+                return _arrays(joined_outputs(modular(), part.part, part.tiling, _tensors(feed, arithmetic)))
+
+        return run
 
     def _in(self, arithmetic: Arithmetic) -> ModularModel:
         """Base and modules in this arithmetic, one copy for all graphs; those in float64 are rare and large."""

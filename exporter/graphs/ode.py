@@ -31,7 +31,7 @@ from exporter import parity, passes
 from exporter.backbone import Backbone, load_backbone
 from exporter.graphs.costeff_trace import with_statistics
 from exporter.graphs.family import REPORTED_LENGTH, Family, Run
-from exporter.graphs.ode_decoding import decoder_feeds, decoder_outputs, stock_decoder_outputs
+from exporter.graphs.ode_decoding import decoder_feeds, decoder_outputs, real_outputs, stock_decoder_outputs
 from exporter.graphs.ode_trace import MASK, Pieces
 from exporter.graphs.ode_unroll import step_matrices, unrolled, unrolled_decoder, unrolled_with_exits
 from exporter.graphs.stock import stock_outputs
@@ -193,6 +193,10 @@ class OdeFamily(Family[Backbone]):
             return lambda feed: _arrays(stock(self.backbone, _tensors(feed)))
         eager = cache(lambda: self._eager(arithmetic))
         return lambda feed: self._run(part, eager(), _tensors(feed, arithmetic.dtype))
+
+    def read(self, graph: PlannedGraph, feed: parity.Arrays, outputs: list[np.ndarray]) -> list[np.ndarray]:
+        """Padding before a text sees nothing, of which in half precision anything may come."""
+        return real_outputs(feed, outputs) if self.steps.generates else outputs
 
     def _eager(self, arithmetic: Arithmetic) -> Eager:
         """The model in this arithmetic, one copy for all graphs; those in float64 are rare and large."""

@@ -34,7 +34,7 @@ from exporter.precision import wide
 
 
 class ExitStatistics(NamedTuple):
-    """How sure an exit is, [...] each, in fp32 at least: entropy in nats, the top probability, its lead over the next."""
+    """How sure an exit is, [...] each, in fp32 at least: entropy in nats, the top probability, its lead."""
 
     entropy: Tensor
     max_probability: Tensor

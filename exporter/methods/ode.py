@@ -131,7 +131,7 @@ class SteppedEncoder(nn.Module):
         place = torch.arange(total, device=h.device)
         seen = place[None, :] <= place[total - queries :, None]
         allowed = seen[None, None] & (attention_mask != 0)[:, None, None, :]
-        return torch.where(allowed, 0.0, lowest(h.dtype)).to(h.dtype)
+        return torch.where(allowed, *(h.new_full((), value) for value in (0.0, lowest(h.dtype))))
 
     def step(
         self,
