@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 METHODS = ("variator",)
 IMPORTED_METHODS = ("variator", "costeff", "theseus")
-PRECISIONS: tuple[Literal["fp32"], ...] = ("fp32",)
+PRECISIONS: tuple[Literal["fp32", "fp16", "bf16"], ...] = ("fp32", "fp16", "bf16")
 DEFAULT_RATIOS = (2, 4, 8)
 
 
@@ -390,7 +390,7 @@ def build_document(
     else:
         wanted = [*whole_ratios(ratios)] if planned.whole_ratios else checked_ratios(ratios)
     _require_free(output)
-    backends.builder(backend, plans)
+    backends.builder(backend, plans, arithmetic)
     _require_meaning(planned.method, exits, prefix, steps, assemblies)
     read = None if data is None else partial(_calibration, data, columns, progress)
     options: dict[str, Any] = {}

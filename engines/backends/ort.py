@@ -430,7 +430,7 @@ def _make_shared_arena() -> None:
 
 def tensor_specs(values: Sequence[Any]) -> list[TensorSpec]:
     """Inputs or outputs of a bare session as manifest entries."""
-    dtypes = {"tensor(int64)": "int64", "tensor(float)": "float32"}
+    dtypes = {"tensor(int64)": "int64", "tensor(float)": "float32", "tensor(float16)": "float16"}
     return [TensorSpec(name=v.name, dtype=dtypes[v.type], shape=list(v.shape)) for v in values]
 
 
