@@ -18,6 +18,11 @@ Array = npt.NDArray[Any]
 Held = Any  # an array in the backend's own memory, of whatever type the backend uses
 
 
+def host_dtype(dtype: str) -> np.dtype[Any]:
+    """What this process has in place of a tensor's ``dtype``: NumPy has no bfloat16, and float32 holds all of them."""
+    return np.dtype("float32" if dtype == "bfloat16" else dtype)
+
+
 class OpenSession(Protocol):
     """What a runtime needs of a ``Session``."""
 
@@ -131,7 +136,7 @@ class Session(ABC):
                 size == (sizes.setdefault(axis, size) if isinstance(axis, str) else axis) and size > 0
                 for size, axis in zip(array.shape, spec.shape, strict=True)
             )
-            if not fits or array.dtype != np.dtype(spec.dtype):
+            if not fits or array.dtype != host_dtype(spec.dtype):
                 raise InputError(
                     describe(
                         f"{self.name}: input {spec.name}",

@@ -25,14 +25,12 @@ import numpy as np
 import numpy.typing as npt
 
 from compexport.errors import BundleError, CompexportError, DependencyError, InputError, describe
+from engines.backends.family import known_variants, opened_graphs, opened_variants
 from engines.backends.trt_options import PlanOptions
 from engines.bundle import Bundle
-from engines.cascade import Cascade
-from engines.manifest import DECODER_WITH_PAST, Engine, Graph, TensorSpec
+from engines.manifest import Engine, Graph, TensorSpec
 from engines.measure import processor, usable_cores
-from engines.paths import whole_path
 from engines.session import Array, Session
-from engines.stepper import stepper
 
 NAME = "ort"
 FOLDER = "engines/ort-cpu"
@@ -334,26 +332,9 @@ def open_sessions(
 
     Arguments and errors as ``open_graphs``.
     """
-    manifest = bundle.manifest
-    unknown = set(variants or ()) - manifest.variants.keys()
-    if unknown:
-        expected = f"one of {', '.join(manifest.variants)}"
-        raise InputError(describe("unknown variant", got=", ".join(sorted(unknown)), expected=expected))
     require_provider(provider)
-    sessions: dict[str, Session] = {}
-    shared: dict[str, OrtSession] = {}
-    for name in variants if variants is not None else list(manifest.variants):
-        variant = manifest.variants[name]
-        if variant.is_stepper:
-            for graph in set(variant.graphs.values()) - shared.keys():
-                shared[graph] = _open_graph(bundle, graph, graph, threads, provider)
-            sessions[name] = stepper(name, variant, shared)
-            continue
-        if DECODER_WITH_PAST in variant.graphs:
-            raise InputError(describe(f"{name} has several engines", expected="open_graphs, of each of its graphs"))
-        opened = [_open_graph(bundle, graph, name, threads, provider) for graph in whole_path(variant)]
-        sessions[name] = opened[0] if variant.exits is None else Cascade(name, variant.exits, opened)
-    return sessions
+    names = known_variants(bundle, variants)
+    return opened_variants(bundle, names, lambda graph, name: _open_graph(bundle, graph, name, threads, provider))
 
 
 def open_graphs(
@@ -367,7 +348,7 @@ def open_graphs(
     Raises BundleError for an engine of another ONNX Runtime version or processor, or one that cannot be opened.
     """
     require_provider(provider)
-    return {name: _open_graph(bundle, name, name, threads, provider) for name in graphs}
+    return opened_graphs(graphs, lambda graph, name: _open_graph(bundle, graph, name, threads, provider))
 
 
 def require_provider(provider: str) -> None:
