@@ -107,7 +107,7 @@ class Lanes:
         """Another engine uses the lanes."""
         with self._changed:
             if not self.is_open:
-                raise CompexportError(describe("the engines are closed", hint="load the bundle again"))
+                raise _closed()
             self._members += 1
 
     def leave(self) -> None:
@@ -173,9 +173,12 @@ class Lanes:
             raise
         with self._changed:
             self._making -= 1
-            self._lanes.append(lane)
-            self._last[lane] = thread
-        return lane
+            if self.is_open:
+                self._lanes.append(lane)
+                self._last[lane] = thread
+                return lane
+        lane.close()
+        raise _closed()
 
     def _give_back(self, lane: Lane) -> None:
         with self._changed:
@@ -185,3 +188,7 @@ class Lanes:
     def _known(self) -> list[Lane]:
         with self._changed:
             return list(self._lanes)
+
+
+def _closed() -> CompexportError:
+    return CompexportError(describe("the engines are closed", hint="load the bundle again"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections import defaultdict, deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,6 +101,13 @@ class Pool:
         else:
             place = self._allocated(size)
         return Block(place, self)
+
+    def take_up_to(self, wanted: int, size: int) -> Block:
+        """As much as wanted where there is so much, but at least ``size``; OutOfMemory where there is not even that."""
+        if wanted > size:
+            with suppress(OutOfMemory):
+                return self.take(wanted)
+        return self.take(size)
 
     def trim(self) -> None:
         """Give CUDA back what is not in use."""

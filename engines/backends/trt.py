@@ -30,6 +30,9 @@ from engines.manifest import Engine
 from engines.plugins import ptx
 from engines.session import Session
 
+# Those of ONNX Runtime, because it is one option: "cpu" is that option's default, which says nothing here.
+_PROVIDERS = ("cpu", "cuda", "cuda-graphs")
+
 
 class Backend:
     """What ``engines.backends`` asks of one, for one product."""
@@ -57,7 +60,8 @@ class Backend:
     def device_name(self, options: Mapping[str, Any]) -> str:
         """Key of this machine's latency profile; DependencyError without a device."""
         device = cuda.require_device(f"an engine of {self.product.title}")
-        return "".join(c if c.isalnum() else "-" for c in device.name.lower()) + f"-{self.NAME}"
+        name = "".join(c if c.isalnum() else "-" for c in device.name.lower())
+        return f"{name}-{self.NAME}" + ("" if _wants_graphs(options.get("provider", "")) else "-no-graphs")
 
     # --- building
 
@@ -91,12 +95,12 @@ class Backend:
         *,
         threads: int | None = None,
         provider: str = "",
-        cuda_graphs: bool = True,
     ) -> dict[str, Session]:
         """As ``engines.session.Backend``. What can be known of plan and device is checked before the library is asked.
 
-        ``cuda_graphs``: runs of shapes that come again are captured and replayed.
+        ``provider`` "cuda" runs without CUDA graphs; all others mean what is best. InputError for an unknown one.
         """
+        cuda_graphs = _wants_graphs(provider)
         names = known_variants(bundle, variants)
         self._require_plans(bundle, [graph for name in names for graph in needed_graphs(bundle, name)])
         return opened_variants(bundle, names, lambda graph, name: self._open(bundle, graph, name, cuda_graphs))
@@ -108,9 +112,9 @@ class Backend:
         *,
         threads: int | None = None,
         provider: str = "",
-        cuda_graphs: bool = True,
     ) -> dict[str, PlanSession]:
         """Sessions of single graphs; arguments and errors as ``open_sessions``."""
+        cuda_graphs = _wants_graphs(provider)
         self._require_plans(bundle, graphs)
         return opened_graphs(graphs, lambda graph, name: self._open(bundle, graph, name, cuda_graphs))
 
@@ -188,6 +192,13 @@ def finish_recipes(path: str | Path, progress: Progress) -> Bundle:
         return maker
 
     return finish(path, maker_of, progress)
+
+
+def _wants_graphs(provider: str) -> bool:
+    """Whether CUDA graphs are made: by default, and not with "cuda". InputError for what is no provider."""
+    if provider not in ("", *_PROVIDERS):
+        raise InputError(describe("unknown provider", got=repr(provider), expected=f"one of {', '.join(_PROVIDERS)}"))
+    return provider != "cuda"
 
 
 def _require_meaning(product: Product, options: PlanOptions) -> None:

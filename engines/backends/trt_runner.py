@@ -171,7 +171,8 @@ class Runner:
         """The place of a tensor from run to run, at once large enough for all shapes where that is not much."""
         there = self._buffers.get(name)
         if there is None or there.place.size < size:
-            self._buffers[name] = there = self._lane.pool.take(max(size, largest if largest <= _BUFFER_MOST else 0))
+            self._buffers.pop(name, None)
+            self._buffers[name] = there = self._lane.pool.take_up_to(largest if largest <= _BUFFER_MOST else 0, size)
         return there
 
     def _size(self, output: str, shape: tuple[int, ...]) -> int:
@@ -288,7 +289,9 @@ def item_bytes(dtype: str) -> int:
 
 def runs_of(rows: npt.NDArray[np.int64]) -> list[tuple[int, int, int]]:
     """Rows that follow each other, as copies: (place of the first in the result, its number, how many)."""
-    starts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist()] if len(rows) else []
+    if not len(rows):
+        return []
+    starts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist()]
     ends = [*starts[1:], len(rows)]
     return [(start, int(rows[start]), end - start) for start, end in zip(starts, ends, strict=True)]
 

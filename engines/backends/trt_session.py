@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +33,7 @@ class PlanSession(Session):
         self, feeds: Mapping[str, Array], held: Mapping[str, HeldTensor], outputs: Sequence[str], hold: Sequence[str]
     ) -> tuple[dict[str, Array], dict[str, HeldTensor]]:
         """As ``engines.session.HoldingSession``; returns before the device is done where there is nothing to return."""
-        with self._lanes.lent() as lane:
+        with self._lane() as lane:
             return self._runner(lane).run(feeds, held, outputs, hold)
 
     def take_rows(self, held: HeldTensor, rows: npt.NDArray[np.int64]) -> HeldTensor:
@@ -43,7 +44,7 @@ class PlanSession(Session):
         if len(rows) and not (rows.min() >= 0 and rows.max() < count):
             got = f"{rows.min()} to {rows.max()}"
             raise CompexportError(describe(f"{self.name}: rows of what is held", got=got, expected=f"0 to {count - 1}"))
-        with self._lanes.lent() as lane:
+        with self._lane() as lane:
             return self._runner(lane).take_rows(held, rows)
 
     def close(self) -> None:
@@ -59,9 +60,18 @@ class PlanSession(Session):
         found, _ = self.run_held(feeds, {}, names, ())
         return [found[name] for name in names]
 
-    def _runner(self, lane: Lane) -> Runner:
+    @contextmanager
+    def _lane(self) -> Iterator[Lane]:
+        self._require_open()
+        with self._lanes.lent() as lane:
+            self._require_open()  # it may have been closed while this thread waited
+            yield lane
+
+    def _require_open(self) -> None:
         if not self._is_open:
             raise CompexportError(describe(f"{self.name}: the engine is closed", hint="load the bundle again"))
+
+    def _runner(self, lane: Lane) -> Runner:
         runner = lane.tenants.get(self)
         if runner is None:
             runner = Runner(self._plan, self.inputs, self.outputs, self._profiles, lane, self._cuda_graphs)

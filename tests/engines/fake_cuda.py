@@ -88,7 +88,8 @@ class _Stream:
 
 
 class FakeCuda:
-    """In place of the module. ``calls`` counts them by name; ``limit`` is the device's memory in bytes."""
+    """In place of the module. ``calls`` counts them by name, ``downloaded`` bytes;
+    ``limit`` is the device's memory in bytes."""
 
     cudaError_t, cudaMemcpyKind, cudaStreamCaptureMode = cudaError_t, cudaMemcpyKind, cudaStreamCaptureMode
     cudaHostAllocDefault, cudaStreamNonBlocking, cudaEventDisableTiming = 0, 1, 2
@@ -98,6 +99,7 @@ class FakeCuda:
         self.is_lost = False
         self.uncapturable = False
         self.calls: dict[str, int] = {}
+        self.downloaded = 0  # bytes
         self._lock = threading.RLock()
         self._allocations: dict[int, _Allocation] = {}
         self._streams: dict[int, _Stream] = {}
@@ -317,6 +319,7 @@ class FakeCuda:
     def _copy(self, target: int, source: int, count: int, kind: cudaMemcpyKind, stream: int) -> None:
         pinned_target = kind is cudaMemcpyKind.cudaMemcpyDeviceToHost
         pinned_source = kind is cudaMemcpyKind.cudaMemcpyHostToDevice
+        self.downloaded += count if pinned_target else 0
 
         def run() -> None:
             to, at = self._within(target, count, pinned_target), self._within(source, count, pinned_source)

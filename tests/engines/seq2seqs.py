@@ -121,27 +121,22 @@ def export(model: Any, folder: Path) -> Seq2SeqGenerator:
 GRAPHS = ("encoder", "first", "cached")
 
 
-def make_bundle(folder: Path) -> Bundle:
-    """The graphs of a T5 into ``folder``, with engines."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as traced:
-        model = t5()
-        export(model, Path(traced))
-        models = {name: (onnx.load(Path(traced) / f"{name}.onnx"), Cost()) for name in GRAPHS}
+def make_bundle(folder: Path, traced: Path, model: Any, ends: Sequence[int]) -> Bundle:
+    """What ``export`` wrote to ``traced``, into ``folder`` with engines. ``ends``: tokens that end a text."""
+    models = {name: (onnx.load(traced / f"{name}.onnx"), Cost()) for name in GRAPHS}
     roles = dict(zip((ENCODER, DECODER, DECODER_WITH_PAST), GRAPHS, strict=True))
     return toys.make_bundle(
         folder,
         models,
         {"modular-r1-fp32": toys.variant("modular", 1, roles)},
-        model_type="t5",
+        model_type=model.config.model_type,
         layers=3,
         hidden_size=16,
         tokenizer=Tokenizer(path="tokenizer.json", max_length=32, pad_id=PAD, inputs=["input_ids", "attention_mask"]),
         save_tokenizer=save_tokenizer,
         method="modular",
         task=TEXT2TEXT,
-        generation=generation_of(model).model_copy(update={"eos_ids": [EOS, 34, 59]}),
+        generation=generation_of(model).model_copy(update={"eos_ids": list(ends)}),
     )
 
 

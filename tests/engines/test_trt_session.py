@@ -18,11 +18,9 @@ from engines.bundle import Bundle
 from engines.cascade import Cascade
 from engines.causal import CausalGenerator
 from engines.exit_rule import ExitRule
-from engines.generate import Generated, Generator
 from engines.options import Options
 from engines.sampling import Sampling
-from engines.seq2seq import Seq2SeqGenerator
-from tests.engines import decoders, exits, plans, seq2seqs, steps
+from tests.engines import decoders, exits, plans, steps
 from tests.engines.plans import Machine
 
 SAMPLED = Options(10, sampling=Sampling(temperature=0.9, top_k=40, top_p=0.95, seed=7))
@@ -31,12 +29,6 @@ WAYS = {
     "beams": Options(10, beams=Beams(num_beams=3, num_return_sequences=2)),
     "sampled": SAMPLED,
 }
-
-
-@pytest.fixture(scope="module")
-def patch() -> Iterator[pytest.MonkeyPatch]:
-    with pytest.MonkeyPatch.context() as patch:
-        yield patch
 
 
 @pytest.fixture
@@ -57,7 +49,6 @@ BUNDLES: dict[str, Any] = {
     "steps": lambda folder: steps.make_bundle(folder, with_exits=False),
     "steps with exits": lambda folder: steps.make_bundle(folder, with_exits=True),
     "decoders": lambda folder: decoders.make_bundle(folder, ratios=(1, 2)),
-    "two texts": seq2seqs.make_bundle,
 }
 
 
@@ -120,32 +111,40 @@ def test_rows_leave_where_they_leave_with_ort(bundles: Any, gpu: Machine, kind: 
     close_all(found)
 
 
-def generators(bundle: Bundle, backend: Any) -> tuple[dict[str, Generator], dict[str, Any]]:
-    """By variant, and the sessions that are open for them."""
-    generation = bundle.manifest.generation
+def generators(bundle: Bundle, backend: Any) -> tuple[dict[str, CausalGenerator], dict[str, Any]]:
+    """By variant, and their sessions."""
+    generation, sessions = bundle.manifest.generation, backend.open_sessions(bundle)
     assert generation is not None
-    if bundle.manifest.task == "text-generation":
-        sessions = backend.open_sessions(bundle)
-        return {name: CausalGenerator(name, session, generation) for name, session in sessions.items()}, sessions
-    sessions = backend.open_graphs(bundle, list(bundle.manifest.graphs))
-    (name,) = bundle.manifest.variants
-    return {name: Seq2SeqGenerator(name, *(sessions[graph] for graph in seq2seqs.GRAPHS), generation)}, sessions
+    return {name: CausalGenerator(name, session, generation) for name, session in sessions.items()}, sessions
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", ["decoders", "two texts"])
-def test_texts_are_those_of_ort(bundles: Any, gpu: Machine, kind: str, way: str) -> None:
+def test_texts_are_those_of_ort(bundles: Any, gpu: Machine, way: str) -> None:
     """Padded prompts, rows that end at different times, beams that change places."""
-    bundle = bundles(kind)
-    ids, mask = decoders.prompts(5) if kind == "decoders" else seq2seqs.texts(5)
+    bundle = bundles("decoders")
+    ids, mask = decoders.prompts(5)
     expected, _ = generators(bundle, ort)
     found, sessions = generators(bundle, gpu.backend())
-    texts: list[list[Generated]] = []
     for name in found:
-        texts.append(found[name].generate(ids, mask, options=WAYS[way]))
+        texts = found[name].generate(ids, mask, options=WAYS[way])
         wanted = expected[name].generate(ids, mask, options=WAYS[way])
-        for one, other in zip(texts[-1], wanted, strict=True):
+        for one, other in zip(texts, wanted, strict=True):
             assert [text.tokens for text in (one, *one.others)] == [text.tokens for text in (other, *other.others)]
-    assert len({tuple(one.tokens) for one in texts[0]}) > 1
-    del found
+        assert len({tuple(one.tokens) for one in texts}) > 1
+    close_all(sessions)
+
+
+def test_a_second_text_asks_cuda_for_no_memory(bundles: Any, gpu: Machine) -> None:
+    """And what is kept of a text never leaves the device: what goes out are logits."""
+    found, sessions = generators(bundles("decoders"), gpu.backend())
+    generator = next(iter(found.values()))
+    ids, mask = decoders.prompts(4)
+    generator.generate(ids, mask, options=WAYS["beams"])
+    before = dict(gpu.cuda.calls)
+    downloaded = gpu.cuda.downloaded
+    generator.generate(ids, mask, options=WAYS["beams"])
+    assert [gpu.cuda.calls[name] - before[name] for name in ("cudaMalloc", "cudaHostAlloc")] == [0, 0]
+    # One row of logits for each token of the prompts, and for each beam of each text one a step.
+    rows = ids.size + 9 * 3 * 4
+    assert gpu.cuda.downloaded - downloaded <= rows * decoders.V * 4
     close_all(sessions)
