@@ -8,6 +8,7 @@ allocation, or whose end on the host may move; allocating, freeing or waiting wh
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -377,3 +378,19 @@ class FakeCuda:
 def _ranges(work: Work) -> Iterator[tuple[bool, Range]]:
     yield from ((False, found) for found in work.reads)
     yield from ((True, found) for found in work.writes)
+
+
+def differences(module: Any) -> list[str]:
+    """Functions and names of the double that the real module does not have, or with other arguments."""
+    found = []
+    for name, value in vars(FakeCuda).items():
+        if not name.startswith("cuda"):
+            continue
+        real = getattr(module, name, None)
+        if isinstance(value, type):
+            found += [f"{name}.{one.name}" for one in value if not hasattr(real, one.name)]  # type: ignore[var-annotated]
+        elif not callable(value):
+            found += [] if real is not None and int(real) == value else [name]
+        elif real is None or [*inspect.signature(value).parameters][1:] != [*inspect.signature(real).parameters]:
+            found.append(name)
+    return found

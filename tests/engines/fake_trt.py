@@ -8,7 +8,9 @@ fit, or replaying what a context recorded before it was changed.
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from functools import cached_property
@@ -310,3 +312,37 @@ def _narrow(array: Any, spec: TensorSpec) -> Any:
     if spec.dtype == "bfloat16":
         return (np.ascontiguousarray(array).view(np.uint32) >> np.uint32(16)).astype(np.uint16)
     return array.astype(spec.dtype)
+
+
+# --- the double against the real library ---------------------------------------------------------------------------
+
+# What tests ask of the double, and the library does not have.
+_OWN = {"spec", "output_shapes", "execute"}
+_MADE = {
+    "Runtime": {"deserialize_cuda_engine": ["serialized_engine"]},
+    "Refitter": {"refit_cuda_engine": [], "get_missing_weights": []},
+    "OnnxParserRefitter": {"refit_from_file": ["model"]},
+}
+
+
+def differences(library: Any) -> list[str]:
+    """Methods of the double that the real library, ``library``, does not have with these arguments."""
+    classes = {"IExecutionContext": Context, "ICudaEngine": Engine, "IRuntimeConfig": RuntimeConfig}
+    taken = {name: _methods(kind) for name, kind in classes.items()} | _MADE
+    found = [f"{name}.{m}" for name, ms in taken.items() for m, a in ms.items() if not _has(library, name, m, a)]
+    for double in (ExecutionContextAllocationStrategy, CudaGraphStrategy):
+        real = getattr(library, double.__name__, None)
+        found += [f"{double.__name__}.{one.name}" for one in double if not hasattr(real, one.name)]
+    return found
+
+
+def _methods(kind: type) -> dict[str, list[str]]:
+    functions = {n: f for n, f in vars(kind).items() if callable(f) and not n.startswith("_") and n not in _OWN}
+    return {name: list(inspect.signature(function).parameters)[1:] for name, function in functions.items()}
+
+
+def _has(library: Any, kind: str, method: str, arguments: list[str]) -> bool:
+    """Whether any overload takes these arguments, by the signatures that pybind11 writes."""
+    text = getattr(getattr(getattr(library, kind), method, None), "__doc__", None) or ""
+    overloads = re.findall(rf"{method}\(self: [^,)]+(.*?)\) ->", text)
+    return any(set(arguments) <= set(re.findall(r"(?:^|, )(\w+):", overload)) for overload in overloads)

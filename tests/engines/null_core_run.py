@@ -27,6 +27,7 @@ from engines.backends.trt_product import TENSORRT
 from engines.backends.trt_session import PlanSession
 from engines.manifest import Cost, Graph, Parity, TensorSpec
 from tests.engines.fake_cuda import FakeCuda
+from tests.engines.fake_trt import differences
 from tests.engines.null_core import unknown_names
 
 # The core calls its one tensor "a".
@@ -108,7 +109,7 @@ def run(folder: Path, facts: Graph) -> dict[str, Any]:
 
 def main(folder: Path) -> dict[str, Any]:
     (folder / "g.onnx").write_bytes(b"the core reads nothing")
-    found: dict[str, Any] = {"version": trt.__version__, "unknown": unknown_names(trt)}
+    found: dict[str, Any] = {"version": trt.__version__, "unknown": unknown_names(trt), "differs": differences(trt)}
     real_build = trt.Builder.build_serialized_network
     steer(trt.Builder, "build_serialized_network", b"PLAN")
     steer(trt.ITimingCache, "serialize", b"CACHE")

@@ -57,6 +57,10 @@ def test_every_name_that_we_use_is_there(found: dict[str, Any]) -> None:
     assert found["unknown"] == ["trt.ComputeCapability", "trt.CudaGraphStrategy"]
 
 
+def test_the_double_of_the_library_has_what_the_library_has(found: dict[str, Any]) -> None:
+    assert found["differs"] == ["CudaGraphStrategy.DISABLED", "CudaGraphStrategy.WHOLE_GRAPH_CAPTURE"]
+
+
 def test_building_goes_through(found: dict[str, Any]) -> None:
     version, inputs, plugins = found["built"]
     assert (version, plugins) == (found["version"], [])
