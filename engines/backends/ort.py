@@ -115,7 +115,7 @@ class EngineBuilder:
     A context manager; leaving it early waits for what is under way and drops the rest.
     """
 
-    def __init__(self, root: Path, folder: str, longest: int | None = None) -> None:
+    def __init__(self, root: Path, folder: str, longest: int | None = None, previous: Bundle | None = None) -> None:
         """``longest``: tokens that the graphs take; an engine for any number of them has no use for it."""
         self._root, self._folder = root, folder
         self._added: dict[str, tuple[Graph, Future[None]]] = {}

@@ -106,7 +106,7 @@ def build(trt: Any, request: Request, report: Report, cancelled: Callable[[], bo
         if profile.keys() != inputs:
             raise BuildError(f"profile {number} of {', '.join(sorted(profile))}, expected {', '.join(sorted(inputs))}")
         _add_profile(builder, config, profile, number, log)
-    cache = _load_timing_cache(config, request.timing_cache)
+    cache = _load_timing_cache(config, request.timing_cache, log)
     monitor = _monitor(trt, report, cancelled)
     config.progress_monitor = monitor
     plan = builder.build_serialized_network(network, config)
@@ -167,13 +167,20 @@ def _add_profile(builder: Any, config: Any, profile: Profile, number: int, log: 
         raise BuildError(f"profile {number}: {log.first_error() or 'no reason given'}")
 
 
-def _load_timing_cache(config: Any, path: str | None) -> Any:
-    """Kernels timed for one graph need not be timed again for the next; None where no cache is kept."""
+def _load_timing_cache(config: Any, path: str | None, log: Any) -> Any:
+    """Kernels timed for one graph need not be timed again for the next; None where no cache is kept.
+
+    One of another version or device is refused, and then begun anew.
+    """
     if path is None:
         return None
-    cache = config.create_timing_cache(Path(path).read_bytes() if Path(path).is_file() else b"")
-    config.set_timing_cache(cache, ignore_mismatch=False)
-    return cache
+    kept = Path(path).read_bytes() if Path(path).is_file() else b""
+    for content in (kept, b""):
+        cache = config.create_timing_cache(content)
+        if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+            return cache
+        log.errors.clear()  # it is no reason for what fails later
+    return None
 
 
 def _parse_errors(parser: Any) -> str:

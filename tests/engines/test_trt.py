@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import threading
 import time
@@ -10,12 +11,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import onnx
+import onnx.parser
 import pytest
 
 from compexport.errors import BundleError, CompexportError, DependencyError, InputError
 from engines import backends
 from engines.backends import cuda, cuda_memory, trt, trt_process
-from engines.backends.trt_build import Request
+from engines.backends.trt_build import Request, build
 from engines.backends.trt_maker import with_ranges
 from engines.backends.trt_options import PlanOptions, Range, parsed_range, parsed_targets
 from engines.backends.trt_plan import PlanRecord, read_record
@@ -334,6 +337,23 @@ def test_a_library_that_fails_gives_one_line(build_with: Any, tmp_path: Path, so
     with pytest.raises(CompexportError, match=rf"^r2.onnx: TensorRT 11.4 cannot build it: got {reason}$"):
         build_with(source).run()
     assert not (tmp_path / "r2.plan").exists()
+
+
+@pytest.mark.parametrize(("before", "after"), [("g ", "g g "), ("of another version", "g ")])
+def test_timings_are_gone_on_with_or_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, after: str
+) -> None:
+    trt_modules.write(tmp_path, "their_library", trt_modules.TIMING)
+    model = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 20]>\ng (float[2] x) => (float[2] y) { y = Abs(x) }'
+    )
+    monkeypatch.chdir(tmp_path)
+    onnx.save(model, "g.onnx")
+    Path("timing.cache").write_text(before)
+    monkeypatch.syspath_prepend(tmp_path)
+    asked = Request("their_library", "g.onnx", "g.plan", [], [], timing_cache="timing.cache")
+    build(importlib.import_module("their_library"), asked, lambda stage, share: None, lambda: False)
+    assert Path("timing.cache").read_text() == after
 
 
 def test_a_build_that_does_not_listen_is_killed(build_with: Any, monkeypatch: pytest.MonkeyPatch) -> None:
