@@ -17,7 +17,7 @@ from engines.logit_rules import NOTHING
 from engines.manifest import PAST, PRESENT, Generation, TensorSpec
 from engines.options import Options
 from engines.sampling import Array, Tokens
-from engines.session import GatheringSession, Held
+from engines.session import GatheringSession, Held, fed_dtype
 
 POSITIONS = "position_ids"
 WARM_UP_TOKENS = 4
@@ -117,7 +117,7 @@ class CausalGenerator(Generator):
 
     def _nothing(self, batch: int) -> dict[str, Array]:
         """A past of no tokens."""
-        return {spec.name: np.zeros(_empty_shape(spec, batch), spec.dtype) for spec in self._pasts}
+        return {spec.name: np.zeros(_empty_shape(spec, batch), fed_dtype(spec.dtype)) for spec in self._pasts}
 
 
 def _fault(session: GatheringSession, generation: Generation) -> str:
