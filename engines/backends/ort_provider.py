@@ -92,7 +92,6 @@ def cuda_options(*, graphs: bool) -> dict[str, str]:
     fp32, not TF32: who wants less builds with --precision fp16.
     """
     return {
-        "device_id": "0",
         "arena_extend_strategy": "kSameAsRequested",
         "use_tf32": "0",
         "enable_cuda_graph": "1" if graphs else "0",
