@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from compexport.errors import BundleError, CompexportError, InputError, describe
+from engines.backends.family import known_variants, opened_graphs, opened_variants
 from engines.backends.ort_bound import BoundSession
 from engines.backends.ort_build import FOLDER, NAME, WEIGHTS, EngineBuilder, engine_key, instruction_set
 from engines.backends.ort_captured import Captures, say_refused
@@ -34,12 +35,9 @@ from engines.backends.ort_session import OrtSession
 from engines.backends.ort_values import tensor_specs
 from engines.backends.trt_options import PlanOptions
 from engines.bundle import Bundle
-from engines.cascade import Cascade
-from engines.manifest import DECODER_WITH_PAST, PAST, Graph
+from engines.manifest import PAST, Graph
 from engines.measure import processor, usable_cores
-from engines.paths import whole_path
 from engines.session import Session
-from engines.stepper import stepper
 
 __all__ = [
     "NAME",
@@ -103,26 +101,9 @@ def open_sessions(
 
     Arguments and errors as ``open_graphs``.
     """
-    manifest = bundle.manifest
-    unknown = set(variants or ()) - manifest.variants.keys()
-    if unknown:
-        expected = f"one of {', '.join(manifest.variants)}"
-        raise InputError(describe("unknown variant", got=", ".join(sorted(unknown)), expected=expected))
     require_provider(provider)
-    sessions: dict[str, Session] = {}
-    shared: dict[str, OrtSession] = {}
-    for name in variants if variants is not None else list(manifest.variants):
-        variant = manifest.variants[name]
-        if variant.is_stepper:
-            for graph in set(variant.graphs.values()) - shared.keys():
-                shared[graph] = _open_graph(bundle, graph, graph, threads, provider)
-            sessions[name] = stepper(name, variant, shared)
-            continue
-        if DECODER_WITH_PAST in variant.graphs:
-            raise InputError(describe(f"{name} has several engines", expected="open_graphs, of each of its graphs"))
-        opened = [_open_graph(bundle, graph, name, threads, provider) for graph in whole_path(variant)]
-        sessions[name] = opened[0] if variant.exits is None else Cascade(name, variant.exits, opened)
-    return sessions
+    names = known_variants(bundle, variants)
+    return opened_variants(bundle, names, lambda graph, name: _open_graph(bundle, graph, name, threads, provider))
 
 
 def open_graphs(
@@ -137,7 +118,7 @@ def open_graphs(
     Raises BundleError for an engine of another ONNX Runtime version or processor, or one that cannot be opened.
     """
     require_provider(provider)
-    return {name: _open_graph(bundle, name, name, threads, provider) for name in graphs}
+    return opened_graphs(graphs, lambda graph, name: _open_graph(bundle, graph, name, threads, provider))
 
 
 def _open_graph(bundle: Bundle, graph: str, name: str, threads: int | None, provider: str) -> OrtSession:

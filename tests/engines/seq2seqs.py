@@ -8,14 +8,29 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from torch import Tensor, nn
 
 from engines.backends import ort
-from engines.manifest import PAST, PRESENT, Generation, tile_cache_name
+from engines.bundle import Bundle
+from engines.manifest import (
+    DECODER,
+    DECODER_WITH_PAST,
+    ENCODER,
+    PAST,
+    PRESENT,
+    TEXT2TEXT,
+    Cost,
+    Generation,
+    Tokenizer,
+    tile_cache_name,
+)
 from engines.seq2seq import Seq2SeqGenerator
 from exporter.methods.modular_cache import guard_cache
 from exporter.methods.modular_steps import CachedStep, EncoderPass, FirstStep
+from tests.engines import toys
+from tests.engines.test_text import save_tokenizer
 
 V, PAD, EOS = 90, 0, 1
 STEPS = (("decoder", "key"), ("decoder", "value"), ("encoder", "key"), ("encoder", "value"))
@@ -101,6 +116,28 @@ def export(model: Any, folder: Path) -> Seq2SeqGenerator:
         ["logits", *own],
     )
     return open_generator(folder, generation_of(model))
+
+
+GRAPHS = ("encoder", "first", "cached")
+
+
+def make_bundle(folder: Path, traced: Path, model: Any, ends: Sequence[int]) -> Bundle:
+    """What ``export`` wrote to ``traced``, into ``folder`` with engines. ``ends``: tokens that end a text."""
+    models = {name: (onnx.load(traced / f"{name}.onnx"), Cost()) for name in GRAPHS}
+    roles = dict(zip((ENCODER, DECODER, DECODER_WITH_PAST), GRAPHS, strict=True))
+    return toys.make_bundle(
+        folder,
+        models,
+        {"modular-r1-fp32": toys.variant("modular", 1, roles)},
+        model_type=model.config.model_type,
+        layers=3,
+        hidden_size=16,
+        tokenizer=Tokenizer(path="tokenizer.json", max_length=32, pad_id=PAD, inputs=["input_ids", "attention_mask"]),
+        save_tokenizer=save_tokenizer,
+        method="modular",
+        task=TEXT2TEXT,
+        generation=generation_of(model).model_copy(update={"eos_ids": list(ends)}),
+    )
 
 
 def _export(

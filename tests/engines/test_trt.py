@@ -14,7 +14,7 @@ import pytest
 
 from compexport.errors import BundleError, CompexportError, DependencyError, InputError
 from engines import backends
-from engines.backends import cuda, trt, trt_process
+from engines.backends import cuda, cuda_memory, trt, trt_process
 from engines.backends.trt_build import Request
 from engines.backends.trt_maker import with_ranges
 from engines.backends.trt_options import PlanOptions, Range, parsed_range, parsed_targets
@@ -24,7 +24,7 @@ from engines.backends.trt_product import Product
 from engines.backends.trt_profiles import profiles_of
 from engines.bundle import Bundle
 from engines.manifest import TensorSpec
-from tests.engines import trt_modules
+from tests.engines import fake_cuda, trt_modules
 
 GOLDEN = Path(__file__).parents[1] / "data" / "bundle-v1"
 ADA = cuda.Device(0, "NVIDIA GeForce RTX 4090", "sm89")
@@ -371,3 +371,13 @@ def test_cuda_without_a_device_says_so() -> None:
         CudaMemory().allocate(4)
     with pytest.raises(CompexportError, match="CUDA: cudaStreamCreateWithFlags failed: got cudaError"):
         CudaMemory().stream()
+
+
+@pytest.mark.trt
+@pytest.mark.skipif(find_spec("cuda") is None, reason="cuda-python is not installed (make test-trt)")
+def test_the_double_of_cuda_has_what_cuda_has() -> None:
+    from cuda.bindings import runtime
+
+    assert fake_cuda.differences(runtime) == []
+    statuses = {status.name for status in runtime.cudaError_t}
+    assert statuses >= cuda_memory._SHORT | cuda_memory._LOST
