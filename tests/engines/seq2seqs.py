@@ -166,15 +166,21 @@ def generation_of(model: Any) -> Generation:
     return Generation(eos_ids=[EOS], bos_id=None, pad_id=PAD, max_positions=limit, decoder_start_ids=[start])
 
 
-def open_generator(folder: Path, generation: Generation, threads: int = 1) -> Seq2SeqGenerator:
-    """The graphs of a folder."""
-    sessions = []
+def open_generator(
+    folder: Path, generation: Generation, threads: int = 1, provider: str = "cpu", memory: str = "cpu"
+) -> Seq2SeqGenerator:
+    """The graphs of a folder; with another ``provider`` in bound sessions over ``memory``."""
+    sessions: list[ort.OrtSession] = []
     for name in ("encoder", "first", "cached"):
         inner = ort.open_file(folder / f"{name}.onnx", threads=threads, optimised=False)
         specs: Any = SimpleNamespace(
             inputs=ort.tensor_specs(inner.get_inputs()), outputs=ort.tensor_specs(inner.get_outputs())
         )
-        sessions.append(ort.OrtSession(name, specs, inner))
+        path = folder / f"{name}.onnx"
+        if provider == "cpu":
+            sessions.append(ort.OrtSession(name, specs, inner))
+        else:
+            sessions.append(ort.open_bound(name, specs, path, threads=threads, provider=provider, memory=memory))
     return Seq2SeqGenerator("tiny", *sessions, generation)
 
 

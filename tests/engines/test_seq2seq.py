@@ -58,8 +58,9 @@ def pair(traced: tuple[str, Any, Path]) -> tuple[str, Any, Any]:
     name, model, folder = traced
     generation = generation_of(model)
 
-    def opened(**changes: Any) -> Seq2SeqGenerator:
-        return open_generator(folder, generation.model_copy(update={"eos_ids": ENDS[name], **changes}))
+    def opened(provider: str = "cpu", **changes: Any) -> Seq2SeqGenerator:
+        how = generation.model_copy(update={"eos_ids": ENDS[name], **changes})
+        return open_generator(folder, how, provider=provider)
 
     return name, model, opened
 
@@ -263,6 +264,25 @@ def test_a_model_that_begins_with_nothing(generator: Seq2SeqGenerator) -> None:
     assert isinstance(nothing, Generation)
     with pytest.raises(BundleError, match="got no decoder_start_ids"):
         Seq2SeqGenerator("tiny", generator._encoder, generator._first, generator._cached, nothing)
+
+
+@pytest.mark.parametrize("provider", ["cuda", "cuda-graphs"])
+def test_bound_sessions_write_the_same(pair: tuple[str, Any, Any], generator: Seq2SeqGenerator, provider: str) -> None:
+    """As they run on a GPU, here over this process's memory; what is held moves by rows there."""
+    bound = pair[2](provider)
+    ids, mask = texts(4)
+    for options in (Options(9), Options(9, beams=Beams(3, num_return_sequences=2))):
+        expected = generator.generate(ids, mask, options=options)
+        for _ in range(3):
+            assert [_all_tokens(one) for one in bound.generate(ids, mask, options=options)] == [
+                _all_tokens(one) for one in expected
+            ]
+    graphs = [session.captured for session in (bound._encoder, bound._first, bound._cached)]
+    assert graphs == ([1, 1, 0] if provider == "cuda-graphs" else [0, 0, 0]), "a past that grows never comes again"
+
+
+def _all_tokens(one: Generated) -> list[list[int]]:
+    return [one.tokens, *(other.tokens for other in one.others)]
 
 
 def test_a_gpu_writes_what_ort_writes(
