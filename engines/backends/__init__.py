@@ -1,9 +1,9 @@
 """Runtimes that execute a bundle's graphs, imported on demand, all with the same functions.
 
 To run: ``NAME``, ``unavailable() -> str`` (empty when it can be used), ``require()``, ``version()``,
-``device_name(options)``, ``open_sessions(...)``, ``open_graphs(...)``. To build: ``builder(options)``, which has
-``NAME``, ``FOLDER``, ``RUNS_HERE``, ``NOTE`` (what a user should know of what is built, if anything), ``version()``,
-``engine_key(graph_key)``, ``EngineBuilder(root, folder, longest, previous)``.
+``device_name(options)``, ``shortest_text(bundle)``, ``open_sessions(...)``, ``open_graphs(...)``. To build:
+``builder(options)``, which has ``NAME``, ``FOLDER``, ``RUNS_HERE``, ``NOTE`` (what a user should know of what is built,
+if anything), ``version()``, ``engine_key(graph_key)``, ``EngineBuilder(root, folder, longest, previous)``.
 """
 
 from __future__ import annotations

@@ -17,17 +17,17 @@ import pytest
 
 from compexport.errors import BundleError, CompexportError, DependencyError, InputError
 from engines import backends
-from engines.backends import cuda, trt, trt_process
+from engines.backends import cuda, cuda_memory, trt, trt_process
 from engines.backends.trt_build import Request, build
 from engines.backends.trt_maker import with_ranges
 from engines.backends.trt_options import PlanOptions, Range, parsed_range, parsed_targets
 from engines.backends.trt_plan import PlanRecord, read_record
 from engines.backends.trt_process import PlanProcess
 from engines.backends.trt_product import Product
-from engines.backends.trt_profiles import profiles_of
+from engines.backends.trt_profiles import profiles_of, shortest_text
 from engines.bundle import Bundle
 from engines.manifest import TensorSpec
-from tests.engines import trt_modules
+from tests.engines import fake_cuda, trt_modules
 
 GOLDEN = Path(__file__).parents[1] / "data" / "bundle-v1"
 ADA = cuda.Device(0, "NVIDIA GeForce RTX 4090", "sm89")
@@ -69,8 +69,8 @@ def test_axes_of_one_name_get_one_size() -> None:
 def test_a_decoder_reads_a_prompt_and_then_single_tokens(length: Range) -> None:
     mask = TensorSpec(name="attention_mask", dtype="int64", shape=["batch", "total"])
     past = TensorSpec(name="past_key_values.0.key", dtype="float32", shape=["batch", 4, "past", 8])
-    prompt, token = profiles_of([IDS, mask, past], Range(1, 2, 4), length)
-    for profile in (prompt, token):
+    prompt, token, more = profiles_of([IDS, mask, past], Range(1, 2, 4), length)
+    for profile in (prompt, token, more):
         for end in range(3):
             read, kept = profile["input_ids"][end][1], profile["past_key_values.0.key"][end][2]
             assert profile["attention_mask"][end][1] == read + kept
@@ -79,6 +79,8 @@ def test_a_decoder_reads_a_prompt_and_then_single_tokens(length: Range) -> None:
         )
     assert [shape[1] for shape in prompt["input_ids"]] == [length.low, length.usual, length.high]
     assert {shape[1] for shape in token["input_ids"]} == {1}
+    assert [shape[1] for shape in more["input_ids"]] == [1, length.usual, length.high]
+    assert shortest_text([IDS, mask, past], [prompt, token, more]) == length.low
 
 
 @pytest.mark.parametrize("length", [Range(16, 32, 64), Range(1, 1, 1)])
@@ -97,6 +99,16 @@ def test_a_second_text_grows_from_its_first_token_whatever_is_read(length: Range
     assert [shape[1] for shape in later["input_ids"]] == [1, 1, 1]
     lengths = [shape[2] for shape in later[past.name]]
     assert lengths == sorted(lengths) and lengths[0] == 1 and lengths[2] == max(1, length.high - 1)
+
+
+def test_rows_may_leave_whatever_the_smallest_batch() -> None:
+    previous = TensorSpec(name="previous", dtype="float32", shape=["batch", "sequence", 32])
+    past = TensorSpec(name="past_key_values.0.key", dtype="float32", shape=["batch", 4, "past", 8])
+    for held in (previous, past):
+        for profile in profiles_of([held], Range(4, 8, 16), Range(8, 8, 8)):
+            assert [shape[0] for shape in profile[held.name]] == [1, 8, 16]
+    (profile,) = profiles_of([IDS], Range(4, 8, 16), Range(8, 8, 8))
+    assert [shape[0] for shape in profile["input_ids"]] == [4, 8, 16]
 
 
 def test_an_axis_of_another_kind_is_named() -> None:
@@ -391,3 +403,13 @@ def test_cuda_without_a_device_says_so() -> None:
         CudaMemory().allocate(4)
     with pytest.raises(CompexportError, match="CUDA: cudaStreamCreateWithFlags failed: got cudaError"):
         CudaMemory().stream()
+
+
+@pytest.mark.trt
+@pytest.mark.skipif(find_spec("cuda") is None, reason="cuda-python is not installed (make test-trt)")
+def test_the_double_of_cuda_has_what_cuda_has() -> None:
+    from cuda.bindings import runtime
+
+    assert fake_cuda.differences(runtime) == []
+    statuses = {status.name for status in runtime.cudaError_t}
+    assert statuses >= cuda_memory._SHORT | cuda_memory._LOST
