@@ -17,6 +17,7 @@ class Product:
 
     ``targets``: the compute capabilities that plans are made for, each named by the user; none where plans are for
     the device that compiles them, which is then needed. ``keeps_timings``: kernels are timed while compiling.
+    ``captures``: the library makes CUDA graphs itself.
     """
 
     name: Literal["trt", "trt-rtx"]
@@ -28,6 +29,7 @@ class Product:
     targets: tuple[str, ...] = ()
     keeps_timings: bool = False
     without_lean: bool = False
+    captures: bool = False
 
     @property
     def needs_device(self) -> bool:
@@ -82,6 +84,7 @@ TENSORRT_RTX = Product(
     minimum=(1, 7),
     targets=("sm86", "sm89", "sm120"),
     without_lean=True,
+    captures=True,
 )
 
 
