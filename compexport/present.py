@@ -25,6 +25,10 @@ class Progress(Protocol):
     def __call__(self, message: str, done: float | None = None, total: float | None = None) -> None: ...
 
 
+def quiet(message: str, done: float | None = None, total: float | None = None) -> None:
+    """The progress of callers that want none."""
+
+
 @dataclass(frozen=True)
 class Table:
     """Columns are headings; numbers are aligned right, None is shown as a dash."""

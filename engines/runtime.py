@@ -6,7 +6,6 @@ Importing this module loads numpy and pydantic only; tokenizers and the backend'
 from __future__ import annotations
 
 import importlib
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -21,32 +20,23 @@ from engines.anytime import Anytime
 from engines.bundle import Bundle
 from engines.cascade import LOGITS, Cascade
 from engines.causal import CausalGenerator
-from engines.exit_rule import TO_THE_END, ExitRule
+from engines.choosing import Chooser
+from engines.exit_rule import ExitRule
 from engines.generate import Generator
-from engines.lengths import Expected
 from engines.manifest import Generation
-from engines.members import Members, Predictions
+from engines.members import Members
 from engines.opening import Opening
-from engines.options import Options
 from engines.points import engine_of
-from engines.profile import Profile, check_count
-from engines.requests import Request, chunked, shape_of
+from engines.profile import Profile
+from engines.requests import Request, shape_of
 from engines.results import BatchResult, Result
 from engines.sampling import Sampling
-from engines.selector import Correction, Decision, Quality, decide, time_left_ms
+from engines.selector import Correction, Decision, Quality
 from engines.session import Backend, OpenSession
 from engines.streaming import Stream
 from engines.text import Text
 from engines.writer import Writer
-from engines.writing import (
-    next_token_scores,
-    options_asked,
-    room_for,
-    rows_per_text,
-    written_answers,
-)
-
-LARGEST_BATCH = 32  # what one engine run takes at most when no profile says what was measured
+from engines.writing import next_token_scores, options_asked, written_answers
 
 
 class Runtime:
@@ -81,6 +71,7 @@ class Runtime:
         self._anytime = Anytime(self.members, self.correction, self.device, hint=hint)
         self._opening = Opening(bundle, self.members, opener, threads=threads, provider=provider)
         self._writer = Writer(bundle.manifest, self.members, self._opening, self._anytime)
+        self._chooser = Chooser(bundle, self.members, self.correction, self._opening, self._writer, self.device)
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -209,8 +200,8 @@ class Runtime:
         tokens, always the likeliest. With a budget a text ends ("budget") where its next token would be late.
         """
         options = options_asked(self.bundle.manifest, max_new_tokens, sampling, settings)
-        forced = self._forced(ratio, variant, rule)
-        request = self._chosen(texts, options, budget_ms, forced, rule, truncate, waited_ms)
+        forced = self._chooser.forced(ratio, variant, rule)
+        request = self._chooser.request(texts, options, budget_ms, forced, rule, truncate, waited_ms)
         outputs: list[Answer] = [{}] * len(texts)
         for number, chunk in enumerate(request.chunks):
             answered = self._run(request, number)
@@ -239,8 +230,8 @@ class Runtime:
         options = options_asked(self.bundle.manifest, max_new_tokens, sampling, settings)
         if options is None:
             self._generation()
-        request = self._chosen(
-            [text], options, budget_ms, self._forced(ratio, variant, None), None, truncate, waited_ms
+        request = self._chooser.request(
+            [text], options, budget_ms, self._chooser.forced(ratio, variant, None), None, truncate, waited_ms
         )
         return self._writer.stream(request, lambda answer: self._finished(request, [answer]))
 
@@ -262,24 +253,8 @@ class Runtime:
         the sum of its chunks. Raises InputError as ``run_batch``.
         """
         options = options_asked(self.bundle.manifest, max_new_tokens, None, settings)
-        forced = self._forced(ratio, variant, None)
-        self._refuse_unmeasured(budget_ms, forced)
-        room = None if options is None else room_for(self.bundle.manifest, options)
-        if length is None:
-            length = min(self._longest(), room or self._longest())
-        check_count("batch", batch)
-        check_count("length", length)
-        (predictions, rungs), expected = self._predict([(batch, length)], options)
-        return decide(
-            predictions,
-            self.quality,
-            self.correction,
-            budget_ms=budget_ms,
-            waited_ms=waited_ms,
-            forced=forced,
-            rungs=rungs,
-            expected=expected,
-        )
+        forced = self._chooser.forced(ratio, variant, None)
+        return self._chooser.decision(batch, length, options, budget_ms, forced, waited_ms)
 
     def session(self, variant: str) -> OpenSession:
         """The open engine of a variant, for example to time it; it belongs to the runtime. Opens it at first need.
@@ -360,45 +335,6 @@ class Runtime:
     ) -> None:
         self.close()
 
-    # choosing
-
-    def _chosen(
-        self,
-        texts: Sequence[Text],
-        options: Options | None,
-        budget_ms: float | None,
-        forced: str | None,
-        rule: ExitRule | None,
-        truncate: bool,
-        waited_ms: float,
-    ) -> Request:
-        """Tokenise a request, cut it into chunks, and decide which variant answers; its clock starts here."""
-        time_left_ms(budget_ms, waited_ms)
-        room = None if options is None else room_for(self.bundle.manifest, options)
-        self._refuse_unmeasured(budget_ms, forced)
-        encoder = self._opening.encoder()
-        self.members.load()
-        self.warm_up(self._likely(budget_ms, forced))
-        started = perf_counter()
-        encoded = encoder.encode(texts, truncate=truncate, room=room)
-        largest = self.profile.largest_batch if self.profile is not None else LARGEST_BATCH
-        chunks = chunked(encoded, max(1, largest // (1 if options is None else rows_per_text(options))))
-        shapes = [shape_of([encoded[index] for index in chunk]) for chunk in chunks]
-        (predictions, rungs), expected = self._predict(shapes, options)
-        decision = decide(
-            predictions,
-            self.quality,
-            self.correction,
-            budget_ms=budget_ms,
-            waited_ms=waited_ms + _ms_since(started),
-            forced=forced,
-            rungs=rungs,
-            expected=expected,
-        )
-        end_s = None if budget_ms is None or budget_ms == math.inf else started + (budget_ms - waited_ms) / 1000.0
-        rule = rule or self.members.rule(decision.variant) or TO_THE_END
-        return Request(decision, encoded, chunks, shapes, options, rule, budget_ms, started - waited_ms / 1000.0, end_s)
-
     def _finished(self, request: Request, outputs: list[Answer]) -> BatchResult:
         latency_ms = _ms_since(request.began_s)
         met_budget = request.budget_ms is None or latency_ms <= request.budget_ms
@@ -408,52 +344,6 @@ class Runtime:
         return BatchResult(
             decision.variant, decision.predicted_ms, latency_ms, met_budget, outputs, truncated, decision
         )
-
-    def _forced(self, ratio: float | None, variant: str | None, rule: ExitRule | None) -> str | None:
-        """The member that ``ratio`` or ``variant`` name, or the only one that ``rule`` fits; None when none is."""
-        if ratio is not None and variant is not None:
-            raise InputError(describe("both ratio and variant were given", expected="one of them"))
-        forced = None if variant is None else self.members.known(variant)
-        if ratio is not None:
-            forced = self.members.of_ratio(ratio)
-        if rule is not None:
-            forced = self.members.with_exits(forced)
-            rule.checked(len(self.members.layers[forced]))
-        return forced
-
-    def _refuse_unmeasured(self, budget_ms: float | None, forced: str | None) -> None:
-        """A finite budget is only kept by measurement; with one variant there is nothing to choose."""
-        if budget_ms is None or budget_ms == float("inf") or forced is not None or len(self.variants) == 1:
-            return
-        if self.profile is None or not set(self.variants) & set(self.profile.variants):
-            measured = ", ".join(self.bundle.profiles()) or "none"
-            hint = f"run `compexport bench {self.bundle.path}` on this machine, or name a ratio or variant"
-            what = f"a budget needs a latency profile of device {self.device}"
-            raise InputError(describe(what, got=f"profiles of: {measured}", hint=hint))
-
-    def _likely(self, budget_ms: float | None, forced: str | None) -> Sequence[str]:
-        """The variants that a request may be answered by: under a budget any, else one is known before.
-
-        Of those that are as good as each other, the faster, which only the request's size tells.
-        """
-        if forced is not None:
-            return [forced]
-        if budget_ms is not None:
-            return self.members.engines
-        ranked = self.quality.ranked
-        return [name for name, rank in (ranked if self.profile is not None else ranked[:1]) if rank == ranked[0][1]]
-
-    def _longest(self) -> int:
-        if self.profile is not None:
-            return self.profile.lengths[-1]
-        tokenizer = self.bundle.manifest.tokenizer
-        return tokenizer.max_length if tokenizer is not None else 1
-
-    def _predict(
-        self, shapes: Sequence[tuple[int, int]], options: Options | None
-    ) -> tuple[Predictions, Expected | None]:
-        """Predictions of chunks after each other, and, where they write text, the tokens that they are of."""
-        return (self.members.predict(shapes), None) if options is None else self._writer.predict(shapes, options)
 
     def _generation(self) -> Generation:
         generation = self.bundle.manifest.generation

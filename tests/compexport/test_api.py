@@ -11,6 +11,7 @@ import pytest
 import compexport
 from calib.data import Examples
 from compexport import InputError, api
+from compexport.api import building
 from tests.compexport.conftest import TEXTS, labelled_texts
 
 
@@ -68,6 +69,6 @@ def test_exits_are_not_chosen_on_the_rows_that_are_evaluated(
         return {}
 
     monkeypatch.setattr("compexport.exits.chosen_exits", chosen)
-    read_rows = partial(api._calibration, tmp_path, api.COLUMNS, api.quiet)
-    api._exits("model", None, [1], "auto", read_rows, api.quiet)
+    read_rows = partial(building._calibration, tmp_path, api.COLUMNS, api.quiet)
+    building._exits("model", None, [1], "auto", read_rows, api.quiet)
     assert found == [f"of {read}"] * 4

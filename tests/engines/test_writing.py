@@ -75,7 +75,7 @@ def test_texts_are_answered_in_their_order_whatever_the_chunks(
     runtime: Runtime, sampling: Sampling | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = runtime(TEXTS, max_new_tokens=6, sampling=sampling, variant=R2)
-    monkeypatch.setattr("engines.runtime.LARGEST_BATCH", 2)
+    monkeypatch.setattr("engines.choosing.LARGEST_BATCH", 2)
     chunked = runtime(TEXTS, max_new_tokens=6, sampling=sampling, variant=R2)
     assert [one.output for one in together] == [one.output for one in chunked]
     same = together[0].output["tokens"] == together[4].output["tokens"]
@@ -177,13 +177,13 @@ def test_what_is_as_good_and_faster_is_open_before_the_clock_starts(
 ) -> None:
     runtime.members.profile = measured({R1: 2.0, R2: 1.0, R4: 0.5})
     runtime.members.quality = Quality({R1: 1, R2: 2, R4: 4}, {R1: 0.9, R2: 0.9, R4: 0.5})
-    predict, opened = runtime._predict, []
+    predict, opened = runtime._chooser._predict, []
 
     def seen(*given: Any) -> Any:
         opened.extend(runtime._opening.is_open)
         return predict(*given)
 
-    monkeypatch.setattr(runtime, "_predict", seen)
+    monkeypatch.setattr(runtime._chooser, "_predict", seen)
     assert runtime("Once", max_new_tokens=2).variant == R2
     assert opened == [R1, R2]
 

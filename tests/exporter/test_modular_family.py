@@ -29,8 +29,8 @@ from exporter.methods.modular_checkpoint import save_modular, untrained_modular
 from exporter.plans import PLANS, plan_of
 from exporter.plans.modular import ModularPlan
 from exporter.weights import INLINE_BYTES, stored_places
-from tests.exporter.conftest import Traces
 from tests.models import SHALLOW_SEQ2SEQ
+from tests.traces import Traces
 
 NAMES = sorted(SHALLOW_SEQ2SEQ)
 TASK = "text2text-generation"
