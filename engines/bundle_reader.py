@@ -316,9 +316,10 @@ def _replacing(root: Path) -> bool:
 def _read_manifest(root: Path) -> tuple[bytes, _Identity]:
     _require_folder(root)
     if not os.path.lexists(root / MANIFEST):
-        model = (root / "config.json").is_file()
-        what = f"a model; `compexport build {root}` makes a bundle of it" if model else "not a bundle"
-        raise FileFault(MANIFEST, f"is missing: this folder is {what}")
+        if (root / "config.json").is_file():
+            hint = f"`compexport build {root}` makes one"
+            raise BundleError(describe(f"no bundle at {root}", got="a model", expected="a bundle", hint=hint))
+        raise FileFault(MANIFEST, "is missing: this folder is not a bundle")
     return _read(root, MANIFEST, MAX_MANIFEST_BYTES)
 
 
