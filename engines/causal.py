@@ -17,7 +17,7 @@ from engines.logit_rules import NOTHING
 from engines.manifest import PAST, PRESENT, Generation, TensorSpec
 from engines.options import Options
 from engines.sampling import Array, Tokens
-from engines.session import GatheringSession, Held
+from engines.session import GatheringSession, Held, fed_dtype
 
 POSITIONS = "position_ids"
 WARM_UP_TOKENS = 4
@@ -87,9 +87,9 @@ class CausalGenerator(Generator):
             logits, cache = self.read(ids[:, start : start + piece], mask[:, start : start + piece], cache)
         return logits[:, -1], cache
 
-    def warm_up(self) -> None:
+    def warm_up(self, shortest: int = 1) -> None:
         """Read a little and write a token on, so that the next generation is as fast as later ones."""
-        count = min(WARM_UP_TOKENS, self.generation.positions)
+        count = min(max(WARM_UP_TOKENS, shortest + 1), self.generation.positions)
         ids = np.full((1, count), self.generation.pad_id, np.int64)
         _, cache = self.read(ids[:, 1:], np.ones_like(ids[:, 1:])) if count > 1 else (None, None)
         self.read(ids[:, :1], np.ones_like(ids[:, :1]), cache)
@@ -117,7 +117,7 @@ class CausalGenerator(Generator):
 
     def _nothing(self, batch: int) -> dict[str, Array]:
         """A past of no tokens."""
-        return {spec.name: np.zeros(_empty_shape(spec, batch), spec.dtype) for spec in self._pasts}
+        return {spec.name: np.zeros(_empty_shape(spec, batch), fed_dtype(spec.dtype)) for spec in self._pasts}
 
 
 def _fault(session: GatheringSession, generation: Generation) -> str:

@@ -18,6 +18,11 @@ Array = npt.NDArray[Any]
 Held = Any  # an array in the backend's own memory, of whatever type the backend uses
 
 
+def fed_dtype(dtype: str) -> np.dtype[Any]:
+    """The type of arrays for an input of a graph's type: NumPy has no bfloat16, so one takes float32 and rounds it."""
+    return np.dtype("float32" if dtype == "bfloat16" else dtype)
+
+
 class OpenSession(Protocol):
     """What a runtime needs of a ``Session``."""
 
@@ -36,6 +41,9 @@ class Backend(Protocol):
 
     def device_name(self, options: Mapping[str, Any]) -> str:
         """The key of this machine's profile."""
+
+    def shortest_text(self, bundle: Bundle) -> int:
+        """Tokens that a text of this bundle has at least, where necessary by padding."""
 
     def open_sessions(
         self, bundle: Bundle, variants: Sequence[str] | None, *, threads: int | None, provider: str
@@ -131,11 +139,11 @@ class Session(ABC):
                 size == (sizes.setdefault(axis, size) if isinstance(axis, str) else axis) and size > 0
                 for size, axis in zip(array.shape, spec.shape, strict=True)
             )
-            if not fits or array.dtype != np.dtype(spec.dtype):
+            if not fits or array.dtype != fed_dtype(spec.dtype):
                 raise InputError(
                     describe(
                         f"{self.name}: input {spec.name}",
                         got=f"{array.dtype}{list(array.shape)}",
-                        expected=f"{spec.dtype}{spec.shape}, equal axes equal, none empty",
+                        expected=f"{fed_dtype(spec.dtype)}{spec.shape}, equal axes equal, none empty",
                     )
                 )

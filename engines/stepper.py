@@ -93,8 +93,8 @@ class Stepper(Session):
 def stepper(name: str, variant: Variant, graphs: Mapping[str, GatheringSession]) -> Session:
     """The session of a variant of a step engine, of one with exits a ``Cascade``.
 
-    ``graphs``: the open session of each of its graphs, by the graph's name. Raises BundleError for graphs that cannot
-    follow each other.
+    ``graphs``: the open session of each graph that a row runs through, by the graph's name; one with exits has no use
+    for the head without. Raises BundleError for graphs that cannot follow each other.
     """
     assert variant.steps is not None
     _require_steps(name, variant, graphs)
@@ -114,6 +114,8 @@ def stepper(name: str, variant: Variant, graphs: Mapping[str, GatheringSession])
 def _require_steps(name: str, variant: Variant, graphs: Mapping[str, GatheringSession]) -> None:
     """BundleError unless every graph reads and gives what docs/bundle.md, *Steps*, says."""
     for role, graph in variant.graphs.items():
+        if graph not in graphs:
+            continue
         given, made = _names(graphs[graph]), {spec.name for spec in graphs[graph].outputs}
         is_step = role.startswith(STEP)
         needed = {PREVIOUS, MASK, STEP_SIZE} if is_step else set() if role == EMBED else {PREVIOUS}

@@ -5,13 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.traces import Traces
 
 # No test may download, and two workers share two cores: set before any heavy library is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+GPU = Path(__file__).resolve().parent / "gpu"
 
 
 @pytest.fixture
@@ -41,14 +47,35 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return get
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip GPU tests, saying why, where ONNX Runtime has no CUDA provider."""
-    gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if not gpu:
-        return
-    import onnxruntime
+@pytest.fixture(scope="session")
+def trace_memory(tmp_path_factory: pytest.TempPathFactory) -> Traces:
+    """What this test run has traced, in whichever process."""
+    from tests.traces import Traces
 
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        reason = "no CUDA execution provider here: needs a CUDA device and onnxruntime-gpu"
-        for item in gpu:
-            item.add_marker(pytest.mark.skip(reason=reason))
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "traces"
+    folder.mkdir(exist_ok=True)
+    return Traces(folder)
+
+
+@pytest.fixture
+def traces(trace_memory: Traces, monkeypatch: pytest.MonkeyPatch) -> Traces:
+    """Traces are remembered during this test; ``calls`` lists those that it asked for."""
+    trace_memory.replace(monkeypatch)
+    trace_memory.calls.clear()
+    return trace_memory
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever lies in ``tests/gpu`` is for a GPU; where there is none, such tests say so and skip."""
+    for item in items:
+        if GPU in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
+    waiting = [item for item in items if item.get_closest_marker("gpu")]
+    if not waiting:
+        return
+    from engines.backends import cuda
+
+    if not cuda.devices():
+        for item in waiting:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device here (make test-gpu)"))

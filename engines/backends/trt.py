@@ -8,23 +8,31 @@ is said once (``trt_product``). An engine folder holds ``<graph>.plan`` and ``<g
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compexport.errors import BundleError, CompexportError, DependencyError, InputError, describe
+from compexport.errors import BundleError, DependencyError, InputError, describe
 from engines.backends import cuda
+from engines.backends.cuda_lanes import Lanes
 from engines.backends.cuda_memory import CudaMemory
+from engines.backends.family import known_variants, needed_graphs, opened_graphs, opened_variants
+from engines.backends.trt_engine import Plan
 from engines.backends.trt_maker import PlanMaker, Progress
 from engines.backends.trt_options import PLAN_OPTIONS, PlanOptions
 from engines.backends.trt_plan import PlanRecord, read_record
 from engines.backends.trt_product import TENSORRT, TENSORRT_RTX, Product, this_platform
+from engines.backends.trt_profiles import shortest_text
 from engines.backends.trt_recipe import RecipeMaker, finish
-from engines.backends.trt_session import Plan, PlanSession
+from engines.backends.trt_session import PlanSession
 from engines.bundle import Bundle
-from engines.manifest import ENCODER, Engine
+from engines.manifest import Engine
 from engines.plugins import ptx
 from engines.session import Session
+
+# Those of ONNX Runtime, because it is one option: "cpu" is that option's default, which says nothing here.
+_PROVIDERS = ("cpu", "cuda", "cuda-graphs")
 
 
 class Backend:
@@ -33,6 +41,8 @@ class Backend:
     def __init__(self, product: Product) -> None:
         self.product = product
         self.NAME = product.name
+        self._lock = threading.Lock()
+        self._lanes: Lanes | None = None
 
     # --- what is installed
 
@@ -51,7 +61,8 @@ class Backend:
     def device_name(self, options: Mapping[str, Any]) -> str:
         """Key of this machine's latency profile; DependencyError without a device."""
         device = cuda.require_device(f"an engine of {self.product.title}")
-        return "".join(c if c.isalnum() else "-" for c in device.name.lower()) + f"-{self.NAME}"
+        name = "".join(c if c.isalnum() else "-" for c in device.name.lower())
+        return f"{name}-{self.NAME}" + ("" if _wants_graphs(options.get("provider", "")) else "-no-graphs")
 
     # --- building
 
@@ -79,39 +90,61 @@ class Backend:
     # --- running
 
     def open_sessions(
-        self, bundle: Bundle, variants: Sequence[str] | None = None, *, threads: int | None = None, provider: str = ""
+        self,
+        bundle: Bundle,
+        variants: Sequence[str] | None = None,
+        *,
+        threads: int | None = None,
+        provider: str = "",
     ) -> dict[str, Session]:
-        """As ``engines.runtime.Backend``. What can be known of plan and device is checked before the library is asked.
+        """As ``engines.session.Backend``. What can be known of plan and device is checked before the library is asked.
 
-        CompexportError for variants of several graphs: exits, steps in a loop and decoders are not there yet.
+        ``provider`` "cuda" runs without CUDA graphs; all others mean what is best. InputError for an unknown one.
         """
-        names = list(variants) if variants is not None else list(bundle.manifest.variants)
-        self.require()
-        cuda.require_device(f"an engine of {self.product.title}")
-        sessions: dict[str, Session] = {}
-        for name in names:
-            graphs = bundle.manifest.variants[name].graphs
-            if set(graphs) != {ENCODER}:
-                what = f"{name}: {self.product.title} runs variants of one graph so far"
-                raise CompexportError(describe(what, got=", ".join(graphs), hint="use --backend ort"))
-            sessions[name] = self.open_graphs(bundle, [graphs[ENCODER]])[graphs[ENCODER]]
-        return sessions
+        cuda_graphs = _wants_graphs(provider)
+        names = known_variants(bundle, variants)
+        self._require_plans(bundle, [graph for name in names for graph in needed_graphs(bundle, name)])
+        return opened_variants(bundle, names, lambda graph, name: self._open(bundle, graph, name, cuda_graphs))
 
     def open_graphs(
-        self, bundle: Bundle, graphs: Sequence[str], *, threads: int | None = None, provider: str = ""
-    ) -> dict[str, Session]:
-        """Sessions of single graphs; errors as ``open_sessions``."""
+        self,
+        bundle: Bundle,
+        graphs: Sequence[str],
+        *,
+        threads: int | None = None,
+        provider: str = "",
+    ) -> dict[str, PlanSession]:
+        """Sessions of single graphs; arguments and errors as ``open_sessions``."""
+        cuda_graphs = _wants_graphs(provider)
+        self._require_plans(bundle, graphs)
+        return opened_graphs(graphs, lambda graph, name: self._open(bundle, graph, name, cuda_graphs))
+
+    def shortest_text(self, bundle: Bundle) -> int:
+        """As ``engines.session.Backend``: what plans were built for may begin at more than one token."""
+        engines = [engine for engine in bundle.manifest.engines.values() if engine.backend == self.NAME]
+        records = [self._record(bundle, engine) for engine in engines]
+        return max((shortest_text(record.inputs, record.profiles) for record in records), default=1)
+
+    def _require_plans(self, bundle: Bundle, graphs: Sequence[str]) -> None:
+        """All errors that need no library."""
         self.require()
         device = cuda.require_device(f"an engine of {self.product.title}")
-        checked = {graph: self.checked_plan(bundle, graph, device) for graph in graphs}
-        library, memory = importlib.import_module(self.product.module), CudaMemory()
-        sessions: dict[str, Session] = {}
-        for graph, (path, record) in checked.items():
-            facts = bundle.manifest.graphs[graph]
-            source = bundle.file(facts.path)
-            plan = Plan(library, graph, path, source, record)
-            sessions[graph] = PlanSession(graph, facts, plan, record.profiles, memory)
-        return sessions
+        for graph in dict.fromkeys(graphs):
+            self.checked_plan(bundle, graph, device)
+
+    def _open(self, bundle: Bundle, graph: str, name: str, cuda_graphs: bool) -> PlanSession:
+        """The session of a graph, which calls itself ``name`` in messages."""
+        device = cuda.require_device(f"an engine of {self.product.title}")
+        path, record = self.checked_plan(bundle, graph, device)
+        facts = bundle.manifest.graphs[graph]
+        library, source = importlib.import_module(self.product.module), bundle.file(facts.path)
+        plan = Plan(library, self.product, name, path, source, record, cuda_graphs)
+        captured = cuda_graphs and not self.product.captures
+        with self._lock:
+            # All that is open at a time shares lanes, so that a ratio more needs no scratch memory of its own.
+            if self._lanes is None or not self._lanes.is_open:
+                self._lanes = Lanes(CudaMemory())
+            return PlanSession(name, facts, plan, record.profiles, self._lanes, cuda_graphs=captured)
 
     def checked_plan(self, bundle: Bundle, graph: str, device: cuda.Device) -> tuple[Path, PlanRecord]:
         """The plan of a graph for this library and device; BundleError says what the bundle has instead."""
@@ -125,7 +158,7 @@ class Backend:
         found: tuple[str, str] | None = None
         for engine in engines:
             record = self._record(bundle, engine)
-            found = self._mismatch(bundle, record, device)
+            found = self._mismatch(record, bundle.manifest.graphs[graph].key, device)
             if found is None:
                 return bundle.file(engine.path), record
         assert found is not None
@@ -134,15 +167,14 @@ class Backend:
 
     def _record(self, bundle: Bundle, engine: Engine) -> PlanRecord:
         record = read_record(bundle.file(_record_path(engine.path)))
-        entry = bundle.manifest.files[engine.path]
-        if (record.sha256, record.size_bytes) != (entry.sha256, entry.size_bytes):
+        entry = bundle.manifest.files.get(engine.path)
+        if entry is None or (record.sha256, record.size_bytes) != (entry.sha256, entry.size_bytes):
             raise BundleError(describe(f"{engine.path}: not the plan that its record describes"))
         return record
 
-    def _mismatch(self, bundle: Bundle, record: PlanRecord, device: cuda.Device) -> tuple[str, str] | None:
-        key = bundle.manifest.graphs[record.graph].key
+    def _mismatch(self, record: PlanRecord, graph_key: str, device: cuda.Device) -> tuple[str, str] | None:
         facts = {"product": self.NAME, "version": self.version(), "platform": this_platform()}
-        if wrong := record.mismatch(graph_key=key, **facts):
+        if wrong := record.mismatch(graph_key=graph_key, **facts):
             return wrong
         if not record.runs_on(device):
             return f"a plan for {', '.join(record.targets)}", f"one for {device.capability} ({device.name})"
@@ -166,6 +198,13 @@ def finish_recipes(path: str | Path, progress: Progress) -> Bundle:
         return maker
 
     return finish(path, maker_of, progress)
+
+
+def _wants_graphs(provider: str) -> bool:
+    """Whether CUDA graphs are made: by default, and not with "cuda". InputError for what is no provider."""
+    if provider not in ("", *_PROVIDERS):
+        raise InputError(describe("unknown provider", got=repr(provider), expected=f"one of {', '.join(_PROVIDERS)}"))
+    return provider != "cuda"
 
 
 def _require_meaning(product: Product, options: PlanOptions) -> None:

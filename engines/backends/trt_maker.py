@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from compexport.errors import CompexportError, describe
+from compexport.errors import BundleError, CompexportError, describe
 from engines.backends import cuda
 from engines.backends.trt_build import Built, Request
 from engines.backends.trt_options import PlanOptions
@@ -17,7 +19,7 @@ from engines.backends.trt_plan import PlanOrder, PlanRecord
 from engines.backends.trt_process import PlanProcess
 from engines.backends.trt_product import Product, this_platform
 from engines.backends.trt_profiles import profiles_of, resolved
-from engines.bundle_reader import sha256_of
+from engines.bundle_reader import Bundle, sha256_of
 from engines.manifest import Engine, Graph
 from engines.plugins import ptx
 
@@ -55,14 +57,27 @@ class PlanMaker:
 
     def engine_key(self, graph_key: str) -> str:
         """Hash of what the plan of a graph depends on."""
-        facts = (graph_key, self.NAME, self.version(), this_platform(), *self.targets, str(self.options), _sources())
+        facts = (
+            graph_key,
+            self.NAME,
+            self.version(),
+            this_platform(),
+            *self.targets,
+            str(self.options),
+            sources_sha256(*_SOURCES),
+        )
         if self.options.plugins:
             facts += (ptx.compiler(),)
         return hashlib.sha256("\0".join(facts).encode()).hexdigest()
 
-    def EngineBuilder(self, root: Path, folder: str, longest: int | None = None) -> PlanBuilder:
-        """A builder of the bundle staged at ``root``; ``longest``: tokens that its graphs take."""
-        return PlanBuilder(self, root, folder, longest)
+    def EngineBuilder(
+        self, root: Path, folder: str, longest: int | None = None, previous: Bundle | None = None
+    ) -> PlanBuilder:
+        """A builder of the bundle staged at ``root``; ``longest``: tokens that its graphs take.
+
+        What was timed for ``previous``, which the bundle is to replace, is not timed again.
+        """
+        return PlanBuilder(self, root, folder, longest, previous)
 
     @property
     def kernels(self) -> int | None:
@@ -83,8 +98,8 @@ class PlanBuilder:
     A context manager; leaving it early cancels what is under way.
     """
 
-    def __init__(self, maker: PlanMaker, root: Path, folder: str, longest: int | None) -> None:
-        self._maker, self._root, self._folder = maker, root, folder
+    def __init__(self, maker: PlanMaker, root: Path, folder: str, longest: int | None, previous: Bundle | None) -> None:
+        self._maker, self._root, self._folder, self._previous = maker, root, folder, previous
         self._options = with_ranges(maker.options, longest)
         self._added: dict[str, tuple[Graph, PlanProcess, Future[Built]]] = {}
         self._worker = ThreadPoolExecutor(1)
@@ -94,6 +109,8 @@ class PlanBuilder:
         maker, options = self._maker, self._options
         folder = self._root / self._folder
         folder.mkdir(parents=True, exist_ok=True)
+        if not self._added:
+            self._take_timings(folder / TIMINGS)
         request = Request(
             module=maker.product.module,
             graph=str(self._root / graph.path),
@@ -132,6 +149,14 @@ class PlanBuilder:
             if not done.done():
                 process.cancel()
         self._worker.shutdown()
+
+    def _take_timings(self, cache: Path) -> None:
+        """The timing cache of the previous bundle, as a file of its own, for it is written to."""
+        rel = f"{self._folder}/{TIMINGS}"
+        if not self._maker.product.keeps_timings or self._previous is None or rel not in self._previous.manifest.files:
+            return
+        with suppress(BundleError):  # a damaged one is none
+            shutil.copyfile(self._previous.file(rel), cache)
 
     def _engine(self, name: str, graph: Graph, built: Built) -> Engine:
         """Check what was built against the graph, write its record, and list it."""
@@ -199,6 +224,7 @@ def _same(got: tuple[str, list[int | None]] | None, wanted: tuple[str, list[int 
     return all(a is None or b is None or a == b for a, b in zip(got[1], wanted[1], strict=True))
 
 
-def _sources() -> str:
+def sources_sha256(*names: str) -> str:
+    """Hash of files beside this one, which what is made depends on."""
     here = Path(__file__).parent
-    return hashlib.sha256(b"".join((here / name).read_bytes() for name in _SOURCES)).hexdigest()
+    return hashlib.sha256(b"".join((here / name).read_bytes() for name in names)).hexdigest()

@@ -17,6 +17,7 @@ class Product:
 
     ``targets``: the compute capabilities that plans are made for, each named by the user; none where plans are for
     the device that compiles them, which is then needed. ``keeps_timings``: kernels are timed while compiling.
+    ``captures``: the library makes CUDA graphs itself.
     """
 
     name: Literal["trt", "trt-rtx"]
@@ -28,6 +29,7 @@ class Product:
     targets: tuple[str, ...] = ()
     keeps_timings: bool = False
     without_lean: bool = False
+    captures: bool = False
 
     @property
     def needs_device(self) -> bool:
@@ -68,7 +70,7 @@ TENSORRT = Product(
     "trt",
     "TensorRT",
     "tensorrt",
-    ("tensorrt", "tensorrt-cu13", "tensorrt_cu13", "tensorrt-cu12", "tensorrt_cu12"),
+    ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
     "tensorrt",
     minimum=(11, 2),
     keeps_timings=True,
@@ -77,11 +79,12 @@ TENSORRT_RTX = Product(
     "trt-rtx",
     "TensorRT-RTX",
     "tensorrt_rtx",
-    ("tensorrt-rtx", "tensorrt_rtx"),
+    ("tensorrt-rtx",),
     "rtx",
     minimum=(1, 7),
     targets=("sm86", "sm89", "sm120"),
     without_lean=True,
+    captures=True,
 )
 
 

@@ -21,7 +21,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-from engines.backends import trt_build, trt_session
+from engines.backends import trt_build, trt_engine
 
 BINDINGS = "tensorrt-cu13-bindings"
 
@@ -114,9 +114,11 @@ def version() -> str:
 def unknown_names(library: object) -> list[str]:
     """Names that our code takes from the library and that it does not have."""
     unknown = set()
-    for path in (Path(trt_build.__file__), Path(trt_session.__file__)):
+    for path in (Path(trt_build.__file__), Path(trt_engine.__file__)):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Attribute) and (chain := ast.unparse(node)).startswith("trt."):
+            if isinstance(node, ast.Attribute) and (chain := ast.unparse(node).removeprefix("self._")).startswith(
+                "trt."
+            ):
                 try:
                     functools.reduce(getattr, chain.split(".")[1:], library)
                 except AttributeError:

@@ -17,46 +17,23 @@ import numpy as np
 import tensorrt as trt
 
 from compexport.errors import CompexportError
+from engines.backends.cuda_lanes import Lanes
+from engines.backends.cuda_memory import CudaMemory
 from engines.backends.trt_build import BuildError, Request, build
+from engines.backends.trt_engine import Plan
 from engines.backends.trt_options import PlanOptions
 from engines.backends.trt_plan import PlanRecord
-from engines.backends.trt_session import Plan, PlanSession
+from engines.backends.trt_product import TENSORRT
+from engines.backends.trt_session import PlanSession
 from engines.manifest import Cost, Graph, Parity, TensorSpec
+from tests.engines.fake_cuda import FakeCuda
+from tests.engines.fake_trt import differences
 from tests.engines.null_core import unknown_names
 
 # The core calls its one tensor "a".
 INPUT = TensorSpec(name="a", dtype="int64", shape=["batch", "sequence"])
 OUTPUT = TensorSpec(name="out", dtype="float32", shape=["batch", 1])
 PROFILE = {"a": [[1, 1], [1, 1], [2, 4]]}
-
-
-class HostMemory:
-    """Stands in for the device's memory: this process's own."""
-
-    def __init__(self) -> None:
-        self.arrays: dict[int, Any] = {}
-        self.calls: list[str] = []
-
-    def stream(self) -> int:
-        return 7
-
-    def allocate(self, size: int) -> int:
-        array = np.zeros(size, np.uint8)
-        self.arrays[array.ctypes.data] = array
-        return int(array.ctypes.data)
-
-    def free(self, address: int) -> None:
-        del self.arrays[address]
-
-    def upload(self, address: int, array: Any, stream: int) -> None:
-        self.arrays[address][: array.nbytes] = array.view(np.uint8).ravel()
-        self.calls.append("upload")
-
-    def download(self, array: Any, address: int, stream: int) -> None:
-        self.calls.append("download")
-
-    def wait(self, stream: int) -> None:
-        self.calls.append("wait")
 
 
 def steer(kind: Any, name: str, result: Any) -> None:
@@ -97,9 +74,42 @@ def record(**options: Any) -> PlanRecord:
     )
 
 
+def opened(folder: Path, **options: Any) -> Plan:
+    return Plan(trt, TENSORRT, "g", folder / "g.plan", folder / "g.onnx", record(**options), True)
+
+
+def run(folder: Path, facts: Graph) -> dict[str, Any]:
+    """Run a plan as often as it takes to capture and to replay it, over a double of CUDA."""
+    found: dict[str, Any] = {}
+    steer(trt.ICudaEngine, "is_shape_inference_io", False)
+    steer(trt.ICudaEngine, "get_aliased_input_tensor", None)
+    steer(trt.IExecutionContext, "infer_shapes", [])
+    steer(trt.IExecutionContext, "update_device_memory_size_for_shapes", 4096)
+    cuda = FakeCuda()
+    session = PlanSession(
+        "g",
+        facts,
+        opened(folder, strip=True, version_compatible=True),
+        [PROFILE],
+        Lanes(CudaMemory(cuda)),
+        cuda_graphs=True,
+    )
+    ones = np.ones((1, 1), np.int64)
+    for _ in range(3):
+        found["ran"] = {name: list(array.shape) for name, array in session.run({"a": ones}).items()}
+    found["launched"] = cuda.calls.get("cudaGraphLaunch")
+    found["outside"] = refused(lambda: session.run({"a": np.ones((3, 4), np.int64)}))
+    steer(trt.IExecutionContext, "execute_async_v3", False)
+    found["failing"] = refused(lambda: session.run({"a": np.ones((2, 4), np.int64)}))
+    session.close()
+    found["closed"] = refused(lambda: session.run({"a": ones}))
+    found["left"] = sum(cuda.left.values())
+    return found
+
+
 def main(folder: Path) -> dict[str, Any]:
     (folder / "g.onnx").write_bytes(b"the core reads nothing")
-    found: dict[str, Any] = {"version": trt.__version__, "unknown": unknown_names(trt)}
+    found: dict[str, Any] = {"version": trt.__version__, "unknown": unknown_names(trt), "differs": differences(trt)}
     real_build = trt.Builder.build_serialized_network
     steer(trt.Builder, "build_serialized_network", b"PLAN")
     steer(trt.ITimingCache, "serialize", b"CACHE")
@@ -129,18 +139,7 @@ def main(folder: Path) -> dict[str, Any]:
         parity=Parity(max_abs=0, tolerance=1, shapes=[]),
         key="k",
     )
-    steer(trt.IExecutionContext, "infer_shapes", [])
-    memory = HostMemory()
-    plan = Plan(trt, "g", folder / "g.plan", folder / "g.onnx", record(strip=True, version_compatible=True))
-    session = PlanSession("g", facts, plan, [PROFILE], memory)
-    found["ran"] = {name: list(array.shape) for name, array in session.run({"a": np.ones((1, 1), np.int64)}).items()}
-    found["calls"] = memory.calls
-    found["outside"] = refused(lambda: session.run({"a": np.ones((3, 4), np.int64)}))
-    steer(trt.IExecutionContext, "execute_async_v3", False)
-    found["failing"] = refused(lambda: session.run({"a": np.ones((2, 4), np.int64)}))
-    session.close()
-    found["closed"] = refused(lambda: session.run({"a": np.ones((1, 1), np.int64)}))
-    found["left"] = len(memory.arrays)
+    found |= run(folder, facts)
 
     # What the library says when it cannot.
     trt.Builder.build_serialized_network = lambda *given: (real_build(*given), None)[1]
@@ -149,11 +148,9 @@ def main(folder: Path) -> dict[str, Any]:
     found["bad profile"] = refused(lambda: build(trt, request(folder), lambda stage, share: None, lambda: False))
     steer(trt.OnnxParserRefitter, "refit_from_file", False)
     trt.Refitter.get_missing_weights = lambda refitter: ["w1"]
-    found["no weights"] = refused(
-        lambda: Plan(trt, "g", folder / "g.plan", folder / "g.onnx", record(strip=True)) and None
-    )
+    found["no weights"] = refused(lambda: opened(folder, strip=True) and None)
     steer(trt.Runtime, "deserialize_cuda_engine", None)
-    found["no engine"] = refused(lambda: Plan(trt, "g", folder / "g.plan", folder / "g.onnx", record()) and None)
+    found["no engine"] = refused(lambda: opened(folder) and None)
     return found
 
 

@@ -8,14 +8,29 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from torch import Tensor, nn
 
 from engines.backends import ort
-from engines.manifest import PAST, PRESENT, Generation, tile_cache_name
+from engines.bundle import Bundle
+from engines.manifest import (
+    DECODER,
+    DECODER_WITH_PAST,
+    ENCODER,
+    PAST,
+    PRESENT,
+    TEXT2TEXT,
+    Cost,
+    Generation,
+    Tokenizer,
+    tile_cache_name,
+)
 from engines.seq2seq import Seq2SeqGenerator
 from exporter.methods.modular_cache import guard_cache
 from exporter.methods.modular_steps import CachedStep, EncoderPass, FirstStep
+from tests.engines import toys
+from tests.engines.test_text import save_tokenizer
 
 V, PAD, EOS = 90, 0, 1
 STEPS = (("decoder", "key"), ("decoder", "value"), ("encoder", "key"), ("encoder", "value"))
@@ -103,6 +118,28 @@ def export(model: Any, folder: Path) -> Seq2SeqGenerator:
     return open_generator(folder, generation_of(model))
 
 
+GRAPHS = ("encoder", "first", "cached")
+
+
+def make_bundle(folder: Path, traced: Path, model: Any, ends: Sequence[int]) -> Bundle:
+    """What ``export`` wrote to ``traced``, into ``folder`` with engines. ``ends``: tokens that end a text."""
+    models = {name: (onnx.load(traced / f"{name}.onnx"), Cost()) for name in GRAPHS}
+    roles = dict(zip((ENCODER, DECODER, DECODER_WITH_PAST), GRAPHS, strict=True))
+    return toys.make_bundle(
+        folder,
+        models,
+        {"modular-r1-fp32": toys.variant("modular", 1, roles)},
+        model_type=model.config.model_type,
+        layers=3,
+        hidden_size=16,
+        tokenizer=Tokenizer(path="tokenizer.json", max_length=32, pad_id=PAD, inputs=["input_ids", "attention_mask"]),
+        save_tokenizer=save_tokenizer,
+        method="modular",
+        task=TEXT2TEXT,
+        generation=generation_of(model).model_copy(update={"eos_ids": list(ends)}),
+    )
+
+
 def _export(
     module: nn.Module, given: tuple[Tensor, ...], axes: Sequence[Any], path: Path, inputs: list[str], outputs: list[str]
 ) -> None:
@@ -129,15 +166,21 @@ def generation_of(model: Any) -> Generation:
     return Generation(eos_ids=[EOS], bos_id=None, pad_id=PAD, max_positions=limit, decoder_start_ids=[start])
 
 
-def open_generator(folder: Path, generation: Generation, threads: int = 1) -> Seq2SeqGenerator:
-    """The graphs of a folder."""
-    sessions = []
+def open_generator(
+    folder: Path, generation: Generation, threads: int = 1, provider: str = "cpu", memory: str = "cpu"
+) -> Seq2SeqGenerator:
+    """The graphs of a folder; with another ``provider`` in bound sessions over ``memory``."""
+    sessions: list[ort.OrtSession] = []
     for name in ("encoder", "first", "cached"):
         inner = ort.open_file(folder / f"{name}.onnx", threads=threads, optimised=False)
         specs: Any = SimpleNamespace(
             inputs=ort.tensor_specs(inner.get_inputs()), outputs=ort.tensor_specs(inner.get_outputs())
         )
-        sessions.append(ort.OrtSession(name, specs, inner))
+        path = folder / f"{name}.onnx"
+        if provider == "cpu":
+            sessions.append(ort.OrtSession(name, specs, inner))
+        else:
+            sessions.append(ort.open_bound(name, specs, path, threads=threads, provider=provider, memory=memory))
     return Seq2SeqGenerator("tiny", *sessions, generation)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import threading
@@ -17,7 +18,7 @@ import pytest
 
 from compexport.errors import BundleError, DependencyError, InputError
 from engines import backends
-from engines.backends import ort
+from engines.backends import ort, ort_build
 from engines.bundle import Bundle
 
 RATIOS = (1, 2, 4)
@@ -77,6 +78,20 @@ def test_engines_share_one_weights_file_with_every_blob_once(folder: Path) -> No
     assert mentions > 2 * len(places), "the ratios share next to nothing"
     # ... and nothing else is in the file.
     assert len(data) <= sum(-(-len(blob) // 4096) * 4096 for blob in blobs)
+
+
+def test_a_full_disk_is_told_as_such(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not as what goes wrong while the error is on its way."""
+
+    def full(self: Any, data: memoryview) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    graphs = Bundle.open(folder).manifest.graphs
+    shutil.copytree(folder / "graphs", tmp_path / "graphs")
+    monkeypatch.setattr(ort_build._PackedWeights, "_place", full)
+    with ort.EngineBuilder(tmp_path, "engines") as builder, pytest.raises(OSError, match="No space left"):
+        builder.add(NAMES[0], next(iter(graphs.values())))
+        builder.finish()
 
 
 def test_weights_are_packed_for_the_processor(folder: Path) -> None:
@@ -269,7 +284,7 @@ def test_one_package(monkeypatch: pytest.MonkeyPatch, distribution: str) -> None
 def test_unknown_backend_and_provider(bundle: Bundle) -> None:
     with pytest.raises(InputError, match="unknown backend: got 'tensorrt', expected one of ort, trt, trt-rtx"):
         backends.load("tensorrt")
-    with pytest.raises(InputError, match="unknown provider: got 'tpu', expected one of cpu, cuda"):
+    with pytest.raises(InputError, match="unknown provider: got 'tpu', expected one of cpu, cuda, cuda-graphs"):
         ort.open_sessions(bundle, provider="tpu")
 
 
@@ -288,6 +303,9 @@ def test_cuda_where_there_is_none(bundle: Bundle) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="onnxruntime-gpu is not installed"
+)
 def test_cuda_agrees_with_the_processor(bundle: Bundle) -> None:
     here: dict[str, Any] = ort.open_sessions(bundle)
     for name, session in ort.open_sessions(bundle, provider="cuda").items():
@@ -299,4 +317,3 @@ def test_device_name_tells_threads_and_provider() -> None:
     one, two = (ort.device_name({"threads": threads}) for threads in (1, 2))
     assert one.startswith("cpu-") and one.endswith("-1t") and two == one[:-2] + "2t"
     assert ort.device_name({}) == ort.device_name({"threads": ort.usable_cores()})
-    assert ort.device_name({"provider": "cuda"}) == "cuda"

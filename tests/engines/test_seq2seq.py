@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ from engines.manifest import Generation
 from engines.options import Options, options_for
 from engines.sampling import Sampling
 from engines.seq2seq import Seq2SeqGenerator
-from tests.engines import seq2seqs
+from tests.engines import plans, seq2seqs
 from tests.engines.seq2seqs import EOS, PAD, V, generation_of, open_generator, texts
 
 SAMPLING = Sampling(temperature=1.5, top_k=20, top_p=0.95, seed=3)
@@ -43,17 +44,25 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 @pytest.fixture(scope="module", params=["t5", "bart"])
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any, Any]:
-    """The model, and a function that opens its engines."""
+def traced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any, Path]:
+    """The model, and the folder of its graphs."""
     model = getattr(seq2seqs, request.param)()
     folder = tmp_path_factory.mktemp(request.param)
     seq2seqs.export(model, folder)
+    return request.param, model, folder
+
+
+@pytest.fixture(scope="module")
+def pair(traced: tuple[str, Any, Path]) -> tuple[str, Any, Any]:
+    """The model, and a function that opens its engines."""
+    name, model, folder = traced
     generation = generation_of(model)
 
-    def opened(**changes: Any) -> Seq2SeqGenerator:
-        return open_generator(folder, generation.model_copy(update={"eos_ids": ENDS[request.param], **changes}))
+    def opened(provider: str = "cpu", **changes: Any) -> Seq2SeqGenerator:
+        how = generation.model_copy(update={"eos_ids": ENDS[name], **changes})
+        return open_generator(folder, how, provider=provider)
 
-    return request.param, model, opened
+    return name, model, opened
 
 
 @pytest.fixture(scope="module")
@@ -255,3 +264,44 @@ def test_a_model_that_begins_with_nothing(generator: Seq2SeqGenerator) -> None:
     assert isinstance(nothing, Generation)
     with pytest.raises(BundleError, match="got no decoder_start_ids"):
         Seq2SeqGenerator("tiny", generator._encoder, generator._first, generator._cached, nothing)
+
+
+@pytest.mark.parametrize("provider", ["cuda", "cuda-graphs"])
+def test_bound_sessions_write_the_same(pair: tuple[str, Any, Any], generator: Seq2SeqGenerator, provider: str) -> None:
+    """As they run on a GPU, here over this process's memory; what is held moves by rows there."""
+    bound = pair[2](provider)
+    ids, mask = texts(4)
+    for options in (Options(9), Options(9, beams=Beams(3, num_return_sequences=2))):
+        expected = generator.generate(ids, mask, options=options)
+        for _ in range(3):
+            assert [_all_tokens(one) for one in bound.generate(ids, mask, options=options)] == [
+                _all_tokens(one) for one in expected
+            ]
+    graphs = [session.captured for session in (bound._encoder, bound._first, bound._cached)]
+    assert graphs == ([1, 1, 0] if provider == "cuda-graphs" else [0, 0, 0]), "a past that grows never comes again"
+
+
+def _all_tokens(one: Generated) -> list[list[int]]:
+    return [one.tokens, *(other.tokens for other in one.others)]
+
+
+def test_a_gpu_writes_what_ort_writes(
+    traced: tuple[str, Any, Path], pair: tuple[str, Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By plans, over doubles of TensorRT and of CUDA: greedy, in beams, drawn, with rows that end early."""
+    name, model, opened = pair
+    bundle = seq2seqs.make_bundle(tmp_path / "bundle", traced[2], model, ENDS[name])
+    there = plans.machine(monkeypatch)
+    sessions = there.backend().open_graphs(plans.with_plans(bundle, there), seq2seqs.GRAPHS)
+    assert bundle.manifest.generation is not None
+    found = Seq2SeqGenerator("tiny", *(sessions[graph] for graph in seq2seqs.GRAPHS), bundle.manifest.generation)
+    for options in (Options(12), Options(12, beams=Beams(3, num_return_sequences=2)), Options(12, sampling=SAMPLING)):
+        ids, mask = texts(5)
+        pairs = zip(
+            found.generate(ids, mask, options=options), opened().generate(ids, mask, options=options), strict=True
+        )
+        for one, other in pairs:
+            assert [t.tokens for t in (one, *one.others)] == [t.tokens for t in (other, *other.others)]
+    for session in sessions.values():
+        session.close()
+    assert not any(there.cuda.left.values()), there.cuda.left

@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
+import subprocess
+import sys
 import threading
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import onnx
+import onnx.parser
 import pytest
 
 from compexport.errors import BundleError, CompexportError, DependencyError, InputError
 from engines import backends
-from engines.backends import cuda, trt, trt_process
-from engines.backends.trt_build import Request
+from engines.backends import cuda, cuda_memory, trt, trt_process
+from engines.backends.trt_build import Request, _monitor, build
 from engines.backends.trt_maker import with_ranges
 from engines.backends.trt_options import PlanOptions, Range, parsed_range, parsed_targets
 from engines.backends.trt_plan import PlanRecord, read_record
 from engines.backends.trt_process import PlanProcess
-from engines.backends.trt_product import Product
-from engines.backends.trt_profiles import profiles_of
+from engines.backends.trt_product import TENSORRT, Product
+from engines.backends.trt_profiles import profiles_of, shortest_text
+from engines.backends.trt_recipe import RecipeMaker
 from engines.bundle import Bundle
 from engines.manifest import TensorSpec
-from tests.engines import trt_modules
+from tests.engines import fake_cuda, trt_modules
 
 GOLDEN = Path(__file__).parents[1] / "data" / "bundle-v1"
 ADA = cuda.Device(0, "NVIDIA GeForce RTX 4090", "sm89")
@@ -66,8 +73,8 @@ def test_axes_of_one_name_get_one_size() -> None:
 def test_a_decoder_reads_a_prompt_and_then_single_tokens(length: Range) -> None:
     mask = TensorSpec(name="attention_mask", dtype="int64", shape=["batch", "total"])
     past = TensorSpec(name="past_key_values.0.key", dtype="float32", shape=["batch", 4, "past", 8])
-    prompt, token = profiles_of([IDS, mask, past], Range(1, 2, 4), length)
-    for profile in (prompt, token):
+    prompt, token, more = profiles_of([IDS, mask, past], Range(1, 2, 4), length)
+    for profile in (prompt, token, more):
         for end in range(3):
             read, kept = profile["input_ids"][end][1], profile["past_key_values.0.key"][end][2]
             assert profile["attention_mask"][end][1] == read + kept
@@ -76,6 +83,8 @@ def test_a_decoder_reads_a_prompt_and_then_single_tokens(length: Range) -> None:
         )
     assert [shape[1] for shape in prompt["input_ids"]] == [length.low, length.usual, length.high]
     assert {shape[1] for shape in token["input_ids"]} == {1}
+    assert [shape[1] for shape in more["input_ids"]] == [1, length.usual, length.high]
+    assert shortest_text([IDS, mask, past], [prompt, token, more]) == length.low
 
 
 @pytest.mark.parametrize("length", [Range(16, 32, 64), Range(1, 1, 1)])
@@ -94,6 +103,16 @@ def test_a_second_text_grows_from_its_first_token_whatever_is_read(length: Range
     assert [shape[1] for shape in later["input_ids"]] == [1, 1, 1]
     lengths = [shape[2] for shape in later[past.name]]
     assert lengths == sorted(lengths) and lengths[0] == 1 and lengths[2] == max(1, length.high - 1)
+
+
+def test_rows_may_leave_whatever_the_smallest_batch() -> None:
+    previous = TensorSpec(name="previous", dtype="float32", shape=["batch", "sequence", 32])
+    past = TensorSpec(name="past_key_values.0.key", dtype="float32", shape=["batch", 4, "past", 8])
+    for held in (previous, past):
+        for profile in profiles_of([held], Range(4, 8, 16), Range(8, 8, 8)):
+            assert [shape[0] for shape in profile[held.name]] == [1, 8, 16]
+    (profile,) = profiles_of([IDS], Range(4, 8, 16), Range(8, 8, 8))
+    assert [shape[0] for shape in profile["input_ids"]] == [4, 8, 16]
 
 
 def test_an_axis_of_another_kind_is_named() -> None:
@@ -122,6 +141,9 @@ def test_options_survive_json() -> None:
     ("backend", "options", "message"),
     [
         ("ort", PlanOptions(level=2), "--level: got the backend ort, expected trt or trt-rtx"),
+        ("ort", PlanOptions(strip=True), "--strip-weights: got the backend ort"),
+        ("ort", PlanOptions(targets=("sm86",)), "--target: got the backend ort"),
+        ("ort", PlanOptions(workspace_mib=64), "--workspace-mib: got the backend ort"),
         ("trt", PlanOptions(targets=("sm86",)), "--target: got the backend trt, expected trt-rtx; plans fit the GPU"),
         ("trt-rtx", PlanOptions(hardware_compatible=True), "--hardware-compatible: got the backend trt-rtx"),
         ("trt-rtx", PlanOptions(plugins=True), "--plugins: got the backend trt-rtx, expected trt; TensorRT-RTX has no"),
@@ -298,6 +320,17 @@ def test_devices_that_a_plan_runs_on(capability: str, plain: bool, compatible: b
     assert record(options=PORTABLE).runs_on(device) is compatible
 
 
+def test_a_recipe_is_made_anew_by_other_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    def changed(self: Path) -> bytes:
+        return read(self) + (b"#" if self.name == "trt_profiles.py" else b"")
+
+    maker, read = RecipeMaker(TENSORRT, PlanOptions(recipe=True), ""), Path.read_bytes
+    before = maker.engine_key("k")
+    assert maker.engine_key("k") == before
+    monkeypatch.setattr(Path, "read_bytes", changed)
+    assert maker.engine_key("k") != before
+
+
 def test_a_record_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "r2.json").write_text(record().model_dump_json())
     assert read_record(tmp_path / "r2.json") == record()
@@ -336,6 +369,23 @@ def test_a_library_that_fails_gives_one_line(build_with: Any, tmp_path: Path, so
     assert not (tmp_path / "r2.plan").exists()
 
 
+@pytest.mark.parametrize(("before", "after"), [("g ", "g g "), ("of another version", "g ")])
+def test_timings_are_gone_on_with_or_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, after: str
+) -> None:
+    trt_modules.write(tmp_path, "their_library", trt_modules.TIMING)
+    model = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 20]>\ng (float[2] x) => (float[2] y) { y = Abs(x) }'
+    )
+    monkeypatch.chdir(tmp_path)
+    onnx.save(model, "g.onnx")
+    Path("timing.cache").write_text(before)
+    monkeypatch.syspath_prepend(tmp_path)
+    asked = Request("their_library", "g.onnx", "g.plan", [], [], timing_cache="timing.cache")
+    build(importlib.import_module("their_library"), asked, lambda stage, share: None, lambda: False)
+    assert Path("timing.cache").read_text() == after
+
+
 def test_a_build_that_does_not_listen_is_killed(build_with: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trt_process, "_GRACE_S", 0.2)
     process = build_with(trt_modules.DEAF)
@@ -358,6 +408,40 @@ def test_a_build_that_does_not_listen_is_killed(build_with: Any, monkeypatch: py
     assert process._process.returncode is not None
 
 
+def test_a_build_that_is_dead_already_is_cancelled_without_a_word(tmp_path: Path) -> None:
+    """Its request, still on the way, can go nowhere."""
+    request = Request("their_library", str(tmp_path / "r2.onnx"), str(tmp_path / "r2.plan"), [], [])
+    building = PlanProcess(request, "TensorRT 11.4")
+    with subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.PIPE, text=True) as process:
+        process.wait()
+        assert process.stdin is not None
+        process.stdin.write("{}")
+        building._process = process
+        building.cancel()
+        assert process.stdin.closed
+
+
+def test_the_library_may_report_from_several_threads_at_once() -> None:
+    others: list[threading.Thread] = []
+    told: list[str] = []
+    overlapping = threading.Event()
+
+    def report(phase: str, share: float) -> None:
+        told.append(phase)
+        if not others:  # meanwhile another thread begins a phase, and has time to
+            others.append(threading.Thread(target=monitor.phase_start, args=("inner", "outer", 2)))
+            others[0].start()
+            others[0].join(0.2)
+            if len(told) > 1:
+                overlapping.set()
+
+    monitor = _monitor(SimpleNamespace(IProgressMonitor=object), report, lambda: False)
+    monitor.phase_start("outer", "", 3)
+    others[0].join(60)
+    assert told == ["outer", "inner"] and not overlapping.is_set()
+    assert monitor.step_complete("inner", 0) and told[2:] == ["inner"]
+
+
 # --- memory --------------------------------------------------------------------------------------------------------
 
 
@@ -371,3 +455,13 @@ def test_cuda_without_a_device_says_so() -> None:
         CudaMemory().allocate(4)
     with pytest.raises(CompexportError, match="CUDA: cudaStreamCreateWithFlags failed: got cudaError"):
         CudaMemory().stream()
+
+
+@pytest.mark.trt
+@pytest.mark.skipif(find_spec("cuda") is None, reason="cuda-python is not installed (make test-trt)")
+def test_the_double_of_cuda_has_what_cuda_has() -> None:
+    from cuda.bindings import runtime
+
+    assert fake_cuda.differences(runtime) == []
+    statuses = {status.name for status in runtime.cudaError_t}
+    assert statuses >= cuda_memory._SHORT | cuda_memory._LOST

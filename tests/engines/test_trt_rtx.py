@@ -14,6 +14,7 @@ from compexport.errors import CompexportError
 from engines.backends.trt_build import Request
 from engines.backends.trt_process import PlanProcess
 from engines.backends.trt_profiles import Profile
+from tests.engines import fake_trt
 from tests.engines.null_core import unknown_names
 
 pytestmark = [
@@ -49,6 +50,7 @@ def test_every_name_that_we_use_is_there() -> None:
     import tensorrt_rtx
 
     assert unknown_names(tensorrt_rtx) == []
+    assert fake_trt.differences(tensorrt_rtx) == []
 
 
 def test_a_plan_is_built_the_same_again(tmp_path: Path) -> None:
