@@ -87,9 +87,9 @@ class CausalGenerator(Generator):
             logits, cache = self.read(ids[:, start : start + piece], mask[:, start : start + piece], cache)
         return logits[:, -1], cache
 
-    def warm_up(self) -> None:
+    def warm_up(self, shortest: int = 1) -> None:
         """Read a little and write a token on, so that the next generation is as fast as later ones."""
-        count = min(WARM_UP_TOKENS, self.generation.positions)
+        count = min(max(WARM_UP_TOKENS, shortest + 1), self.generation.positions)
         ids = np.full((1, count), self.generation.pad_id, np.int64)
         _, cache = self.read(ids[:, 1:], np.ones_like(ids[:, 1:])) if count > 1 else (None, None)
         self.read(ids[:, :1], np.ones_like(ids[:, :1]), cache)

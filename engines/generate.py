@@ -147,8 +147,8 @@ class Generator(ABC):
         return [_together(found[start : start + copies]) for start in range(0, len(found), copies)]
 
     @abstractmethod
-    def warm_up(self) -> None:
-        """Write a little, so that the next generation is as fast as later ones."""
+    def warm_up(self, shortest: int = 1) -> None:
+        """Write a little, so that the next generation is as fast as later ones; ``shortest``: tokens of a text."""
 
     @abstractmethod
     def _begin(self, ids: Tokens, mask: Tokens, options: Options) -> Begun:

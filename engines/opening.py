@@ -108,7 +108,12 @@ class Opening:
                     raise InputError(describe(what, hint="build it from a model folder with a tokenizer.json"))
                 path = self._bundle.file(manifest.tokenizer.path)
                 self._encoder = TextEncoder(
-                    path, manifest.tokenizer, manifest.task, manifest.label_words, manifest.generation
+                    path,
+                    manifest.tokenizer,
+                    manifest.task,
+                    manifest.label_words,
+                    manifest.generation,
+                    self.backend.shortest_text(self._bundle),
                 )
             return self._encoder
 
@@ -137,8 +142,9 @@ class Opening:
 
     def _adopt(self, made: Mapping[str, Generator]) -> None:
         """Run generators once, so that no request waits for what only a first run does."""
+        shortest = self.backend.shortest_text(self._bundle)
         for generator in made.values():
-            generator.warm_up()
+            generator.warm_up(shortest)
         # A new dict instead of an update: readers without the lock see either all or none of them.
         self._generators = {**self._generators, **made}
 
@@ -156,6 +162,7 @@ class Opening:
             return
         if self._bundle.manifest.tokenizer is None:
             return
-        feeds = self.encoder().dummy_feeds(1, min(WARM_UP_LENGTH, self._bundle.manifest.tokenizer.max_length))
+        length = max(WARM_UP_LENGTH, self.backend.shortest_text(self._bundle))
+        feeds = self.encoder().dummy_feeds(1, min(length, self._bundle.manifest.tokenizer.max_length))
         for session in sessions.values():
             session.run(feeds)

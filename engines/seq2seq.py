@@ -84,9 +84,10 @@ class Seq2SeqGenerator(Generator):
         own = {past: held[now] for past, now in self._own.items()}
         return outputs[LOGITS][:, -1], Kept(own, kept.source, kept.mask, kept.rows)
 
-    def warm_up(self) -> None:
+    def warm_up(self, shortest: int = 1) -> None:
         """Read a little and write two tokens, so that the next generation is as fast as later ones."""
-        ids = np.full((1, min(WARM_UP_TOKENS, self.generation.positions)), self.generation.pad_id, np.int64)
+        count = min(max(WARM_UP_TOKENS, shortest), self.generation.positions)
+        ids = np.full((1, count), self.generation.pad_id, np.int64)
         prompt = np.array([self.generation.decoder_start_ids], np.int64)
         _, kept = self.first_step(self.encode(ids, np.ones_like(ids)), np.ones_like(ids), prompt)
         if prompt.shape[1] < self.generation.positions:

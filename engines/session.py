@@ -42,6 +42,9 @@ class Backend(Protocol):
     def device_name(self, options: Mapping[str, Any]) -> str:
         """The key of this machine's profile."""
 
+    def shortest_text(self, bundle: Bundle) -> int:
+        """Tokens that a text of this bundle has at least, where necessary by padding."""
+
     def open_sessions(
         self, bundle: Bundle, variants: Sequence[str] | None, *, threads: int | None, provider: str
     ) -> Mapping[str, OpenSession]:

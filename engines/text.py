@@ -70,11 +70,12 @@ class TextEncoder:
         task: str,
         words: LabelWords | None = None,
         generation: Generation | None = None,
+        shortest: int = 1,
     ) -> None:
         """``path``: the ``tokenizer.json``. Question answering cuts only the context, other tasks the longer text.
 
         ``words``: every text is put into their template first, and only the text is cut. ``generation``: where it has
-        a token to begin with, a text may be empty.
+        a token to begin with, a text may be empty. ``shortest``: tokens that the engines need, by padding.
 
         Raises BundleError for a file that is no tokenizer, an input it cannot feed, or a limit too small for any
         text; DependencyError when `tokenizers` is not installed.
@@ -84,6 +85,7 @@ class TextEncoder:
             expected = "input_ids, attention_mask and perhaps token_type_ids"
             raise BundleError(describe("tokenizer inputs", got=", ".join(spec.inputs) or "none", expected=expected))
         self.spec = spec
+        self._shortest = shortest
         self.answers_questions = task == QUESTION_ANSWERING
         self.writes = task == GENERATION
         self._tokenizer = _tokenizer_from_file(path)
@@ -133,8 +135,8 @@ class TextEncoder:
         return str(self._tokenizer.decode(list(ids)))
 
     def feeds(self, encoded: Sequence[EncodedText]) -> dict[str, Ids]:
-        """The graph inputs named in the manifest, int64 [B, S], S the longest of these texts."""
-        shape = (len(encoded), max(map(len, encoded)))
+        """The graph inputs named in the manifest, int64 [B, S], S the longest of these texts or what engines need."""
+        shape = (len(encoded), max(self._shortest, *map(len, encoded)))
         feeds = {}
         for name in self.spec.inputs:
             feeds[name] = np.full(shape, self._padding(name), dtype=np.int64)

@@ -111,7 +111,7 @@ def build(
     plan.require_trained()
     for line in plan.warnings():
         _log.warning(line)
-    runtime = backends.builder(backend, plans)
+    runtime = backends.builder(backend, plans, precision)
     if runtime.NOTE:
         _log.warning(runtime.NOTE)
     keys = plan.keys()
@@ -157,7 +157,7 @@ def _write(
     family = plan.load()
     (writer.dir / "tokenizer.json").write_text(family.backbone.tokenizer_json, encoding="utf-8")
     engines = _reused_engines(writer, keys, runtime)
-    with runtime.EngineBuilder(writer.dir, runtime.FOLDER, family.max_length()) as builder:
+    with runtime.EngineBuilder(writer.dir, runtime.FOLDER, family.max_length(), writer.previous) as builder:
         written = (lambda name, graph: None) if engines is not None else builder.add
         graphs, reused = _write_graphs(writer, plan, family, keys, written, progress, total)
         if engines is None:

@@ -13,6 +13,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+GPU = Path(__file__).resolve().parent / "gpu"
+
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
@@ -42,13 +44,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip GPU tests, saying why, where ONNX Runtime has no CUDA provider."""
-    gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if not gpu:
+    """Whatever lies in ``tests/gpu`` is for a GPU; where there is none, such tests say so and skip."""
+    for item in items:
+        if GPU in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
+    waiting = [item for item in items if item.get_closest_marker("gpu")]
+    if not waiting:
         return
-    import onnxruntime
+    from engines.backends import cuda
 
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        reason = "no CUDA execution provider here: needs a CUDA device and onnxruntime-gpu"
-        for item in gpu:
-            item.add_marker(pytest.mark.skip(reason=reason))
+    if not cuda.devices():
+        for item in waiting:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device here (make test-gpu)"))

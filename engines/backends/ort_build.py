@@ -17,6 +17,7 @@ from typing import Any
 
 from compexport.errors import CompexportError, describe
 from engines.backends.ort_library import first_line, session_options, version
+from engines.bundle import Bundle
 from engines.manifest import Engine, Graph
 
 NAME = "ort"
@@ -45,7 +46,7 @@ class EngineBuilder:
     A context manager; leaving it early waits for what is under way and drops the rest.
     """
 
-    def __init__(self, root: Path, folder: str, longest: int | None = None) -> None:
+    def __init__(self, root: Path, folder: str, longest: int | None = None, previous: Bundle | None = None) -> None:
         """``longest``: tokens that the graphs take; an engine for any number of them has no use for it."""
         self._root, self._folder = root, folder
         self._added: dict[str, tuple[Graph, Future[None]]] = {}

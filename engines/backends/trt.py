@@ -23,6 +23,7 @@ from engines.backends.trt_maker import PlanMaker, Progress
 from engines.backends.trt_options import PLAN_OPTIONS, PlanOptions
 from engines.backends.trt_plan import PlanRecord, read_record
 from engines.backends.trt_product import TENSORRT, TENSORRT_RTX, Product, this_platform
+from engines.backends.trt_profiles import shortest_text
 from engines.backends.trt_recipe import RecipeMaker, finish
 from engines.backends.trt_session import PlanSession
 from engines.bundle import Bundle
@@ -117,6 +118,12 @@ class Backend:
         cuda_graphs = _wants_graphs(provider)
         self._require_plans(bundle, graphs)
         return opened_graphs(graphs, lambda graph, name: self._open(bundle, graph, name, cuda_graphs))
+
+    def shortest_text(self, bundle: Bundle) -> int:
+        """As ``engines.session.Backend``: what plans were built for may begin at more than one token."""
+        engines = [engine for engine in bundle.manifest.engines.values() if engine.backend == self.NAME]
+        records = [self._record(bundle, engine) for engine in engines]
+        return max((shortest_text(record.inputs, record.profiles) for record in records), default=1)
 
     def _require_plans(self, bundle: Bundle, graphs: Sequence[str]) -> None:
         """All errors that need no library."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from compexport.errors import CompexportError, describe
+from compexport.errors import BundleError, CompexportError, describe
 from engines.backends import cuda
 from engines.backends.trt_build import Built, Request
 from engines.backends.trt_options import PlanOptions
@@ -17,7 +19,7 @@ from engines.backends.trt_plan import PlanOrder, PlanRecord
 from engines.backends.trt_process import PlanProcess
 from engines.backends.trt_product import Product, this_platform
 from engines.backends.trt_profiles import profiles_of, resolved
-from engines.bundle_reader import sha256_of
+from engines.bundle_reader import Bundle, sha256_of
 from engines.manifest import Engine, Graph
 from engines.plugins import ptx
 
@@ -60,9 +62,14 @@ class PlanMaker:
             facts += (ptx.compiler(),)
         return hashlib.sha256("\0".join(facts).encode()).hexdigest()
 
-    def EngineBuilder(self, root: Path, folder: str, longest: int | None = None) -> PlanBuilder:
-        """A builder of the bundle staged at ``root``; ``longest``: tokens that its graphs take."""
-        return PlanBuilder(self, root, folder, longest)
+    def EngineBuilder(
+        self, root: Path, folder: str, longest: int | None = None, previous: Bundle | None = None
+    ) -> PlanBuilder:
+        """A builder of the bundle staged at ``root``; ``longest``: tokens that its graphs take.
+
+        What was timed for ``previous``, which the bundle is to replace, is not timed again.
+        """
+        return PlanBuilder(self, root, folder, longest, previous)
 
     @property
     def kernels(self) -> int | None:
@@ -83,8 +90,8 @@ class PlanBuilder:
     A context manager; leaving it early cancels what is under way.
     """
 
-    def __init__(self, maker: PlanMaker, root: Path, folder: str, longest: int | None) -> None:
-        self._maker, self._root, self._folder = maker, root, folder
+    def __init__(self, maker: PlanMaker, root: Path, folder: str, longest: int | None, previous: Bundle | None) -> None:
+        self._maker, self._root, self._folder, self._previous = maker, root, folder, previous
         self._options = with_ranges(maker.options, longest)
         self._added: dict[str, tuple[Graph, PlanProcess, Future[Built]]] = {}
         self._worker = ThreadPoolExecutor(1)
@@ -94,6 +101,8 @@ class PlanBuilder:
         maker, options = self._maker, self._options
         folder = self._root / self._folder
         folder.mkdir(parents=True, exist_ok=True)
+        if not self._added:
+            self._take_timings(folder / TIMINGS)
         request = Request(
             module=maker.product.module,
             graph=str(self._root / graph.path),
@@ -132,6 +141,14 @@ class PlanBuilder:
             if not done.done():
                 process.cancel()
         self._worker.shutdown()
+
+    def _take_timings(self, cache: Path) -> None:
+        """The timing cache of the previous bundle, as a file of its own, for it is written to."""
+        rel = f"{self._folder}/{TIMINGS}"
+        if not self._maker.product.keeps_timings or self._previous is None or rel not in self._previous.manifest.files:
+            return
+        with suppress(BundleError):  # a damaged one is none
+            shutil.copyfile(self._previous.file(rel), cache)
 
     def _engine(self, name: str, graph: Graph, built: Built) -> Engine:
         """Check what was built against the graph, write its record, and list it."""

@@ -26,6 +26,7 @@ from engines.plugins import ptx
 
 ANY_DEVICE = "any"
 _SUFFIX = "-recipe"
+_TIMINGS = "timing.cache"  # in the folder where the scripts are run: one for all graphs
 
 
 class RecipeMaker:
@@ -50,7 +51,9 @@ class RecipeMaker:
         facts = (graph_key, self.NAME, str(self.options), source)
         return hashlib.sha256("\0".join(facts).encode()).hexdigest()
 
-    def EngineBuilder(self, root: Path, folder: str, longest: int | None = None) -> RecipeBuilder:
+    def EngineBuilder(
+        self, root: Path, folder: str, longest: int | None = None, previous: Bundle | None = None
+    ) -> RecipeBuilder:
         """A builder of the bundle staged at ``root``; ``longest``: tokens that its graphs take."""
         return RecipeBuilder(self, root, folder, longest)
 
@@ -102,7 +105,7 @@ class RecipeBuilder:
 def _trtexec(recipe: Recipe) -> str:
     """A shell script of one trtexec command; the plan goes to its argument, by default into the current folder."""
     options = recipe.options
-    words = ["--skipInference"]
+    words = ["--skipInference", f"--timingCacheFile={_TIMINGS}"]
     for number, profile in enumerate(recipe.profiles):
         words.append(f"--profile={number}")
         for index, end in enumerate(("min", "opt", "max")):
@@ -190,7 +193,7 @@ def finish(path: str | Path, maker_of: Callable[[str, PlanOptions], PlanMaker], 
         kept = {n: e for n, e in manifest.engines.items() if not e.path.startswith(f"{maker.FOLDER}/")}
         for file in sorted(manifest.files.keys() - _files_below(maker.FOLDER, manifest.files)):
             writer.reuse(file)
-        with maker.EngineBuilder(writer.dir, maker.FOLDER) as builder:
+        with maker.EngineBuilder(writer.dir, maker.FOLDER, previous=previous) as builder:
             for recipe in recipes:
                 builder.add(recipe.graph, manifest.graphs[recipe.graph])
             built = builder.finish(progress)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from engines.backends import cuda, trt
 from engines.backends.trt_plan import read_recipe
 from engines.backends.trt_product import Product
 from engines.bundle import Bundle
+from tests.engines import trt_modules
 
 Cli = Callable[..., Any]
 RECIPES = "engines/trt-recipe"
@@ -73,9 +76,40 @@ def _check_trtexec(script: str) -> None:
     for end, size in (("min", "1x8"), ("opt", "2x16"), ("max", "4x64")):
         (shapes,) = [word for word in words if word.startswith(f"--{end}Shapes=")]
         assert shapes == f"--{end}Shapes=" + ",".join(f"{name}:{size}" for name in inputs)
+    assert "--timingCacheFile=timing.cache" in words
     assert words[:3] == ["exec", "trtexec", "--onnx=$here/../../graphs/r2.onnx"]
     assert {"--skipInference", "--memPoolSize=workspace:64", "--profilingVerbosity=detailed"} <= set(words)
     assert "--stripWeights" not in words
+
+
+def test_all_builds_share_one_timing_cache(
+    cli: Cli, model: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for the library, whose timings of a graph are its name."""
+    trt_modules.write(tmp_path, "tensorrt", trt_modules.TIMING)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setattr(Product, "unavailable", lambda self: "")
+    monkeypatch.setattr(Product, "version", lambda self: "11.4.0.106")
+    monkeypatch.setattr(cuda, "devices", lambda: [cuda.Device(0, "some card", "sm89")])
+    timings = bundle / "engines/trt-sm89/timing.cache"
+    assert build(cli, model, "--level", "1").code == 0
+    assert timings.read_text() == "r1 r2 r4 "
+    manifest = Bundle.open(bundle).manifest
+    own = [engine for engine in manifest.engines.values() if engine.backend == "trt"]
+    assert len(own) == 3 and all("engines/trt-sm89/timing.cache" in engine.files for engine in own)
+    # Other options are other plans, of which much the same is timed.
+    kept = shutil.copytree(bundle, tmp_path / "kept")
+    assert build(cli, model, "--level", "2").code == 0
+    assert timings.read_text() == "r1 r2 r4 r1 r2 r4 "
+    assert not Bundle.open(bundle).verify()
+    assert build(cli, model, "--level", "2", "--recipe").code == 0
+    done = cli("build", "--from-recipe", bundle)
+    assert done.code == 0, done.err
+    assert timings.read_text() == "r1 r2 r4 " * 3
+    # One that the library refuses, or that is damaged, is begun anew.
+    (kept / "engines/trt-sm89/timing.cache").write_text("damaged")
+    assert build(cli, model, "--level", "3", "-o", str(kept)).code == 0
+    assert (kept / "engines/trt-sm89/timing.cache").read_text() == "r1 r2 r4 "
 
 
 def test_recipes_with_plugins_register_them(cli: Cli, model: Path, bundle: Path, elsewhere: None) -> None:

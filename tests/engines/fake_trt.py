@@ -87,7 +87,7 @@ class Context:
         self._profile: int | None = None
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
-        self._memory = (0, 0)
+        self.memory = (0, 0)
         self._needed: int | None = None
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
@@ -134,7 +134,7 @@ class Context:
         self._told()
         if memory % 256 or self._needed is None or size < self._needed:
             raise Misuse("scratch memory that is too small or not aligned")
-        self._memory = (memory, size)
+        self.memory = (memory, size)
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
         self._told()
@@ -147,7 +147,7 @@ class Context:
         if engine.failing:
             engine.log.log(ILogger.Severity.ERROR, "Error Code 1: Cask (an engine that fails)\nmore")
             return False
-        if engine.strategy is ExecutionContextAllocationStrategy.USER_MANAGED and not self._memory[0]:
+        if engine.strategy is ExecutionContextAllocationStrategy.USER_MANAGED and not self.memory[0]:
             raise Misuse("no scratch memory")
         if self.infer_shapes() or self._needed is None:
             raise Misuse("shapes are missing")
@@ -157,7 +157,7 @@ class Context:
 
     def _give(self, stream: int) -> None:
         engine, shapes, addresses = self.engine, dict(self._shapes), dict(self._addresses)
-        version, scratch = self.version, (self._memory[0], self._needed or 0)
+        version, scratch = self.version, (self.memory[0], self._needed or 0)
         shapes |= engine.output_shapes(shapes)
         captures = engine.cuda._stream(stream).captured is not None
         if captures and self.enqueued != version:
@@ -192,7 +192,7 @@ class Engine:
         self.aliases: dict[str, str] = plan.get("aliases", {})
         self.is_stripped = bool(plan.get("stripped"))
         self.failing = self.is_gone = False
-        self.contexts = 0
+        self.made: list[Context] = []
         self.strategy = ExecutionContextAllocationStrategy.STATIC
         self.graph_strategy: CudaGraphStrategy | None = None
         self._graph = plan["graph"]
@@ -207,8 +207,8 @@ class Engine:
         if runtime_config is not None:
             self.strategy = runtime_config.strategy
             self.graph_strategy = getattr(runtime_config, "cuda_graph_strategy", None)
-        self.contexts += 1
-        return Context(self)
+        self.made.append(Context(self))
+        return self.made[-1]
 
     def get_aliased_input_tensor(self, name: str) -> str | None:
         return self.aliases.get(name)
@@ -255,6 +255,7 @@ class Library:
     def __init__(self, cuda: FakeCuda, captures: bool) -> None:
         self.cuda, self.captures = cuda, captures
         self.engines: list[Engine] = []
+        self.refused_after: int | None = None  # how many engines it opens at most
         if captures:
             self.CudaGraphStrategy = CudaGraphStrategy
 
@@ -264,7 +265,7 @@ class Library:
 
         def deserialize_cuda_engine(serialized_engine: bytes) -> Engine | None:
             try:
-                plan = json.loads(serialized_engine)
+                plan = json.loads(serialized_engine if len(self.engines) != self.refused_after else b"")
             except ValueError:
                 logger.log(ILogger.Severity.ERROR, "Serialization assertion failed\nmore")
                 return None

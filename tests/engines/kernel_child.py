@@ -1,6 +1,7 @@
 """Run by path in a process of its own, TRITON_INTERPRET=1: the merge kernels, interpreted, against the eager operators.
 
-Triton decides when it is imported whether functions are interpreted or compiled, so this is no part of another process.
+Triton decides when it is imported whether functions are interpreted or compiled, so this is no part of another process;
+tests on a GPU import it, and launch what is compiled.
 Writes [{"op", "kind", "sizes", "worst", "eager_worst", "largest", "same"}] and what hidden tokens change to a file.
 """
 
@@ -43,7 +44,7 @@ def teach_bfloat16() -> None:
     interpreter.InterpreterBuilder.create_dot = create_dot
 
 
-def inputs_of(op: ops.Op, sizes: tuple[int, ...], kind: torch.dtype) -> list[torch.Tensor]:
+def inputs_of(op: ops.Op, sizes: tuple[int, ...], kind: torch.dtype, device: str = "cpu") -> list[torch.Tensor]:
     """Random inputs around 1; the mask leaves the first row without any token."""
     B, S, k, H, r = sizes
     draw = torch.Generator().manual_seed(B * S + H)
@@ -58,7 +59,7 @@ def inputs_of(op: ops.Op, sizes: tuple[int, ...], kind: torch.dtype) -> list[tor
             made.append(mask)
         else:
             made.append((torch.randn(shapes[name], generator=draw) * scales.get(name, 1.0)).to(kind))
-    return made
+    return [tensor.to(device) for tensor in made]
 
 
 def run(op: ops.Op, inputs: list[torch.Tensor], sizes: tuple[int, ...]) -> torch.Tensor:
@@ -66,14 +67,14 @@ def run(op: ops.Op, inputs: list[torch.Tensor], sizes: tuple[int, ...]) -> torch
     groups = -(-S // k)
     kind = str(inputs[0].dtype).removeprefix("torch.")
     constants = ptx.constants(KERNELS[op.name], kind, ptx.KernelShape(k, H, r))
-    out = torch.full((B, S if op is ops.TOKEN_SPLIT else groups, H), float("nan"), dtype=inputs[0].dtype)
+    out = torch.full_like(inputs[0][:, :1], float("nan")).repeat(1, S if op is ops.TOKEN_SPLIT else groups, 1)
     programs = -(-B * groups // ptx.ROWS)
     getattr(kernels, KERNELS[op.name])[(programs,)](*inputs, S, groups, B * groups, out, **constants)
     return out
 
 
-def compared(op: ops.Op, kind: torch.dtype, sizes: tuple[int, ...]) -> dict[str, Any]:
-    inputs = inputs_of(op, sizes, kind)
+def compared(op: ops.Op, kind: torch.dtype, sizes: tuple[int, ...], device: str = "cpu") -> dict[str, Any]:
+    inputs = inputs_of(op, sizes, kind, device)
     got, eager = run(op, inputs, sizes), op.reference(*inputs, sizes[2])
     exact = op.reference(*(tensor.double() for tensor in inputs), sizes[2])
     return {
@@ -87,11 +88,11 @@ def compared(op: ops.Op, kind: torch.dtype, sizes: tuple[int, ...]) -> dict[str,
     }
 
 
-def hidden_tokens() -> dict[str, bool]:
+def hidden_tokens(device: str = "cpu") -> dict[str, bool]:
     """What a masked merge makes of infinite values that the mask hides, and of groups without tokens."""
     sizes = (2, 10, 4, 16, 1)
-    x, mask, weight, bias = inputs_of(ops.MASKED_TOKEN_MERGE, sizes, torch.float16)
-    infinite = torch.where(mask[..., None] > 0.5, x, torch.tensor(float("inf"), dtype=torch.float16))
+    x, mask, weight, bias = inputs_of(ops.MASKED_TOKEN_MERGE, sizes, torch.float16, device)
+    infinite = x.masked_fill(mask[..., None] < 0.5, float("inf"))
     before, after = (run(ops.MASKED_TOKEN_MERGE, [tokens, mask, weight, bias], sizes) for tokens in (x, infinite))
     return {"unchanged": torch.equal(before, after), "zero": not before[0].any().item()}
 

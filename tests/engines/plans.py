@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,19 +78,22 @@ def machine(monkeypatch: pytest.MonkeyPatch, product: Product = TENSORRT, limit:
     return there
 
 
-def with_plans(
-    bundle: Bundle, there: Machine, options: PlanOptions = SMALL, graphs: Sequence[str] | None = None
-) -> Bundle:
-    """The bundle, with plans of its graphs for ``there`` besides the engines that it has."""
-    maker = there.backend().builder(options)
+def with_plans(bundle: Bundle, there: Machine, options: PlanOptions = SMALL) -> Bundle:
+    """The bundle, with plans for ``there`` besides the engines that it has."""
+    return planned(bundle, there.backend().builder(options), there.moved)
+
+
+def planned(bundle: Bundle, maker: trt_maker.PlanMaker, moved: dict[str, str] | None = None) -> Bundle:
+    """The bundle, with plans that ``maker`` makes; ``moved`` learns where the bundle is meanwhile."""
     manifest = bundle.manifest
     with BundleWriter(bundle.path) as writer:
         for file in sorted(manifest.files):
             writer.reuse(file)
-        there.moved[str(writer.dir)] = str(bundle.path)
+        if moved is not None:
+            moved[str(writer.dir)] = str(bundle.path)
         with maker.EngineBuilder(writer.dir, maker.FOLDER) as builder:
-            for name in graphs or manifest.graphs:
-                builder.add(name, manifest.graphs[name])
+            for name, graph in manifest.graphs.items():
+                builder.add(name, graph)
             built = builder.finish()
         engines = manifest.engines | {f"{name}-plan": engine for name, engine in built.items()}
         return writer.commit(manifest.model_copy(update={"engines": engines}))

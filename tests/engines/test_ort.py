@@ -288,6 +288,9 @@ def test_cuda_where_there_is_none(bundle: Bundle) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="onnxruntime-gpu is not installed"
+)
 def test_cuda_agrees_with_the_processor(bundle: Bundle) -> None:
     here: dict[str, Any] = ort.open_sessions(bundle)
     for name, session in ort.open_sessions(bundle, provider="cuda").items():

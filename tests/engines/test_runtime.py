@@ -147,6 +147,9 @@ class FakeBackend:
         self.options = options
         return "cpu-fake"
 
+    def shortest_text(self, bundle: Bundle) -> int:
+        return 1
+
     def open_sessions(
         self, bundle: Bundle, variants: Sequence[str] | None, *, threads: int | None, provider: str
     ) -> Mapping[str, OpenSession]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import threading
 import time
@@ -10,18 +11,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import onnx
+import onnx.parser
 import pytest
 
 from compexport.errors import BundleError, CompexportError, DependencyError, InputError
 from engines import backends
 from engines.backends import cuda, cuda_memory, trt, trt_process
-from engines.backends.trt_build import Request
+from engines.backends.trt_build import Request, build
 from engines.backends.trt_maker import with_ranges
 from engines.backends.trt_options import PlanOptions, Range, parsed_range, parsed_targets
 from engines.backends.trt_plan import PlanRecord, read_record
 from engines.backends.trt_process import PlanProcess
 from engines.backends.trt_product import Product
-from engines.backends.trt_profiles import profiles_of
+from engines.backends.trt_profiles import profiles_of, shortest_text
 from engines.bundle import Bundle
 from engines.manifest import TensorSpec
 from tests.engines import fake_cuda, trt_modules
@@ -66,8 +69,8 @@ def test_axes_of_one_name_get_one_size() -> None:
 def test_a_decoder_reads_a_prompt_and_then_single_tokens(length: Range) -> None:
     mask = TensorSpec(name="attention_mask", dtype="int64", shape=["batch", "total"])
     past = TensorSpec(name="past_key_values.0.key", dtype="float32", shape=["batch", 4, "past", 8])
-    prompt, token = profiles_of([IDS, mask, past], Range(1, 2, 4), length)
-    for profile in (prompt, token):
+    prompt, token, more = profiles_of([IDS, mask, past], Range(1, 2, 4), length)
+    for profile in (prompt, token, more):
         for end in range(3):
             read, kept = profile["input_ids"][end][1], profile["past_key_values.0.key"][end][2]
             assert profile["attention_mask"][end][1] == read + kept
@@ -76,6 +79,8 @@ def test_a_decoder_reads_a_prompt_and_then_single_tokens(length: Range) -> None:
         )
     assert [shape[1] for shape in prompt["input_ids"]] == [length.low, length.usual, length.high]
     assert {shape[1] for shape in token["input_ids"]} == {1}
+    assert [shape[1] for shape in more["input_ids"]] == [1, length.usual, length.high]
+    assert shortest_text([IDS, mask, past], [prompt, token, more]) == length.low
 
 
 @pytest.mark.parametrize("length", [Range(16, 32, 64), Range(1, 1, 1)])
@@ -94,6 +99,16 @@ def test_a_second_text_grows_from_its_first_token_whatever_is_read(length: Range
     assert [shape[1] for shape in later["input_ids"]] == [1, 1, 1]
     lengths = [shape[2] for shape in later[past.name]]
     assert lengths == sorted(lengths) and lengths[0] == 1 and lengths[2] == max(1, length.high - 1)
+
+
+def test_rows_may_leave_whatever_the_smallest_batch() -> None:
+    previous = TensorSpec(name="previous", dtype="float32", shape=["batch", "sequence", 32])
+    past = TensorSpec(name="past_key_values.0.key", dtype="float32", shape=["batch", 4, "past", 8])
+    for held in (previous, past):
+        for profile in profiles_of([held], Range(4, 8, 16), Range(8, 8, 8)):
+            assert [shape[0] for shape in profile[held.name]] == [1, 8, 16]
+    (profile,) = profiles_of([IDS], Range(4, 8, 16), Range(8, 8, 8))
+    assert [shape[0] for shape in profile["input_ids"]] == [4, 8, 16]
 
 
 def test_an_axis_of_another_kind_is_named() -> None:
@@ -334,6 +349,23 @@ def test_a_library_that_fails_gives_one_line(build_with: Any, tmp_path: Path, so
     with pytest.raises(CompexportError, match=rf"^r2.onnx: TensorRT 11.4 cannot build it: got {reason}$"):
         build_with(source).run()
     assert not (tmp_path / "r2.plan").exists()
+
+
+@pytest.mark.parametrize(("before", "after"), [("g ", "g g "), ("of another version", "g ")])
+def test_timings_are_gone_on_with_or_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, after: str
+) -> None:
+    trt_modules.write(tmp_path, "their_library", trt_modules.TIMING)
+    model = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 20]>\ng (float[2] x) => (float[2] y) { y = Abs(x) }'
+    )
+    monkeypatch.chdir(tmp_path)
+    onnx.save(model, "g.onnx")
+    Path("timing.cache").write_text(before)
+    monkeypatch.syspath_prepend(tmp_path)
+    asked = Request("their_library", "g.onnx", "g.plan", [], [], timing_cache="timing.cache")
+    build(importlib.import_module("their_library"), asked, lambda stage, share: None, lambda: False)
+    assert Path("timing.cache").read_text() == after
 
 
 def test_a_build_that_does_not_listen_is_killed(build_with: Any, monkeypatch: pytest.MonkeyPatch) -> None:

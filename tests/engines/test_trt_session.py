@@ -12,13 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from compexport.errors import BundleError, InputError
+from engines import causal
 from engines.backends import ort
+from engines.backends.trt_options import PlanOptions, Range
 from engines.beam import Beams
 from engines.bundle import Bundle
 from engines.cascade import Cascade
 from engines.causal import CausalGenerator
 from engines.exit_rule import ExitRule
 from engines.options import Options
+from engines.runtime import Runtime
 from engines.sampling import Sampling
 from tests.engines import decoders, exits, plans, steps
 from tests.engines.plans import Machine
@@ -147,4 +151,86 @@ def test_a_second_text_asks_cuda_for_no_memory(bundles: Any, gpu: Machine) -> No
     # One row of logits for each token of the prompts, and for each beam of each text one a step.
     rows = ids.size + 9 * 3 * 4
     assert gpu.cuda.downloaded - downloaded <= rows * decoders.V * 4
+    close_all(sessions)
+
+
+# --- the whole runtime ---------------------------------------------------------------------------------------------
+
+
+def test_a_runtime_answers_from_plans(bundles: Any, gpu: Machine) -> None:
+    texts = ["w1 w2", "w3 w4 w5 w6", "w7"]
+    answers = {}
+    for backend in ("ort", "trt"):
+        with Runtime(bundles("exits"), backend=backend) as runtime:
+            answers[backend] = [runtime(texts, variant=name) for name in bundles("exits").manifest.variants]
+    for found, expected in zip(answers["trt"], answers["ort"], strict=True):
+        assert [one.output["label"] for one in found] == [one.output["label"] for one in expected]
+        for one, other in zip(found, expected, strict=True):
+            assert one.output["scores"] == pytest.approx(other.output["scores"], abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["exits", "steps", "decoders"])
+def test_texts_shorter_than_plans_are_padded(kind: str, tmp_path: Path, gpu: Machine) -> None:
+    """Plans for 6 tokens and more, or for a fixed number of them, also warm up and read what is shorter."""
+    lengths = Range(6, 8, 40) if kind == "decoders" else Range(10, 10, 10)
+    bundle = plans.with_plans(
+        BUNDLES[kind](tmp_path / "bundle"), gpu, PlanOptions(batch=Range(1, 2, 4), length=lengths)
+    )
+    outputs = []
+    for backend in ("ort", "trt"):
+        with Runtime(bundle, backend=backend) as runtime:
+            name = next(iter(bundle.manifest.variants))
+            answers = runtime(["w1", "w2 w3"], variant=name)
+            outputs.append([one.output.get("text", one.output.get("label")) for one in answers])
+    assert outputs[0] == outputs[1]
+
+
+def test_a_prompt_may_be_read_in_pieces(bundles: Any, gpu: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the logits of all its tokens would take too much memory."""
+    bundle = bundles("decoders")
+    ids, mask = decoders.prompts(3)
+    expected, _ = generators(bundle, ort)
+    found, sessions = generators(bundle, gpu.backend())
+    name = next(iter(found))
+    wanted = expected[name].generate(ids, mask, options=WAYS["greedy"])
+    monkeypatch.setattr(causal, "ROOM_BYTES", 4 * 3 * decoders.V * 4)  # four tokens at a time
+    texts = found[name].generate(ids, mask, options=WAYS["greedy"])
+    assert [one.tokens for one in texts] == [one.tokens for one in wanted]
+    close_all(sessions)
+
+
+def test_all_ratios_share_scratch_memory(bundles: Any, gpu: Machine) -> None:
+    """As much as the largest needs, whichever are open."""
+    bundle, backend = bundles("steps"), gpu.backend()
+    names = list(bundle.manifest.variants)
+    opened = [backend.open_sessions(bundle, [name], provider="cuda")[name] for name in names]
+    for session in (*opened, *opened):
+        session.run(exits.feeds(4))
+    assert gpu.cuda.left["streams"] == 1
+    places = [context.memory for engine in gpu.library.engines for context in engine.made]
+    assert len(places) > 4 and len(set(places)) == 1
+    for session in opened:
+        session.close()
+
+
+def test_an_engine_that_cannot_be_opened_leaves_none_open(bundles: Any, gpu: Machine) -> None:
+    """The second plan is none, whatever its record says."""
+    bundle = bundles("exits")
+    gpu.library.refused_after = 1
+    with pytest.raises(
+        BundleError, match=r"\.plan: trt 11\.4\.0\.106 cannot open it: got Serialization assertion failed$"
+    ):
+        gpu.backend().open_sessions(bundle)
+    assert len(gpu.library.engines) == 1
+
+
+def test_unknown_providers(bundles: Any, gpu: Machine) -> None:
+    backend = gpu.backend()
+    with pytest.raises(InputError, match="unknown provider: got 'dml', expected one of cpu, cuda, cuda-graphs"):
+        backend.open_sessions(bundles("exits"), provider="dml")
+    assert backend.device_name({"provider": "cuda"}) == "nvidia-geforce-rtx-4090-trt-no-graphs"
+    sessions = backend.open_sessions(bundles("exits"), provider="cuda")
+    for _ in range(3):
+        next(iter(sessions.values())).run(exits.feeds(2))
+    assert "cudaStreamBeginCapture" not in gpu.cuda.calls
     close_all(sessions)
