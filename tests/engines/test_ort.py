@@ -298,9 +298,7 @@ def test_the_profile_on_cuda_names_the_card(monkeypatch: pytest.MonkeyPatch) -> 
     names = [ort.device_name({"provider": provider}) for provider in ("cuda", "cuda-graphs")]
     assert names == ["cuda-nvidia-geforce-rtx-4090", "cuda-graphs-nvidia-geforce-rtx-4090"]
     monkeypatch.setattr(cuda, "devices", list)
-    with pytest.raises(
-        DependencyError, match="^--provider cuda-graphs needs a CUDA device: got none; run it on"
-    ):
+    with pytest.raises(DependencyError, match="^--provider cuda-graphs needs a CUDA device: got none; run it on"):
         ort.device_name({"provider": "cuda-graphs"})
 
 
@@ -319,7 +317,5 @@ def test_nodes_on_the_processor_are_allowed_for_shapes_only(op: str, allowed: bo
     if allowed:
         ort_provider.require_on_device("tiny", session)
         return
-    with pytest.raises(
-        CompexportError, match=f"^tiny: .* on the processor: got {op}, expected arithmetic of"
-    ):
+    with pytest.raises(CompexportError, match=f"^tiny: .* on the processor: got {op}, expected arithmetic of"):
         ort_provider.require_on_device("tiny", session)
