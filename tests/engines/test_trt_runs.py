@@ -132,7 +132,7 @@ def test_each_shape_has_a_graph_and_the_longest_unused_go(device: Device, monkey
             session.run(feeds(batch))
     assert (device.count("cudaStreamBeginCapture"), device.count("cudaGraphLaunch")) == (2, 2)
     session.run(feeds(2))  # so that the graph of one row is the one that was not used for longest
-    for _ in range(2):
+    for _ in range(3):
         session.run({"x": numbers(2, 3), "z": numbers(2, 3)})
     assert device.cuda.left["graphs"] == 2
     launched = device.count("cudaGraphLaunch")
@@ -142,6 +142,21 @@ def test_each_shape_has_a_graph_and_the_longest_unused_go(device: Device, monkey
     assert device.count("cudaGraphLaunch") == launched + 1
     given = feeds(1, seed=8)
     np.testing.assert_array_equal(session.run(given)["y"], given["x"] + given["z"])
+    session.close()
+
+
+def test_a_graph_goes_only_for_a_run_that_comes_as_often(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trt_runner, "MOST_GRAPHS", 1)
+    session = device.open()
+    for _ in range(6):
+        session.run(feeds(2))
+    assert (device.count("cudaStreamBeginCapture"), device.count("cudaGraphLaunch")) == (1, 4)
+    for runs in range(1, 5):
+        session.run(feeds(1))
+        assert device.count("cudaStreamBeginCapture") == 1, runs
+    session.run(feeds(1))
+    session.run(feeds(1))
+    assert (device.count("cudaStreamBeginCapture"), device.count("cudaGraphLaunch")) == (2, 5)
     session.close()
 
 
