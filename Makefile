@@ -11,10 +11,12 @@ PYTEST ?= -n 2 --dist loadfile
 
 # What `make test-trt` needs besides: NVIDIA's wheels, which are proprietary and large (350 MB without Triton), so that no other
 # target installs them. TensorRT-RTX is whole; of TensorRT these are the Python bindings and the lean runtime, for its plugin
-# registry, without the library that builds. Triton compiles the plugins' kernels.
+# registry, without the library that builds. Triton compiles the plugins' kernels. Where some cannot be installed (no network, no
+# wheel for this machine or Python), one line says so, and the tests that need them skip; the next call tries again.
 RTX := tensorrt_rtx==1.7.1.116 polygraphy==0.53.6 'cuda-python>=13'
 TRT_VERSION ?= 11.4.0.106
-TRITON := triton==3.9.0
+TRT := --no-deps tensorrt_cu13_bindings==$(TRT_VERSION) tensorrt_cu13==$(TRT_VERSION) tensorrt_lean_cu13_libs==$(TRT_VERSION)
+TRITON := --no-deps triton==3.9.0
 
 # `make test-gpu` needs an NVIDIA card with its driver, and an environment of its own: onnxruntime and onnxruntime-gpu overwrite
 # each other. TORCH="torch==2.14.1" takes another build of PyTorch; GPU_PYTHON=/path/to/python takes an environment that is there
@@ -31,16 +33,23 @@ demo: $(READY)
 	$(BIN)/compexport demo $(DEMO)
 
 test: lint
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest -m "not trt" $(PYTEST)
 
-test-trt: $(VENV)/.ready-trt
+test-trt: $(VENV)/.ready-rtx $(VENV)/.ready-trt $(VENV)/.ready-triton
 	$(BIN)/python -m pytest -m trt $(PYTEST)
 
+$(VENV)/.ready-rtx: $(READY) Makefile
+	@$(call wheels,TensorRT-RTX,-c constraints.txt $(RTX))
 $(VENV)/.ready-trt: $(READY) Makefile
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(RTX)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
-	  tensorrt_cu13_bindings==$(TRT_VERSION) tensorrt_cu13==$(TRT_VERSION) tensorrt_lean_cu13_libs==$(TRT_VERSION) $(TRITON)
-	@touch $@
+	@$(call wheels,TensorRT $(TRT_VERSION),$(TRT))
+$(VENV)/.ready-triton: $(READY) Makefile
+	@$(call wheels,Triton,$(TRITON))
+
+# Install, or say in one line, with the last thing that pip said, that it is not possible.
+define wheels
+said=$$($(BIN)/python -m pip install --quiet --disable-pip-version-check $(2) 2>&1) && touch $@ || \
+  echo "make: $(1) cannot be installed, tests that need it skip: $$(echo "$$said" | grep ERROR: | tail -1)" >&2
+endef
 
 # On a card with a version of its own of some library, a warning that nobody has seen yet is no failure.
 test-gpu: $(filter $(GPU_VENV)/.ready,$(GPU_PYTHON:$(GPU_VENV)/bin/python=$(GPU_VENV)/.ready))

@@ -111,7 +111,7 @@ def build(
     plan.require_trained()
     for line in plan.warnings():
         _log.warning(line)
-    runtime = backends.builder(backend, plans)
+    runtime = backends.builder(backend, plans, precision)
     if runtime.NOTE:
         _log.warning(runtime.NOTE)
     keys = plan.keys()

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from exporter.precision import wide
+
 DOMAIN = "compexport"
 VERSION = 1
 BODY_OPSET = 20
@@ -37,7 +39,7 @@ def token_merge(x: Tensor, weight: Tensor, bias: Tensor, ratio: int) -> Tensor:
     """
     groups = _groups(x, ratio)
     logits = F.linear(groups.flatten(2), weight, bias)
-    return torch.matmul(logits.softmax(-1).unsqueeze(2), groups).squeeze(2)
+    return torch.matmul(_shares(logits).unsqueeze(2), groups).squeeze(2)
 
 
 def masked_token_merge(x: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, ratio: int) -> Tensor:
@@ -49,8 +51,13 @@ def masked_token_merge(x: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, ra
     groups = _groups(x * mask.unsqueeze(-1), ratio)
     keep = _groups(mask.unsqueeze(-1), ratio).squeeze(-1)
     logits = F.linear(groups.flatten(2), weight, bias)
-    weights = torch.where(keep > 0.5, logits, MASKED_LOGIT).softmax(-1) * keep
+    weights = _shares(torch.where(keep > 0.5, logits, MASKED_LOGIT)) * keep
     return torch.matmul(weights.unsqueeze(2), groups).squeeze(2)
+
+
+def _shares(logits: Tensor) -> Tensor:
+    """Softmax weights, computed in fp32 at least."""
+    return wide(logits).softmax(-1).to(logits.dtype)
 
 
 def token_split(y: Tensor, x: Tensor, down_w: Tensor, down_b: Tensor, up_w: Tensor, up_b: Tensor, ratio: int) -> Tensor:
@@ -166,10 +173,16 @@ _MERGE_BODY = """
     y = Squeeze (merged, axis2)
 """
 
+# In fp32 whatever the type of the rest; runtimes drop a cast from fp32 to fp32.
+_SHARES = """
+    wide_logits = Cast <to: int = 1> ({logits})
+    wide_shares = Softmax <axis: int = -1> (wide_logits)
+    {weights} = CastLike (wide_shares, {logits})"""
+
 _PLAIN = {
     "lengths": "x",
     "prepare": "tokens = Identity (x)",
-    "normalise": "weights = Softmax <axis: int = -1> (logits)",
+    "normalise": _SHARES.format(logits="logits", weights="weights"),
 }
 
 _MASKED = {
@@ -190,7 +203,9 @@ _MASKED = {
     floor = Constant <value_float: float = -10000.0> ()
     floor_like = CastLike (floor, logits)
     masked = Where (real, logits, floor_like)
-    shares = Softmax <axis: int = -1> (masked)
+    """
+    + _SHARES.format(logits="masked", weights="shares")
+    + """
     weights = Mul (shares, keep)""",
 }
 

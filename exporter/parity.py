@@ -6,20 +6,43 @@ numpy only, so that calibration and tests can use it without a framework.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from compexport.errors import ParityError, describe
-from engines.manifest import Parity
+from engines.manifest import EXIT_OUTPUTS, Parity, Rounding
 
 Arrays = dict[str, npt.NDArray[Any]]
 
+LOGITS = "logits"
 # The mask of the text that is read, whose shape stands for a feed's: of an encoder's own text, of a decoder's source.
 MASKS = ("attention_mask", "encoder_attention_mask")
-# Largest absolute difference between a graph and eager fp32 PyTorch, per precision of the graph.
+# Largest absolute difference between a graph and eager fp32 PyTorch.
 TOLERANCE = {"fp32": 1e-4}
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a precision may take an output from fp32, relative to its largest magnitude; the share of choices kept.
+
+    ``epsilon`` is the distance of 1 from the next number. Logits of a row that differ by less than ``TIE`` times that,
+    relative to the row's largest, are equal as far as the precision can tell. A graph whose types are widened to fp32
+    may differ by ``epsilon``: its constants, such as what attention scores are scaled by, are rounded too.
+    """
+
+    relative: float
+    same_choice: float
+    epsilon: float
+
+
+TIE = 4
+# fp16 as methods.md wants it. bf16 has three bits less, and so eight times the error.
+ROUNDING = {"fp16": Tolerance(2e-2, 0.99, 2.0**-10), "bf16": Tolerance(8 * 2e-2, 0.99, 2.0**-7)}
+# Outputs with a scale of their own: probabilities, and nats.
+STATISTICS = tuple(name for name in EXIT_OUTPUTS if name != LOGITS)
 
 
 def compare(
@@ -79,6 +102,64 @@ def _within(where: str, distance: float, tolerance: float) -> float:
             hint="nothing was written; please report the model's config",
         )
     )
+
+
+def compare_rounding(
+    name: str,
+    outputs: Sequence[str],
+    expected: Sequence[Sequence[npt.NDArray[Any]]],
+    found: Sequence[Sequence[npt.NDArray[Any]]],
+    tolerance: Tolerance,
+) -> Rounding:
+    """Compare what a precision gives with what fp32 gave for the same feeds, ``outputs`` by name, feed by feed.
+
+    An output differs by its largest difference over all feeds, divided by its largest magnitude in fp32; probabilities
+    and entropies are not divided. ParityError where that, or the share of rows of logits whose largest is elsewhere, is
+    more than allowed, and for shapes and numbers that are none.
+    """
+    where = f"{name} in the precision it is built for"
+    worst, rows, same = 0.0, 0, 0
+    differences = [_differences(where, wanted, given) for wanted, given in zip(expected, found, strict=True)]
+    for index, output in enumerate(outputs):
+        largest = max(float(np.max(np.abs(wanted[index]), initial=0.0)) for wanted in expected)
+        scale = 1.0 if output in STATISTICS or not largest else largest
+        distance = max(of_feed[index] for of_feed in differences) / scale
+        if not distance <= tolerance.relative:
+            raise _too_far(f"{where}: {output} differs from fp32", distance, tolerance.relative)
+        worst = max(worst, distance)
+        if output.endswith(LOGITS):
+            for wanted, given in zip(expected, found, strict=True):
+                counted, agreeing = _choices(wanted[index], given[index], TIE * tolerance.epsilon)
+                rows, same = rows + counted, same + agreeing
+    share = same / rows if rows else None
+    if share is not None and share < tolerance.same_choice:
+        got, least = f"in {share:.1%} of {rows} rows", f"at least {tolerance.same_choice:.0%}"
+        raise ParityError(describe(f"{where}: chooses as fp32", got=got, expected=least, hint=_HALF_HINT))
+    return Rounding(
+        max_relative=worst,
+        tolerance=tolerance.relative,
+        same_choice=share,
+        least_same_choice=tolerance.same_choice,
+    )
+
+
+def _choices(wanted: npt.NDArray[Any], given: npt.NDArray[Any], tie: float) -> tuple[int, int]:
+    """Rows of logits [..., C] whose largest stands out, and how many of them have it at the same place."""
+    rows, others = (logits.reshape(-1, logits.shape[-1]).astype(np.float64) for logits in (wanted, given))
+    if rows.shape[-1] < 2:
+        return 0, 0
+    second, first = np.partition(rows, -2)[:, -2:].T
+    clear = first - second > tie * np.abs(rows).max(axis=-1)
+    agreeing = rows.argmax(axis=-1) == others.argmax(axis=-1)
+    return int(clear.sum()), int((clear & agreeing).sum())
+
+
+_HALF_HINT = "nothing was written; build it with --precision fp32"
+
+
+def _too_far(what: str, distance: float, tolerance: float) -> ParityError:
+    got = f"{distance:.3g} of its largest" if distance < float("inf") else "a value that is not finite"
+    return ParityError(describe(what, got=got, expected=f"<= {tolerance:g}", hint=_HALF_HINT))
 
 
 def probe_feeds(

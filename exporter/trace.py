@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from exporter import ops
+from exporter.precision import wide_sums
 
 # From opset 20 Gelu is one operator, which runtimes run faster than its five-node expansion.
 OPSET = 20
@@ -59,7 +60,7 @@ def onnx_from_module(module: nn.Module, input_names: Sequence[str], output_names
 def onnx_from_inputs(module: nn.Module, inputs: Sequence[TracedInput], output_names: Sequence[str]) -> onnx.ModelProto:
     """Trace ``module`` over any ``inputs``; weights stay inside the model. Sizes of outputs that the tracer computes
     from several axes get a name of its choice."""
-    with torch.no_grad(), quiet_export():
+    with torch.no_grad(), quiet_export(), wide_sums(module):
         program = torch.onnx.export(
             module,
             tuple(one.example() for one in inputs),

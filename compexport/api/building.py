@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from exporter.checkpoint import MethodCheckpoint
 
 IMPORTED_METHODS = ("variator", "costeff", "theseus")
-PRECISIONS: tuple[Literal["fp32"], ...] = ("fp32",)
+PRECISIONS: tuple[Literal["fp32", "fp16", "bf16"], ...] = ("fp32", "fp16", "bf16")
 DEFAULT_RATIOS = (2, 4, 8)
 
 
@@ -122,7 +122,7 @@ def build_document(
     else:
         wanted = [*whole_ratios(ratios)] if planned.whole_ratios else checked_ratios(ratios)
     _require_free(output)
-    backends.builder(backend, plans)
+    backends.builder(backend, plans, arithmetic)
     _require_meaning(planned.method, exits, prefix, steps, assemblies)
     read = None if data is None else partial(_calibration, data, columns, progress)
     options: dict[str, Any] = {}

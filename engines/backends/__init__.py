@@ -15,6 +15,10 @@ from compexport.errors import InputError, describe
 
 # Name to module, or to "module:object" where one module serves several libraries.
 BACKENDS = {"ort": "engines.backends.ort", "trt": "engines.backends.trt:TRT", "trt-rtx": "engines.backends.trt:RTX"}
+# (backend, precision) that cannot be, and why not.
+_LACKING = {
+    ("ort", "bf16"): "ONNX Runtime's CPU provider multiplies no bf16; build engines of it with --backend trt-rtx"
+}
 
 
 def available() -> dict[str, str]:
@@ -29,12 +33,18 @@ def load(name: str) -> Any:
     return backend
 
 
-def builder(name: str, options: Any = None) -> Any:
+def builder(name: str, options: Any = None, precision: str = "fp32") -> Any:
     """What builds a backend's engines, with ``options`` of its own (``PlanOptions`` for TensorRT); errors as ``load``.
 
-    Where TensorRT's own library is missing, this is what writes recipes instead.
+    Where TensorRT's own library is missing, this is what writes recipes instead. InputError for a ``precision`` that
+    the backend does not compute in.
     """
-    return _backend(name).builder(options)
+    backend = _backend(name)
+    if hint := _LACKING.get((name, precision)):
+        raise InputError(
+            describe(f"--backend {name} with --precision", got=precision, expected="fp32, fp16", hint=hint)
+        )
+    return backend.builder(options)
 
 
 def _backend(name: str) -> Any:

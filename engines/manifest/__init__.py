@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Final, Literal
 from pydantic import Field, field_validator, model_validator
 
 from engines.manifest.generation import GENERATION_SETTINGS, Generation
-from engines.manifest.graph import Cost, Graph, Parity, TensorSpec
+from engines.manifest.graph import Cost, Graph, Parity, Rounding, TensorSpec
 from engines.manifest.record import Record
 from engines.manifest.roles import (
     ALL_EXITS,
@@ -49,6 +49,7 @@ __all__ = [
     "Graph",
     "TensorSpec",
     "Parity",
+    "Rounding",
     "Cost",
     "Variant",
     "Tokenizer",

@@ -17,12 +17,33 @@ class TensorSpec(Record):
     shape: list[int | str]
 
 
+class Rounding(Record):
+    """What a precision below fp32 does to a model: PyTorch computing in it against PyTorch in fp32."""
+
+    max_relative: float = Field(
+        description="the largest difference of an output, divided by the largest magnitude that it has in fp32; of an "
+        "exit's statistics the difference itself"
+    )
+    tolerance: float
+    same_choice: float | None = Field(
+        description="share of the logits' rows with the largest at the same place, ties aside; null without logits"
+    )
+    least_same_choice: float
+
+
 class Parity(Record):
-    """How a graph compared with PyTorch before it was written."""
+    """How a graph compared with PyTorch before it was written.
+
+    Of a precision below fp32, ``max_abs`` is of the graph with all its types widened to fp32 against PyTorch in fp32
+    with the same rounded weights, and ``rounding`` says what the precision itself does.
+    """
+
+    later_fields: ClassVar[tuple[str, ...]] = ("rounding",)
 
     max_abs: float
     tolerance: float
     shapes: list[tuple[int, int]] = Field(description="(batch, sequence) of every comparison")
+    rounding: Rounding | None = None
 
 
 class Cost(Record):

@@ -5,8 +5,8 @@ Letters: B batch, S sequence length, H hidden size, L layers, C classes, K kept 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 import numpy as np
 import onnx
@@ -22,6 +22,7 @@ from exporter.methods.costeff import CosteffModel, cost
 from exporter.methods.costeff_checkpoint import load_model, stored_tensors, untrained_model
 from exporter.plans import Plan, PlannedGraph
 from exporter.plans.costeff import HIGHWAY, CosteffPlan, PlannedPart
+from exporter.precision import Arithmetic, computing, tensor_of, wide
 from exporter.weights import WeightsFile
 
 PROBED_LENGTH = 2  # feeds have lengths around it, and 128
@@ -38,6 +39,7 @@ class CosteffFamily(Family[Backbone]):
         self.models = models
         self._plain = untrained_model(backbone, 1, plan.seed) if plan.keeps_backbone else models[1]
         self._own = {ratio: stored_tensors(model, backbone) for ratio, model in models.items()}
+        self._arithmetic = computing(plan.precision)
         self._templates: dict[tuple[bool, ...], Template] = {}
         self._traced: tuple[CosteffModel, onnx.ModelProto] | None = None
         self._states: tuple[float, list[tuple[parity.Arrays, list[Tensor]]]] | None = None
@@ -75,8 +77,8 @@ class CosteffFamily(Family[Backbone]):
         if self._traced is None or self._traced[0] is not model:
             kind = structure(model)
             if kind not in self._templates:
-                self._templates[kind] = template_of(model, self.backbone.input_names)
-            self._traced = model, self._templates[kind].graph_of(model)
+                self._templates[kind] = template_of(model, self.backbone.input_names, self._arithmetic)
+            self._traced = model, self._templates[kind].graph_of(self._arithmetic.of(model))
         return self._traced[1]
 
     # --- parity
@@ -102,38 +104,19 @@ class CosteffFamily(Family[Backbone]):
             self._states = ratio, made
         return self._states[1]
 
-    def reference(self, graph: PlannedGraph) -> Run:
-        part = _part(graph)
-        model, host = self._model_of(part), self.backbone.model if self._is_backbone(part) else None
-        return lambda feed: self._eager(part, model, host, feed)
-
-    def exact(self, graph: PlannedGraph) -> Run:
+    def by_pytorch(self, graph: PlannedGraph, arithmetic: Arithmetic) -> Run:
         part = _part(graph)
 
-        def run(feed: parity.Arrays) -> list[np.ndarray]:
-            model = copy.deepcopy(self._model_of(part)).double()
-            host = copy.deepcopy(self.backbone.model).double() if self._is_backbone(part) else None
-            return self._eager(part, model, host, feed)
+        @cache
+        def made() -> tuple[CosteffModel, nn.Module | None]:
+            host = arithmetic.of(self.backbone.model) if arithmetic.is_stock and self._is_backbone(part) else None
+            return arithmetic.of(self._model_of(part)), host
 
-        return run
+        return lambda feed: _eager(part, *made(), feed, arithmetic)
 
     def _is_backbone(self, part: PlannedPart) -> bool:
         """Whether the last exit is the backbone's own answer, not one of tensors trained for it."""
         return part.kind == "encoder" or all(name.startswith(HIGHWAY) for name in self._own[part.ratio])
-
-    def _eager(
-        self, part: PlannedPart, model: CosteffModel, host: nn.Module | None, feed: parity.Arrays
-    ) -> list[np.ndarray]:
-        """One part by PyTorch; where there is a ``host``, the Hugging Face model, the final logits are its."""
-        tensors = {
-            name: t.to(model.classifier.weight.dtype) if t.is_floating_point() else t
-            for name, t in _tensors(feed).items()
-        }
-        with torch.inference_mode():
-            whole = (part.first, part.last) == (0, model.facts.layers)
-            final = host(**tensors).logits if host is not None and whole else None
-            outputs = _outputs(part, model, tensors, final)
-        return [tensor.numpy() for tensor in outputs if tensor is not None]
 
     # --- records for the manifest
 
@@ -188,8 +171,20 @@ def _part(graph: PlannedGraph) -> PlannedPart:
     return graph
 
 
-def _tensors(feed: parity.Arrays) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(array) for name, array in feed.items()}
+def _tensors(feed: parity.Arrays, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    return {name: tensor_of(array, dtype) for name, array in feed.items()}
+
+
+def _eager(
+    part: PlannedPart, model: CosteffModel, host: nn.Module | None, feed: parity.Arrays, arithmetic: Arithmetic
+) -> list[np.ndarray]:
+    """One part by PyTorch; where there is a ``host``, the Hugging Face model, the final logits are its."""
+    tensors = _tensors(feed, arithmetic.dtype)
+    with torch.inference_mode():
+        whole = (part.first, part.last) == (0, model.facts.layers)
+        final = host(**tensors).logits if host is not None and whole else None
+        outputs = _outputs(part, model, tensors, final)
+    return [wide(tensor).numpy() for tensor in outputs if tensor is not None]
 
 
 def _outputs(

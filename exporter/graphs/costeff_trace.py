@@ -18,6 +18,7 @@ from engines.manifest import EXIT_OUTPUTS, HIDDEN
 from exporter import passes, trace
 from exporter.methods.costeff import CosteffModel, exit_statistics
 from exporter.methods.slender import SlenderShape
+from exporter.precision import FLOATING, PLAIN, Arithmetic, array_of, wide
 
 TEMPLATE_HEADS, TEMPLATE_SIZE = 2, 8  # heads; neurons, rank and words
 # What a trace stores of a tensor: itself, the other way round for a product, or the type that all tokens have.
@@ -54,7 +55,8 @@ class TracedExits(nn.Module):
 
 
 def with_statistics(logits: Tensor) -> tuple[Tensor, ...]:
-    """Logits [...,C] and how sure they are, in the order of ``EXIT_OUTPUTS``."""
+    """Logits [...,C] in fp32 at least and how sure they are, in the order of ``EXIT_OUTPUTS``."""
+    logits = wide(logits)
     return logits, *exit_statistics(logits)
 
 
@@ -67,7 +69,7 @@ class Template:
 
     def graph_of(self, model: nn.Module) -> onnx.ModelProto:
         """The graph of a model of the same structure, whatever its widths."""
-        stored = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
+        stored = {name: array_of(tensor) for name, tensor in model.state_dict().items()}
         tensors = {
             place: np.ascontiguousarray(FORMS[form](stored[name])) for place, (name, form) in self.places.items()
         }
@@ -79,9 +81,9 @@ def structure(model: CosteffModel) -> tuple[bool, ...]:
     return model.shape.embedding is not None, model.pooler_dense, model.highway_dense, model.mean
 
 
-def template_of(model: CosteffModel, input_names: Sequence[str]) -> Template:
+def template_of(model: CosteffModel, input_names: Sequence[str], arithmetic: Arithmetic = PLAIN) -> Template:
     """Trace a narrow stand-in for ``model``. Its tensors are random, so each is recognised by its values."""
-    module = TracedExits(_stand_in(model)).eval()
+    module = TracedExits(arithmetic.of(_stand_in(model))).eval()
     graph = trace.onnx_from_module(module, input_names, module.output_names)
     places = located(graph, module.model.state_dict())
     return Template(passes.with_inferred_widths(graph), places)
@@ -90,7 +92,7 @@ def template_of(model: CosteffModel, input_names: Sequence[str]) -> Template:
 def located(graph: onnx.ModelProto, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
     """Where a trace stores which of ``tensors``, all different: initialiser -> (name, form)."""
     known = {
-        _content(made(tensor.numpy())): (name, form)
+        _content(made(array_of(tensor))): (name, form)
         for name, tensor in tensors.items()
         for form, made in FORMS.items()
         if form == "whole" or tensor.dim() == 2
@@ -100,7 +102,7 @@ def located(graph: onnx.ModelProto, tensors: Mapping[str, Tensor]) -> dict[str, 
         values = numpy_helper.to_array(initializer)
         if _content(values) in known:
             places[initializer.name] = known[_content(values)]
-        elif values.size > 1 and values.dtype == np.float32:
+        elif values.size > 1 and initializer.data_type in FLOATING:
             raise ValueError(f"{initializer.name} is made from tensors while tracing: it would be the same for all")
     return places
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -13,7 +14,9 @@ import onnx
 from engines.manifest import Backbone as BackboneRecord
 from engines.manifest import Cost, Engine, Generation, Graph, LabelWords, Parity, Task, Tokenizer, Variant
 from exporter import parity, trace
+from exporter.graphs.widened import WidenedSession, rounded_feed, widened_feed
 from exporter.plans import Plan, PlannedGraph
+from exporter.precision import EXACT, PLAIN, Arithmetic, WideSums
 from exporter.weights import WeightsFile
 
 REPORTED_LENGTH = 128  # the length at which FLOPs ratios are quoted
@@ -80,12 +83,15 @@ class Family(ABC, Generic[Loaded]):
         """Valid inputs of several shapes, the largest last."""
 
     @abstractmethod
-    def reference(self, graph: PlannedGraph) -> Run:
-        """Eager PyTorch: what the graph must compute."""
+    def by_pytorch(self, graph: PlannedGraph, arithmetic: Arithmetic) -> Run:
+        """What the graph must compute, by eager PyTorch in this arithmetic; nothing is copied before it is asked.
 
-    @abstractmethod
-    def exact(self, graph: PlannedGraph) -> Run:
-        """The same in float64; nothing is copied before it is asked."""
+        Floating-point arrays are taken in any type, and those that come out are fp32 or fp64.
+        """
+
+    def read(self, graph: PlannedGraph, feed: parity.Arrays, outputs: list[np.ndarray]) -> list[np.ndarray]:
+        """``outputs`` with 0 where nobody reads them, and where half precision may give anything."""
+        return outputs
 
     @abstractmethod
     def variant(self, ratio: float) -> Variant:
@@ -108,14 +114,14 @@ class Family(ABC, Generic[Loaded]):
         weights.flush()
         (root / path).write_bytes(model.SerializeToString())
         onnx.checker.check_model(str(root / path))
-        session = _PlainSession(root / path)
+        session = (_PlainSession if self.plan.precision == "fp32" else WidenedSession)(root / path)
         return Graph(
             path=path,
             opset=trace.OPSET,
             inputs=session.inputs,
             outputs=session.outputs,
             cost=self.cost(graph),
-            parity=self._check(graph, session.run),
+            parity=self._check(graph, session),
             key=key,
         )
 
@@ -126,29 +132,62 @@ class Family(ABC, Generic[Loaded]):
         """Compare every engine with what PyTorch gave for its graph; ParityError if one differs."""
         graphs = {graph.name: graph for graph in self.plan.graphs()}
         for name, engine in engines.items():
+            inner = runtime.open_file(root / engine.path)
+            run = _runner(inner)
             if name not in self._expected:
-                feed = self.feeds(graphs[name])[-1]
-                self._expected[name] = feed, self.reference(graphs[name])(feed)
+                feed = rounded_feed(self.feeds(graphs[name])[-1], runtime.tensor_specs(inner.get_inputs()))
+                self._expected[name] = feed, self.by_pytorch(graphs[name], PLAIN)(widened_feed(feed))
             feed, expected = self._expected[name]
-            run = _runner(runtime.open_file(root / engine.path))
-            exact = self.exact(graphs[name])
-            parity.compare(f"engine {name}", _always(expected), run, [feed], self._tolerance, exact)
+            if self.plan.precision == "fp32":
+                exact = self.by_pytorch(graphs[name], EXACT)
+                parity.compare(f"engine {name}", _always(expected), run, [feed], parity.TOLERANCE["fp32"], exact)
+                continue
+            # The choices of one feed's rows say little; those of all feeds were compared with the graph.
+            allowed = replace(parity.ROUNDING[self.plan.precision], same_choice=0.0)
+            outputs = [value.name for value in inner.get_outputs()]
+            wanted, found = (self.read(graphs[name], feed, made) for made in (expected, run(feed)))
+            parity.compare_rounding(f"engine {name}", outputs, [wanted], [found], allowed)
 
-    def _check(self, graph: PlannedGraph, candidate: Run) -> Parity:
-        feeds = self.feeds(graph)
-        reference = self.reference(graph)
+    def _check(self, graph: PlannedGraph, session: _PlainSession | WidenedSession) -> Parity:
+        """Compare a graph with PyTorch, and, where its precision is below fp32, that precision with fp32."""
+        kept = [rounded_feed(feed, session.inputs) for feed in self.feeds(graph)]
+        feeds = [widened_feed(feed) for feed in kept]
+        plain = self.by_pytorch(graph, PLAIN)
+        expected = [plain(feed) for feed in feeds]
+        self._expected[graph.name] = kept[-1], expected[-1]
+        precision = self.plan.precision
+        if precision == "fp32":
+            same, exact = _listed(feeds, expected), self.by_pytorch(graph, EXACT)
+            return parity.compare(graph.name, same, session.run, feeds, parity.TOLERANCE[precision], exact)
+        return self._check_half(graph, session, feeds, expected)
 
-        def remember(feed: parity.Arrays) -> list[np.ndarray]:
-            outputs = reference(feed)
-            if feed is feeds[-1]:
-                self._expected[graph.name] = (feed, outputs)
-            return outputs
+    def _check_half(
+        self,
+        graph: PlannedGraph,
+        session: _PlainSession | WidenedSession,
+        feeds: Sequence[parity.Arrays],
+        expected: Sequence[list[np.ndarray]],
+    ) -> Parity:
+        """Compare a widened graph with the rounded weights in fp32, and half arithmetic with what fp32 gave."""
+        precision = self.plan.precision
+        allowed = parity.ROUNDING[precision]
+        rounded, exact, half = (
+            self._what_is_read(graph, self.by_pytorch(graph, Arithmetic(kind, precision)))
+            for kind in ("rounded", "rounded exact", "half")
+        )
+        largest = max(float(np.max(np.abs(output), initial=0.0)) for outputs in expected for output in outputs)
+        tolerance = max(parity.TOLERANCE["fp32"], allowed.epsilon * largest)
+        widened = self._what_is_read(graph, session.run)
+        found = parity.compare(f"{graph.name}, widened,", rounded, widened, feeds, tolerance, exact)
+        with WideSums():
+            computed = [half(feed) for feed in feeds]
+        wanted = [self.read(graph, feed, outputs) for feed, outputs in zip(feeds, expected, strict=True)]
+        outputs = [spec.name for spec in session.outputs]
+        rounding = parity.compare_rounding(graph.name, outputs, wanted, computed, allowed)
+        return found.model_copy(update={"rounding": rounding})
 
-        return parity.compare(graph.name, remember, candidate, feeds, self._tolerance, self.exact(graph))
-
-    @property
-    def _tolerance(self) -> float:
-        return parity.TOLERANCE[self.plan.precision]
+    def _what_is_read(self, graph: PlannedGraph, run: Run) -> Run:
+        return lambda feed: self.read(graph, feed, run(feed))
 
     def id_feeds(self, group: int) -> list[parity.Arrays]:
         """Random ids, masks and types at lengths around one and three groups of tokens."""
@@ -192,6 +231,12 @@ class Family(ABC, Generic[Loaded]):
     def generation(self) -> Generation | None:
         """What generating text needs to know; None for models that do something else."""
         return None
+
+
+def _listed(feeds: Sequence[parity.Arrays], outputs: Sequence[list[np.ndarray]]) -> Run:
+    """What was computed for each of these feeds already."""
+    made = {id(feed): found for feed, found in zip(feeds, outputs, strict=True)}
+    return lambda feed: made[id(feed)]
 
 
 def _always(outputs: list[np.ndarray]) -> Run:

@@ -5,10 +5,10 @@ Letters: B batch, n source tokens, t target tokens, p target tokens read before,
 
 from __future__ import annotations
 
-import copy
 import logging
 import shutil
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from engines.manifest import GENERATION_SETTINGS, Cost, Generation, Variant
 from exporter import parity
 from exporter.backbone import Seq2Seq
 from exporter.graphs.family import REPORTED_LENGTH, Family, Run
+from exporter.graphs.modular_eager import joined_outputs
 from exporter.graphs.modular_feeds import decoder_feeds
 from exporter.graphs.modular_join import joined
 from exporter.graphs.modular_trace import TRANSPOSED, Pieces
@@ -30,6 +31,7 @@ from exporter.methods.modular_checkpoint import load_modular, untrained_modular
 from exporter.methods.modular_steps import CachedStep, EncoderPass, FirstStep
 from exporter.plans import PlannedGraph
 from exporter.plans.modular import GENERATION_CONFIG, SPECIAL_TOKENS, ModularPlan, Part, PlannedStack, as_stack
+from exporter.precision import Arithmetic, computing, tensor_of, wide
 from exporter.weights import WeightsFile, stored_places
 
 _log = logging.getLogger(__name__)
@@ -50,6 +52,7 @@ class ModularFamily(Family[Seq2Seq]):
         self.assembled = plan
         self.modular = model
         self._pieces: Pieces | None = None
+        self._arithmetics: dict[Arithmetic, ModularModel] = {}
 
     @classmethod
     def load(cls, plan: ModularPlan) -> ModularFamily:
@@ -62,7 +65,7 @@ class ModularFamily(Family[Seq2Seq]):
 
     def model(self, graph: PlannedGraph, weights: WeightsFile) -> onnx.ModelProto:
         if self._pieces is None:
-            self._pieces = Pieces(self.modular, weights.move_out)
+            self._pieces = Pieces(self._in(computing(self.plan.precision)), weights.move_out)
         return joined(self._pieces, as_stack(graph).part, as_stack(graph).tiling)
 
     def _module(self, part: PlannedStack) -> nn.Module:
@@ -79,7 +82,8 @@ class ModularFamily(Family[Seq2Seq]):
 
     def check_weights(self, graphs: Sequence[Path]) -> None:
         """Every tensor of the base and of the modules is stored at most once, however many graphs use it."""
-        tensors = {**self.modular.base.state_dict(), **self.modular.module_tensors()}
+        modular = self._in(computing(self.plan.precision))
+        tensors = {**modular.base.state_dict(), **modular.module_tensors()}
         places: dict[str, set[tuple[int, int]]] = {}
         for stored, where in stored_places(graphs).items():
             if (name := stored.removesuffix(TRANSPOSED)) in tensors:  # and not what was computed while tracing
@@ -100,11 +104,25 @@ class ModularFamily(Family[Seq2Seq]):
             return self.id_feeds(2)
         return decoder_feeds(self.modular, self._assembled(part), self.max_length(), cached=part.part == "cached")
 
-    def reference(self, graph: PlannedGraph) -> Run:
-        return _runner(self._module(as_stack(graph)))
+    def by_pytorch(self, graph: PlannedGraph, arithmetic: Arithmetic) -> Run:
+        """By transformers' own code where that may run, otherwise by the modules that are traced."""
+        part = as_stack(graph)
+        if arithmetic.is_stock:
+            return _runner(cache(lambda: arithmetic.of(self._module(part))), arithmetic)
+        modular = cache(lambda: self._in(arithmetic))
 
-    def exact(self, graph: PlannedGraph) -> Run:
-        return lambda feed: _runner(copy.deepcopy(self._module(as_stack(graph))).double())(feed)
+        def run(feed: parity.Arrays) -> list[np.ndarray]:
+            with torch.inference_mode():
+                return _arrays(joined_outputs(modular(), part.part, part.tiling, _tensors(feed, arithmetic)))
+
+        return run
+
+    def _in(self, arithmetic: Arithmetic) -> ModularModel:
+        """Base and modules in this arithmetic, one copy for all graphs; those in float64 are rare and large."""
+        if arithmetic in self._arithmetics:
+            return self._arithmetics[arithmetic]
+        made = arithmetic.of(self.modular, self.modular.host.shrink)
+        return made if arithmetic.dtype == torch.float64 else self._arithmetics.setdefault(arithmetic, made)
 
     # --- records for the manifest
 
@@ -182,19 +200,20 @@ class ModularFamily(Family[Seq2Seq]):
         )
 
 
-def _runner(module: nn.Module) -> Run:
-    """``module`` over arrays, in the order in which a feed names them."""
-    dtype = next(module.parameters()).dtype
+def _runner(made: Callable[[], nn.Module], arithmetic: Arithmetic) -> Run:
+    """A module over arrays, in the order in which a feed names them."""
 
     def run(feed: parity.Arrays) -> list[np.ndarray]:
-        tensors = [_tensor(array, dtype) for array in feed.values()]
         with torch.inference_mode():
-            made = module(*tensors)
-        return [tensor.numpy() for tensor in ((made,) if isinstance(made, Tensor) else made)]
+            outputs = made()(*_tensors(feed, arithmetic).values())
+        return _arrays([outputs] if isinstance(outputs, Tensor) else outputs)
 
     return run
 
 
-def _tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
-    tensor = torch.from_numpy(array)
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+def _tensors(feed: parity.Arrays, arithmetic: Arithmetic) -> dict[str, Tensor]:
+    return {name: tensor_of(array, arithmetic.dtype) for name, array in feed.items()}
+
+
+def _arrays(tensors: Sequence[Tensor]) -> list[np.ndarray]:
+    return [wide(tensor).numpy() for tensor in tensors]

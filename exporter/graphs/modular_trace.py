@@ -25,6 +25,7 @@ from exporter.hosts.tiles import TILE_HOSTS, TileHost, causal_bias, hidden_bias
 from exporter.methods.assembly import STACKS, Stack
 from exporter.methods.modular import ModularModel
 from exporter.plans.modular import Part
+from exporter.precision import FLOATING, array_of, wide
 from exporter.trace import BATCH, SOURCE, TARGET, TARGET_PAST, TARGET_TOTAL, TracedInput
 
 IDS, MASK = "input_ids", "attention_mask"
@@ -53,8 +54,9 @@ class Pieces:
 
     def __init__(self, model: ModularModel, store: Callable[[onnx.ModelProto], object]) -> None:
         self._modular, self._store = model, store
-        self._host = TILE_HOSTS[model.base.config.model_type]
+        self._host = _host(model)
         self._names = _source_names(model)
+        self._dtype = next(model.base.parameters()).dtype  # an embedding's, so not that of norms
         self._template = cache(self._traced_tile)
         self.enter = cache(self._enter)
         self.close = cache(self._close)
@@ -65,8 +67,7 @@ class Pieces:
 
         Of ids [B,n] and mask; of a decoder ids [B,t], the source's mask and, of a cached step, any tile's past keys.
         """
-        kinds = {"encoder": _EnterEncoder, "first": _EnterFirst, "cached": _EnterCached}
-        module = kinds[part](self._modular, self._host, _stack(part))
+        module = entering(self._modular, part)
         inputs = [TracedInput(IDS, torch.long, (BATCH, SOURCE)), TracedInput(MASK, torch.long, (BATCH, SOURCE))]
         outputs = [HIDDEN, BIAS]
         if part != "encoder":
@@ -75,15 +76,14 @@ class Pieces:
             outputs.append(SOURCE_BIAS)
         if part == "cached":
             inputs.append(self._pair(PAST_PAIR[0], TARGET_PAST))
-        return self._named(trace.onnx_from_inputs(module.eval(), inputs, outputs))
+        return self._named(trace.onnx_from_inputs(module, inputs, outputs))
 
     def _close(self, stack: Stack) -> onnx.ModelProto:
         """What follows the tiles: ``previous`` -> the last states, or logits."""
-        kind = _CloseEncoder if stack == "encoder" else _CloseDecoder
-        module = kind(self._modular, self._host, stack)
-        state = TracedInput(PREVIOUS, torch.float32, (BATCH, SOURCE if stack == "encoder" else TARGET, self._hidden))
+        module = closing(self._modular, stack)
+        state = TracedInput(PREVIOUS, self._dtype, (BATCH, SOURCE if stack == "encoder" else TARGET, self._hidden))
         output = LAST_STATE if stack == "encoder" else LOGITS
-        return self._named(trace.onnx_from_inputs(module.eval(), [state], [output]))
+        return self._named(trace.onnx_from_inputs(module, [state], [output]))
 
     def _tile(self, part: Part, start: int, size: int) -> onnx.ModelProto:
         """One layer or module: ``previous`` and the biases -> ``hidden``.
@@ -93,7 +93,7 @@ class Pieces:
         """
         graph, places = self._template(part)
         tile = self._modular.tile(_stack(part), start, size)
-        stored = {name: tensor.detach().numpy() for name, tensor in tile.state_dict().items()}
+        stored = {name: array_of(tensor) for name, tensor in tile.state_dict().items()}
         tensors = {place: _form(stored[name], form) for place, (name, form) in places.items()}
         keys = {name: self._names[id(tensor)] for name, tensor in tile.state_dict(keep_vars=True).items()}
         made = passes.with_tensors(graph, tensors)
@@ -107,24 +107,23 @@ class Pieces:
         for parameter in layer.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
         if part == "encoder":
-            state = TracedInput(PREVIOUS, torch.float32, (BATCH, SOURCE, self._hidden))
-            module: nn.Module = _EncoderTile(layer, self._host)
-            traced = trace.onnx_from_inputs(module.eval(), [state, self._bias(part)], [HIDDEN])
+            state = TracedInput(PREVIOUS, self._dtype, (BATCH, SOURCE, self._hidden))
+            traced = trace.onnx_from_inputs(tile_of(layer, part, self._host), [state, self._bias(part)], [HIDDEN])
         else:
             traced = self._traced_decoder_tile(part, layer)
         clean = passes.with_kept_axes(passes.with_divisions(traced))
         return clean, located(clean, layer.state_dict())
 
     def _traced_decoder_tile(self, part: Part, layer: nn.Module) -> onnx.ModelProto:
-        state = TracedInput(PREVIOUS, torch.float32, (BATCH, TARGET, self._hidden))
-        source = TracedInput(SOURCE_BIAS, torch.float32, (BATCH, 1, 1, SOURCE))
+        state = TracedInput(PREVIOUS, self._dtype, (BATCH, TARGET, self._hidden))
+        source = TracedInput(SOURCE_BIAS, self._dtype, (BATCH, 1, 1, SOURCE))
         inputs = [state, self._bias(part), source]
         if part == "first":
-            inputs.append(TracedInput(STATES, torch.float32, (BATCH, SOURCE, self._hidden)))
-            return trace.onnx_from_inputs(_FirstTile(layer, self._host).eval(), inputs, [HIDDEN, *PAIR, *SOURCE_PAIR])
+            inputs.append(TracedInput(STATES, self._dtype, (BATCH, SOURCE, self._hidden)))
+            return trace.onnx_from_inputs(tile_of(layer, part, self._host), inputs, [HIDDEN, *PAIR, *SOURCE_PAIR])
         inputs += [self._pair(name, TARGET_PAST) for name in PAST_PAIR]
         inputs += [self._pair(name, SOURCE) for name in SOURCE_PAIR]
-        made = trace.onnx_from_inputs(_CachedTile(layer, self._host).eval(), inputs, [HIDDEN, *PAIR])
+        made = trace.onnx_from_inputs(tile_of(layer, part, self._host), inputs, [HIDDEN, *PAIR])
         return passes.with_axis(made, PAIR, 2, TARGET_TOTAL)
 
     def _bias(self, part: Part) -> TracedInput:
@@ -134,12 +133,12 @@ class Pieces:
             axes = (BATCH, self._heads(part), SOURCE, SOURCE) if relative else (BATCH, 1, 1, SOURCE)
         else:
             axes = (1, self._heads(part) if relative else 1, TARGET, TARGET if part == "first" else TARGET_TOTAL)
-        return TracedInput(BIAS, torch.float32, axes)
+        return TracedInput(BIAS, self._dtype, axes)
 
     def _pair(self, name: str, length: str) -> TracedInput:
         heads = self._heads("cached")
         width = self._modular.facts.decoder.inner // heads
-        return TracedInput(name, torch.float32, (BATCH, heads, length, width))
+        return TracedInput(name, self._dtype, (BATCH, heads, length, width))
 
     def _heads(self, part: Part) -> int:
         return self._host.attention(self._modular.tile(_stack(part), 0, 1), False).heads
@@ -153,15 +152,15 @@ class Pieces:
         names = {}
         for tensor in graph.graph.initializer:
             array = numpy_helper.to_array(tensor)
-            if array.size > 1 and array.dtype == np.float32 and (name := self._name_of(array)) is not None:
+            if array.size > 1 and tensor.data_type in FLOATING and (name := self._name_of(array)) is not None:
                 names[tensor.name] = name
         return self._stored(passes.with_names(passes.without_zero_bias(passes.with_divisions(graph)), names))
 
     def _name_of(self, array: np.ndarray) -> str | None:
         for name, tensor in self._modular.base.state_dict().items():
             for form in ("whole", "transposed"):
-                held = tensor.numpy() if form == "whole" else tensor.numpy().T
-                if held.shape == array.shape and np.array_equal(held, array):
+                held = array_of(tensor) if form == "whole" else array_of(tensor).T
+                if (held.shape, held.dtype) == (array.shape, array.dtype) and np.array_equal(held, array):
                     return name + _SUFFIX[form]
         return None
 
@@ -310,4 +309,26 @@ class _CloseDecoder(_Close):
         # As two axes, with a bias: so the matrix is stored as embeddings look it up, and once where they are tied.
         none = torch.zeros(weight.shape[0], dtype=h.dtype)
         logits = nn.functional.linear(h.flatten(0, 1), weight, none if bias is None else bias)
-        return logits.unflatten(0, h.shape[:2])
+        return wide(logits.unflatten(0, h.shape[:2]))
+
+
+def entering(modular: ModularModel, part: Part) -> nn.Module:
+    """What stands before the tiles; arguments and results as of ``Pieces.enter``."""
+    kinds = {"encoder": _EnterEncoder, "first": _EnterFirst, "cached": _EnterCached}
+    return kinds[part](modular, _host(modular), _stack(part)).eval()
+
+
+def tile_of(layer: nn.Module, part: Part, host: TileHost) -> nn.Module:
+    """One layer or module; arguments and results as of ``Pieces.tile``."""
+    kinds = {"encoder": _EncoderTile, "first": _FirstTile, "cached": _CachedTile}
+    return kinds[part](layer, host).eval()
+
+
+def closing(modular: ModularModel, stack: Stack) -> nn.Module:
+    """What follows the tiles; its argument and result as of ``Pieces.close``."""
+    kind = _CloseEncoder if stack == "encoder" else _CloseDecoder
+    return kind(modular, _host(modular), stack).eval()
+
+
+def _host(modular: ModularModel) -> TileHost:
+    return TILE_HOSTS[modular.base.config.model_type]

@@ -5,9 +5,9 @@ Letters: B batch, S sequence length, P past, T = P + S, H hidden size, C classes
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ from exporter import parity, passes
 from exporter.backbone import Backbone, load_backbone
 from exporter.graphs.costeff_trace import with_statistics
 from exporter.graphs.family import REPORTED_LENGTH, Family, Run
-from exporter.graphs.ode_decoding import decoder_feeds, decoder_outputs, stock_decoder_outputs
+from exporter.graphs.ode_decoding import decoder_feeds, decoder_outputs, real_outputs, stock_decoder_outputs
 from exporter.graphs.ode_trace import MASK, Pieces
 from exporter.graphs.ode_unroll import step_matrices, unrolled, unrolled_decoder, unrolled_with_exits
 from exporter.graphs.stock import stock_outputs
@@ -41,6 +41,7 @@ from exporter.methods.ode_exits import ExitHeads
 from exporter.methods.ode_stepping import Stepping
 from exporter.plans import PlannedGraph
 from exporter.plans.ode import OdePlan, PlannedSteps, as_steps
+from exporter.precision import PLAIN, Arithmetic, computing, tensor_of, wide
 from exporter.weights import WeightsFile
 
 PROBED_LENGTH = 2  # feeds have lengths around it, and 128
@@ -56,15 +57,14 @@ class Eager:
     model: SteppedModel
     heads: Mapping[float, ExitHeads]
 
-    def double(self) -> Eager:
-        """A copy in float64."""
-        inner = copy.deepcopy(self.model.backbone.model).double()
-        model = SteppedModel(dataclasses.replace(self.model.backbone, model=inner)).eval()
-        return Eager(model, {ratio: copy.deepcopy(heads).double() for ratio, heads in self.heads.items()})
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.model.backbone.model.parameters()).dtype
+    def by(self, arithmetic: Arithmetic) -> Eager:
+        """The same in another arithmetic, by copies unless it is this one."""
+        if arithmetic == PLAIN:
+            return self
+        backbone = self.model.backbone
+        inner = arithmetic.of(backbone.model, backbone.host.shrink)
+        model = SteppedModel(dataclasses.replace(backbone, model=inner)).eval()
+        return Eager(model, {ratio: arithmetic.of(heads) for ratio, heads in self.heads.items()})
 
     def exit_logits(self, ratio: float, step: int, last: int, h: Tensor, mask: Tensor) -> Tensor:
         """The prediction [B,C] after ``step`` of ``last`` steps, from 1, of which h [B,S,H] is the result."""
@@ -78,6 +78,7 @@ class OdeFamily(Family[Backbone]):
         super().__init__(plan, backbone)
         self.steps = plan
         self.eager = Eager(SteppedModel(backbone).eval(), heads)
+        self._eagers: dict[Arithmetic, Eager] = {}
         self._pieces: Pieces | None = None
         self._whole: tuple[float, onnx.ModelProto] | None = None
         self._states: dict[Stepping, list[tuple[parity.Arrays, tuple[Tensor, ...]]]] = {}
@@ -100,7 +101,7 @@ class OdeFamily(Family[Backbone]):
     def model(self, graph: PlannedGraph, weights: WeightsFile) -> onnx.ModelProto:
         part = as_steps(graph)
         if self._pieces is None:
-            self._pieces = Pieces(self.eager.model, weights.move_out)
+            self._pieces = Pieces(self._traced.model, weights.move_out)
         if part.kind in ("embed", "step", "head"):
             return self._piece(part, self._pieces)
         if part.kind == "exit-head":
@@ -111,6 +112,10 @@ class OdeFamily(Family[Backbone]):
             return self._with_one_copy(join(self._pieces, stepping))
         return self._cut(part, self._with_exits(part.ratio, self._pieces))
 
+    @property
+    def _traced(self) -> Eager:
+        return self._eager(computing(self.plan.precision))
+
     def _piece(self, part: PlannedSteps, pieces: Pieces) -> onnx.ModelProto:
         if part.kind == "step":
             return pieces.step(part.group, self.steps.step_form)
@@ -118,7 +123,7 @@ class OdeFamily(Family[Backbone]):
 
     def _exit(self, ratio: float, step: int, pieces: Pieces) -> onnx.ModelProto:
         last = self.steps.stepping(ratio).n
-        return pieces.last_exit() if step == last else pieces.exit(self.eager.heads[ratio].after(step))
+        return pieces.last_exit() if step == last else pieces.exit(self._traced.heads[ratio].after(step))
 
     def _with_exits(self, ratio: float, pieces: Pieces) -> onnx.ModelProto:
         """The graph that a ratio's parts are cut from; they are made one after the other, so only the last is kept."""
@@ -180,20 +185,27 @@ class OdeFamily(Family[Backbone]):
                 }
         return self._states[stepping]
 
-    def reference(self, graph: PlannedGraph) -> Run:
-        """For ratio 1 the Hugging Face model itself, otherwise the same modules in steps."""
+    def by_pytorch(self, graph: PlannedGraph, arithmetic: Arithmetic) -> Run:
+        """For ratio 1 the Hugging Face model itself where that may run, otherwise the same modules in steps."""
         part = as_steps(graph)
-        if part.kind == "whole" and self.steps.stepping(part.ratio).is_full:
+        if arithmetic == PLAIN and part.kind == "whole" and self.steps.stepping(part.ratio).is_full:
             stock = stock_decoder_outputs if self.steps.generates else stock_outputs
             return lambda feed: _arrays(stock(self.backbone, _tensors(feed)))
-        return lambda feed: self._run(part, self.eager, feed)
+        eager = cache(lambda: self._eager(arithmetic))
+        return lambda feed: self._run(part, eager(), _tensors(feed, arithmetic.dtype))
 
-    def exact(self, graph: PlannedGraph) -> Run:
-        part = as_steps(graph)
-        return lambda feed: self._run(part, self.eager.double(), feed)
+    def read(self, graph: PlannedGraph, feed: parity.Arrays, outputs: list[np.ndarray]) -> list[np.ndarray]:
+        """Padding before a text sees nothing, of which in half precision anything may come."""
+        return real_outputs(feed, outputs) if self.steps.generates else outputs
 
-    def _run(self, part: PlannedSteps, eager: Eager, feed: parity.Arrays) -> list[np.ndarray]:
-        tensors = {name: t.to(eager.dtype) if t.is_floating_point() else t for name, t in _tensors(feed).items()}
+    def _eager(self, arithmetic: Arithmetic) -> Eager:
+        """The model in this arithmetic, one copy for all graphs; those in float64 are rare and large."""
+        if arithmetic in self._eagers:
+            return self._eagers[arithmetic]
+        made = self.eager.by(arithmetic)
+        return made if arithmetic.dtype == torch.float64 else self._eagers.setdefault(arithmetic, made)
+
+    def _run(self, part: PlannedSteps, eager: Eager, tensors: Mapping[str, Tensor]) -> list[np.ndarray]:
         with torch.inference_mode():
             if part.kind == "whole" and self.steps.generates:
                 return _arrays(decoder_outputs(eager.model, self.steps.stepping(part.ratio), tensors))
@@ -307,9 +319,11 @@ class OdeFamily(Family[Backbone]):
         return [int(one) for one in ids if one is not None and 0 <= one < self.eager.model.facts.vocabulary]
 
 
-def _tensors(feed: parity.Arrays) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(array) for name, array in feed.items()}
+def _tensors(feed: parity.Arrays, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Of a feed; the size of a step is never half."""
+    sizes = torch.promote_types(dtype, torch.float32)
+    return {name: tensor_of(array, sizes if name == STEP_SIZE else dtype) for name, array in feed.items()}
 
 
 def _arrays(tensors: Sequence[Tensor]) -> list[np.ndarray]:
-    return [tensor.numpy() for tensor in tensors]
+    return [wide(tensor).numpy() for tensor in tensors]

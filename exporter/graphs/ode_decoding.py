@@ -74,6 +74,14 @@ def decoder_outputs(model: SteppedModel, stepping: Stepping, inputs: Mapping[str
     return *logits, *(tensor for pair in found.cache.pairs for tensor in pair)
 
 
+def real_outputs(feed: parity.Arrays, outputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Logits [B,S,V], keys and values [B,a,T,w] with 0 where the mask [B,T] has padding."""
+    mask = feed[MASK] == 1
+    logits, *pairs = outputs
+    now = mask[:, mask.shape[1] - logits.shape[1] :, None]
+    return [np.where(now, logits, 0), *(np.where(mask[:, None, :, None], pair, 0) for pair in pairs)]
+
+
 def stock_decoder_outputs(backbone: Backbone, inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
     """The same by the Hugging Face model as it is, whose cache has an entry per layer."""
     from transformers import DynamicCache

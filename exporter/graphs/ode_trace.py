@@ -33,6 +33,7 @@ class Pieces:
         self._model = model
         self._store = store
         self._facts = model.facts
+        self._dtype = next(model.parameters()).dtype  # an embedding's, so not that of norms
         self._piece = cache(self._stored)
         self._exit_template = cache(self._traced_exit)
 
@@ -72,7 +73,7 @@ class Pieces:
 
     def _traced(self, kind: str, group: int, form: Form) -> onnx.ModelProto:
         model, caches = self._model, self._facts.causal
-        state = TracedInput(PREVIOUS, torch.float32, (BATCH, SEQUENCE, self._facts.hidden))
+        state = TracedInput(PREVIOUS, self._dtype, (BATCH, SEQUENCE, self._facts.hidden))
         if kind == "embed":
             names = ("input_ids", "position_ids") if caches else model.backbone.input_names
             embed = _PlacedEmbed if caches else _Embed
@@ -86,7 +87,7 @@ class Pieces:
         if caches:
             pairs = (BATCH, self._facts.heads, PAST, self._facts.head_width)
             inputs = [state, TracedInput(MASK, torch.long, (BATCH, TOTAL))]
-            inputs += [TracedInput(name, torch.float32, pairs) for name in (PAST_KEY, PAST_VALUE)]
+            inputs += [TracedInput(name, self._dtype, pairs) for name in (PAST_KEY, PAST_VALUE)]
         if kind == "step":
             inputs.append(TracedInput(STEP_SIZE, torch.float32, (1,)))
         module = (_CachedStep if caches else _Step)(model, group, form)
@@ -96,10 +97,11 @@ class Pieces:
     def _traced_exit(self, classes: int) -> Template:
         """A trace of random tensors, which are all different, and where they are in it."""
         head = ExitHead(self._facts.hidden, classes).requires_grad_(False).eval()
-        state = TracedInput(PREVIOUS, torch.float32, (BATCH, SEQUENCE, self._facts.hidden))
+        state = TracedInput(PREVIOUS, self._dtype, (BATCH, SEQUENCE, self._facts.hidden))
         generator = torch.Generator().manual_seed(0)
         for parameter in head.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        head.to(self._dtype)
         graph = trace.onnx_from_inputs(_Exit(head), [state, *trace.ids(MASK)], EXIT_OUTPUTS)
         return Template(graph, located(graph, head.state_dict()))
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from exporter.methods import variator
 from exporter.methods.span import SpanPlugins
 from exporter.methods.variator import Plugins, VariatorModel, VariatorPlugins, plugins_from_tensors
 from exporter.plans import Plan, PlannedGraph
+from exporter.precision import Arithmetic, array_of, computing
 from exporter.weights import WeightsFile
 
 TEMPLATE_RATIO, TEMPLATE_WIDTH = 2, 4
@@ -34,26 +34,27 @@ class VariatorFamily(Family[Backbone]):
     def __init__(self, plan: Plan, backbone: Backbone, plugins: Mapping[float, Plugins]) -> None:
         super().__init__(plan, backbone)
         self.plugins = plugins
-        self._model = VariatorModel(backbone).eval()
+        self._models: dict[Arithmetic, VariatorModel] = {}
 
     @classmethod
     def load(cls, plan: Plan) -> VariatorFamily:
         """Load the backbone and its plugins, random ones where the plan allows; InputError as their loaders raise."""
         backbone = load_backbone(plan.folder, plan.task)
-        return cls(plan, backbone, {r: _plugins(plan, backbone, int(r)) for r in plan.ratios if r != 1})
+        return cls(plan, backbone, {r: _loaded_plugins(plan, backbone, int(r)) for r in plan.ratios if r != 1})
 
     def model(self, graph: PlannedGraph, weights: WeightsFile) -> onnx.ModelProto:
         # Once for all ratios; the second time there is nothing left to move.
         weights.move_out(self._masked_template, but=PLUGINS)
         if graph.ratio == 1:
             return passes.without_merging(self._masked_template)
-        plugins = self.plugins[graph.ratio]
-        if isinstance(plugins, SpanPlugins):
-            return passes.with_bodies(self._traced(plugins), plugins.ratio)
-        tensors = {f"{PLUGINS}{name}": t.numpy() for name, t in plugins.state_dict().items()}
+        own = self._plugins(graph.ratio, computing(self.plan.precision))
+        assert own is not None
+        if isinstance(own, SpanPlugins):
+            return passes.with_bodies(self._traced(own), own.ratio)
+        tensors = {f"{PLUGINS}{name}": array_of(tensor) for name, tensor in own.state_dict().items()}
         # "official" plugins pad the whole input to their ratio, outside the operators: they need a trace each.
-        template = self._masked_template if plugins.pad == "masked" else self._template(plugins.ratio, plugins.pad)
-        return passes.bind_ratio(template, plugins.ratio, tensors)
+        template = self._masked_template if own.pad == "masked" else self._template(own.ratio, own.pad)
+        return passes.bind_ratio(template, own.ratio, tensors)
 
     @cached_property
     def _masked_template(self) -> onnx.ModelProto:
@@ -68,13 +69,14 @@ class VariatorFamily(Family[Backbone]):
         with torch.no_grad():
             for parameter in plugins.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
-        return self._traced(plugins)
+        return self._traced(computing(self.plan.precision).of(plugins))
 
     def _traced(self, plugins: Plugins) -> onnx.ModelProto:
-        self._model.variator.attach(plugins.eval())
+        model = self._model(computing(self.plan.precision))
+        model.variator.attach(plugins.eval())
         names = variator.output_names(self.backbone)
-        template = trace.onnx_from_module(self._model, self.backbone.input_names, names)
-        self._model.variator.detach()
+        template = trace.onnx_from_module(model, self.backbone.input_names, names)
+        model.variator.detach()
         return passes.with_divisions(passes.with_constant_lookups(template))
 
     def cost(self, graph: PlannedGraph) -> Cost:
@@ -83,18 +85,31 @@ class VariatorFamily(Family[Backbone]):
     def feeds(self, graph: PlannedGraph) -> list[parity.Arrays]:
         return self.id_feeds(int(graph.ratio))
 
-    def reference(self, graph: PlannedGraph) -> Run:
-        """For ratio 1 the Hugging Face model itself, otherwise the backbone with its plugins."""
-        return lambda feed: _eager(self._model, self.plugins.get(graph.ratio), feed)
+    def by_pytorch(self, graph: PlannedGraph, arithmetic: Arithmetic) -> Run:
+        """For ratio 1 the Hugging Face model itself where that may run, otherwise the backbone with its plugins."""
 
-    def exact(self, graph: PlannedGraph) -> Run:
+        @cache
+        def made() -> tuple[VariatorModel, Plugins | None]:
+            return self._model(arithmetic), self._plugins(graph.ratio, arithmetic)
+
         def run(feed: parity.Arrays) -> list[np.ndarray]:
-            model = copy.deepcopy(self.backbone.model).double()
-            plugins = self.plugins.get(graph.ratio)
-            doubled = VariatorModel(dataclasses.replace(self.backbone, model=model)).eval()
-            return _eager(doubled, copy.deepcopy(plugins).double() if plugins else None, feed)
+            return _eager(*made(), feed, stock=graph.ratio == 1 and arithmetic.is_stock)
 
         return run
+
+    def _model(self, arithmetic: Arithmetic) -> VariatorModel:
+        """The backbone in this arithmetic, one copy for all ratios; those in float64 are rare and large."""
+        if arithmetic in self._models:
+            return self._models[arithmetic]
+        model = arithmetic.of(self.backbone.model, self.backbone.host.shrink)
+        made = VariatorModel(dataclasses.replace(self.backbone, model=model)).eval()
+        return made if arithmetic.dtype == torch.float64 else self._models.setdefault(arithmetic, made)
+
+    def _plugins(self, ratio: float, arithmetic: Arithmetic) -> Plugins | None:
+        plugins = self.plugins.get(ratio)
+        if isinstance(plugins, VariatorPlugins) and self.backbone.host.shrink is not None:
+            return arithmetic.of(plugins, VariatorPlugins.shrink)
+        return None if plugins is None else arithmetic.of(plugins)
 
     def max_length(self) -> int:
         """The model's limit; "official" plugins pad to their ratio and must not step over it."""
@@ -127,7 +142,7 @@ def _settings(plugins: Plugins | None) -> dict[str, Any]:
     return {"pad": plugins.pad, "width": plugins.width, "k": plugins.ratio}
 
 
-def _plugins(plan: Plan, backbone: Backbone, ratio: int) -> Plugins:
+def _loaded_plugins(plan: Plan, backbone: Backbone, ratio: int) -> Plugins:
     checkpoint = plan.checkpoint
     if checkpoint is not None and plan.trained(ratio):
         pad: variator.PadMode = "official" if checkpoint.pad == "official" else "masked"
@@ -144,12 +159,13 @@ def _plugins(plan: Plan, backbone: Backbone, ratio: int) -> Plugins:
         ).eval()
 
 
-def _eager(model: VariatorModel, plugins: Plugins | None, feed: parity.Arrays) -> list[np.ndarray]:
+def _eager(model: VariatorModel, plugins: Plugins | None, feed: parity.Arrays, *, stock: bool) -> list[np.ndarray]:
     tensors = {name: torch.from_numpy(array) for name, array in feed.items()}
     with torch.inference_mode():
-        if plugins is None:
+        if stock:
             return [t.numpy() for t in stock_outputs(model.backbone, tensors)]
-        model.variator.attach(plugins)
+        if plugins is not None:
+            model.variator.attach(plugins)
         outputs = [t.numpy() for t in model(**tensors)]
         model.variator.detach()
         return outputs

@@ -8,11 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from exporter.precision import lowest
+
 
 def causal(length: int, like: Tensor) -> Tensor:
     """Additive mask [P,P] in the dtype of ``like``: a position sees itself and those before it."""
-    lowest = torch.finfo(like.dtype).min
-    return torch.full((length, length), lowest, dtype=like.dtype, device=like.device).triu(1)
+    return torch.full((length, length), lowest(like.dtype), dtype=like.dtype, device=like.device).triu(1)
 
 
 def cross_attend(query: Tensor, h: Tensor, bias: Tensor, keys: nn.Linear, values: nn.Linear, heads: int) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from engines.manifest import Task
+from exporter.precision import Shrink
 
 
 def _unchanged(_: Any, h: Tensor) -> Tensor:
@@ -80,7 +81,9 @@ class Host:
     ``attention`` is the part of a layer that holds attention's products, the first being the query's. ``classes``: the
     transformers class that loads each task. ``position_buckets`` gives what ``attention_bias`` needs and no input
     changes; it is computed once, outside of any trace. ``sharing``: for architectures whose layers are run as steps,
-    which no method but ``ode`` fits; ``layers`` are then those that the file may hold. ``skips_padded_rows``: with
+    which no method but ``ode`` fits; ``layers`` are then those that the file may hold. ``shrink``: for architectures
+    whose residual stream outgrows fp16; it makes that smaller and leaves what the model computes as it is, see
+    ``exporter.precision``. ``skips_padded_rows``: with
     plugins of pad mode "official", padded positions skip the attention sublayer, as in the network that such plugins
     were trained in.
     """
@@ -101,4 +104,5 @@ class Host:
     decoder: Decoder | None = None
     sharing: Sharing | None = None
     position_offset: int = 0
+    shrink: Shrink | None = None
     skips_padded_rows: bool = False

@@ -13,6 +13,9 @@ from typing import Any
 
 from torch import nn
 
+from exporter.hosts import t5
+from exporter.precision import Shrink
+
 
 @dataclass(frozen=True)
 class Seq2SeqHost:
@@ -23,7 +26,7 @@ class Seq2SeqHost:
     architecture keeps in its first layer, without a copy of its tensors; ``leave_out(layer)`` removes that from a
     layer. ``resize(model, encoder, decoder)`` writes the numbers of layers into the configurations. ``inner(config)``:
     width of all heads together; ``feed_forward(config, stack)``: products of one token in the feed-forward network of
-    stack 0 or 1.
+    stack 0 or 1. ``shrink``: as of :class:`exporter.hosts.host.Host`.
     """
 
     class_name: str
@@ -35,6 +38,7 @@ class Seq2SeqHost:
     resize: Callable[[Any, int, int], None]
     inner: Callable[[Any], int]
     feed_forward: Callable[[Any, int], int]
+    shrink: Shrink | None = None
 
     def layers_of(self, stack: Any) -> nn.ModuleList:
         """The layers of an encoder or a decoder."""
@@ -112,6 +116,7 @@ SEQ2SEQ_HOSTS: dict[str, Seq2SeqHost] = {
         resize=_t5_resize,
         inner=lambda config: int(config.num_heads * config.d_kv),
         feed_forward=_t5_feed_forward,
+        shrink=t5.shrink,
     ),
     "bart": _bart_like("BartForConditionalGeneration"),
     "mbart": _bart_like("MBartForConditionalGeneration"),

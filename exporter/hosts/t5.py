@@ -75,6 +75,35 @@ def _score(model: Any, h: Tensor, bias: Tensor, prefix: Tensor, words: Tensor) -
     return nn.functional.linear(last, nn.functional.embedding(words, model.lm_head.weight))
 
 
+def shrink(module: nn.Module, factor: float) -> None:
+    """Divide the residual stream of all T5 parts in ``module`` by ``factor``, in place; what they compute stays.
+
+    Embeddings and what attention and feed-forward networks add are divided, the latter's where it enters, so that their
+    inside shrinks too; each norm gives what it gave with an epsilon that is divided likewise, squared. Where embeddings
+    also make the logits, the last norm makes up for it.
+    """
+    from transformers.models.t5 import modeling_t5 as t5
+
+    tables = {}
+    for part in module.modules():
+        if isinstance(part, t5.T5LayerNorm):
+            # As a tensor with an axis: the exporter takes a scalar this small for 0 and drops the sum.
+            part.variance_epsilon = torch.tensor([part.variance_epsilon / (factor * factor)])
+        elif isinstance(part, t5.T5Attention):
+            part.o.weight.div_(factor)
+        elif isinstance(part, t5.T5DenseGatedActDense):
+            part.wi_1.weight.div_(factor)
+        elif isinstance(part, t5.T5DenseActDense):
+            (part.wi if isinstance(part.act, nn.ReLU) else part.wo).weight.div_(factor)
+        elif isinstance(part, t5.T5Stack):
+            tables[id(part.embed_tokens.weight)] = part.embed_tokens.weight
+    for table in tables.values():
+        table.div_(factor)
+    for part in module.modules():
+        if isinstance(part, t5.T5ForConditionalGeneration) and id(part.lm_head.weight) in tables:
+            part.decoder.final_layer_norm.weight.mul_(factor)
+
+
 HOSTS: dict[str, Host] = {
     "t5": Host(
         encoder=lambda model: getattr(model, "encoder", model),
@@ -93,6 +122,7 @@ HOSTS: dict[str, Host] = {
             layers=lambda model: model.decoder.block,
             heads=lambda config: config.num_heads,
         ),
+        shrink=shrink,
         skips_padded_rows=True,
     ),
 }

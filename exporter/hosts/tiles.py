@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from exporter.hosts import bart, t5
+from exporter.precision import lowest
 
 
 @dataclass(frozen=True)
@@ -75,13 +76,13 @@ class TileHost:
 
 def hidden_bias(mask: Tensor, like: Tensor) -> Tensor:
     """Mask [B,n] -> additive mask [B,1,1,n] in the type of ``like``."""
-    return (1 - mask[:, None, None, :].to(like.dtype)) * torch.finfo(like.dtype).min
+    return (1 - mask[:, None, None, :].to(like.dtype)) * lowest(like.dtype)
 
 
 def causal_bias(length: int, past: int, like: Tensor) -> Tensor:
     """Additive mask [t,p+t]: every target token sees those before it, those of the past too."""
     row, column = torch.arange(length)[:, None], torch.arange(past + length)[None, :]
-    return (column > row + past).to(like.dtype) * torch.finfo(like.dtype).min
+    return (column > row + past).to(like.dtype) * lowest(like.dtype)
 
 
 # --- T5 --------------------------------------------------------------------------------------------------------------

@@ -30,10 +30,11 @@ from exporter.methods.slender_weights import (
 )
 from exporter.methods.variator import additive
 from exporter.plans.costeff import HIGHWAY
+from exporter.precision import wide
 
 
 class ExitStatistics(NamedTuple):
-    """How sure an exit is, each [...] in fp32: entropy in nats, the largest probability, its lead over the next."""
+    """How sure an exit is, [...] each, in fp32 at least: entropy in nats, the top probability, its lead."""
 
     entropy: Tensor
     max_probability: Tensor
@@ -45,7 +46,7 @@ def exit_statistics(logits: Tensor) -> ExitStatistics:
 
     By way of log-probabilities, since a probability that underflows has no logarithm.
     """
-    log = torch.log_softmax(logits.float(), dim=-1)
+    log = torch.log_softmax(wide(logits), dim=-1)
     probabilities = log.exp()
     top = probabilities.topk(2, dim=-1).values
     return ExitStatistics(-(probabilities * log).sum(-1), top[..., 0], top[..., 0] - top[..., 1])

@@ -29,6 +29,7 @@ from exporter.methods.ode_stepping import (
     warnings_of,
 )
 from exporter.methods.variator import additive, output_names, task_outputs
+from exporter.precision import lowest, wide
 from exporter.sharing import CONVERTIBLE
 
 Pair = tuple[Tensor, Tensor]
@@ -130,7 +131,7 @@ class SteppedEncoder(nn.Module):
         place = torch.arange(total, device=h.device)
         seen = place[None, :] <= place[total - queries :, None]
         allowed = seen[None, None] & (attention_mask != 0)[:, None, None, :]
-        return torch.where(allowed, 0.0, torch.finfo(h.dtype).min).to(h.dtype)
+        return torch.where(allowed, *(h.new_full((), value) for value in (0.0, lowest(h.dtype))))
 
     def step(
         self,
@@ -255,7 +256,7 @@ class SteppedModel(nn.Module):
 
 def _scaled(update: Tensor, dt: float | Tensor) -> Tensor:
     """dt * update, in fp32 at least; at dt = 1 the update itself, without a product."""
-    return update if _is_one(dt) else (dt * _wide(update)).to(update.dtype)
+    return update if _is_one(dt) else (dt * wide(update)).to(update.dtype)
 
 
 def _combined(h: Tensor, iterated: Tensor, dt: float | Tensor) -> Tensor:
@@ -263,12 +264,7 @@ def _combined(h: Tensor, iterated: Tensor, dt: float | Tensor) -> Tensor:
 
     Written as ``h + dt (F(h) - h)`` it would not be exact at 1.
     """
-    return iterated if _is_one(dt) else ((1 - dt) * _wide(h) + dt * _wide(iterated)).to(h.dtype)
-
-
-def _wide(states: Tensor) -> Tensor:
-    """In fp32 at least."""
-    return states.float() if states.dtype in (torch.float16, torch.bfloat16) else states
+    return iterated if _is_one(dt) else ((1 - dt) * wide(h) + dt * wide(iterated)).to(h.dtype)
 
 
 def _is_one(dt: float | Tensor) -> bool:

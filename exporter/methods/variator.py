@@ -20,6 +20,7 @@ from exporter import ops
 from exporter.backbone import Backbone
 from exporter.methods.span import SpanPlugins, linears
 from exporter.methods.stored import loaded_exactly
+from exporter.precision import lowest, wide
 
 # "masked": padding never reaches a real token. "official": as the published code, pad tokens are merged like any other;
 # only on hosts that plugins were published for does it include the published row mask of the attention.
@@ -82,6 +83,15 @@ class VariatorPlugins(nn.Module):
     @property
     def params(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def shrink(self, factor: float) -> None:
+        """Fit a host whose feed-forward networks give ``factor`` times less (``exporter.precision``), in place."""
+        for plugin in self.mux_layer:
+            assert isinstance(plugin, LayerPlugin)
+            down, up = plugin.demux_adapter.w_in, plugin.demux_adapter.w_out
+            down.weight[:, : up.out_features].mul_(factor)
+            up.weight.div_(factor)
+            up.bias.div_(factor)
 
     @classmethod
     def from_tensors(
@@ -260,12 +270,13 @@ class VariatorModel(nn.Module):
 
 
 def task_outputs(backbone: Backbone, h: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
-    """Final hidden states [B,S,H] -> the task's output tensors."""
+    """Final hidden states [B,S,H] -> the task's output tensors, in fp32 at least."""
     if backbone.task == "feature-extraction":
+        h = wide(h)
         return (h,) if backbone.pooling is None else (h, pool(h, attention_mask, backbone))
     if backbone.task == "label-words":
-        return (_word_logits(backbone, h, attention_mask),)
-    logits = backbone.host.heads[backbone.task](backbone.model, h)
+        return (wide(_word_logits(backbone, h, attention_mask)),)
+    logits = wide(backbone.host.heads[backbone.task](backbone.model, h))
     if backbone.task == "question-answering":
         return logits[..., 0], logits[..., 1]
     return (logits,)
@@ -280,8 +291,8 @@ def _word_logits(backbone: Backbone, h: Tensor, attention_mask: Tensor) -> Tenso
 
 
 def additive(mask: Tensor) -> Tensor:
-    """Mask of 0 and 1 -> 0 where there is a token, the lowest number where there is none."""
-    return (1.0 - mask) * torch.finfo(mask.dtype).min
+    """Mask of 0 and 1 -> 0 where there is a token, as low a number as fits where there is none."""
+    return (1.0 - mask) * lowest(mask.dtype)
 
 
 def output_names(backbone: Backbone) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from exporter.checkpoint import save_checkpoint
 from exporter.hosts.tiles import TileHost
 from exporter.methods.span import SpanPlugins
 from exporter.methods.variator import VariatorModel, VariatorPlugins
+from exporter.precision import array_of
 
 RATIOS = (2, 4)
 
@@ -68,10 +69,12 @@ def _identity(module: Any) -> tuple[Any, ...]:
         plugins = module.variator.plugins
         assert plugins is not None
         bound = hashlib.sha256(save(plugins.state_dict())).hexdigest() if isinstance(plugins, SpanPlugins) else ""
-        return module.backbone.sha256, module.backbone.task, plugins.pad, plugins.ratio, bound
+        dtype = plugins.state_dict()[next(iter(plugins.state_dict()))].dtype
+        kind = () if dtype == torch.float32 else (dtype,)
+        return module.backbone.sha256, module.backbone.task, plugins.pad, plugins.ratio, bound, *kind
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():  # some of which may share their memory
-        digest.update(name.encode() + tensor.numpy().tobytes())
+        digest.update(name.encode() + array_of(tensor).tobytes())
     return type(module).__name__, digest.hexdigest()
 
 
