@@ -74,7 +74,7 @@ def test_every_graph_of_every_method_becomes_a_plan(bundles: Callable[[str], Pat
         assert (engine.backend, engine.device) == ("trt-rtx", "sm86,sm89,sm120")
         record = read_record(bundle.path / FOLDER / f"{engine.graph}.json")
         assert record.plugins == [] and record.graph_key == manifest.graphs[engine.graph].key
-        assert len(record.profiles) == (2 if family == "decoder" else 1)
+        assert len(record.profiles) == (3 if family == "decoder" else 1)
         assert record.sha256 == manifest.files[engine.path].sha256
 
 
