@@ -134,6 +134,19 @@ class Runner:
         self.used([value])
         return HeldTensor((len(rows), *value.shape[1:]), value.dtype, block, self._lane, self._lane.moment())
 
+    def fetch_rows(self, value: HeldTensor, rows: npt.NDArray[np.int64]) -> Array:
+        """These rows of a value's last axis, as an array."""
+        lane, width = self._lane, value.shape[-1]
+        row_bytes = width * item_bytes(value.dtype)
+        source = self.joined(value).address
+        room = lane.staging.room(len(rows) * row_bytes)
+        for place, first, count in runs_of(rows):
+            target = room.address + place * row_bytes
+            lane.memory.download(target, source + first * row_bytes, count * row_bytes, lane.stream)
+        self.used([value])
+        lane.wait()
+        return _as_array(room.bytes[: len(rows) * row_bytes], (len(rows), width), value.dtype)
+
     def scratch_moved(self) -> None:
         """As ``cuda_lanes.Tenant``: graphs wrote down where scratch memory was."""
         self._drop_graphs()

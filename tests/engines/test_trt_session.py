@@ -15,6 +15,7 @@ from compexport.errors import BundleError, InputError
 from engines import causal
 from engines.backends import ort
 from engines.backends.trt_options import PlanOptions, Range
+from engines.backends.trt_product import TENSORRT_RTX
 from engines.bundle import Bundle
 from engines.runtime import Runtime
 from tests.engines import decoders, exits, plans
@@ -80,6 +81,19 @@ def test_logits_are_those_of_ort(bundles: Any, gpu: Machine) -> None:
     check_logits(bundles("decoders"), gpu.backend(), TOLERANCE)
 
 
+def test_rtx_runs_the_same_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    there = plans.machine(monkeypatch, TENSORRT_RTX)
+    bundle = plans.with_plans(make("steps with exits", tmp_path / "bundle"), there)
+    check_variants(bundle, there.backend(), TOLERANCE)
+    assert not any(there.cuda.left.values())
+
+
+def test_stripped_plans_get_their_weights_before_they_run(gpu: Machine, tmp_path: Path) -> None:
+    options = PlanOptions(batch=Range(1, 4, 8), length=Range(1, 8, 16), strip=True)
+    bundle = plans.with_plans(make("steps", tmp_path / "bundle"), gpu, options)
+    check_variants(bundle, gpu.backend(), TOLERANCE)
+
+
 def test_a_second_text_asks_cuda_for_no_memory(bundles: Any, gpu: Machine) -> None:
     """And what is kept of a text never leaves the device: what goes out are logits."""
     found, sessions = generators(bundles("decoders"), gpu.backend())
@@ -90,8 +104,8 @@ def test_a_second_text_asks_cuda_for_no_memory(bundles: Any, gpu: Machine) -> No
     downloaded = gpu.cuda.downloaded
     generator.generate(ids, mask, options=WAYS["beams"])
     assert [gpu.cuda.calls[name] - before[name] for name in ("cudaMalloc", "cudaHostAlloc")] == [0, 0]
-    # One row of logits for each token of the prompts, and for each beam of each text one a step.
-    rows = ids.size + 9 * 3 * 4
+    # One row of logits for each prompt, and for each beam of each text one a step.
+    rows = len(ids) + 9 * 3 * 4
     assert gpu.cuda.downloaded - downloaded <= rows * decoders.V * 4
     close_all(sessions)
 
