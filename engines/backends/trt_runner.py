@@ -27,6 +27,7 @@ from engines.manifest import PAST, TensorSpec
 from engines.session import Array
 
 MOST_GRAPHS = 32  # of one plan on one lane
+_MOST_WORTH = 8  # a graph that was used so often is worth no more than one that was used more often
 _REMEMBERED = 256  # runs, to know them when they come again
 _BUFFER_MOST = 1 << 26  # bytes of a buffer for the largest shapes of a profile; a larger one is as large as needed
 _BYTES = {"bfloat16": 2}
@@ -50,10 +51,11 @@ class HeldTensor:
         return prod(self.shape) * item_bytes(self.dtype)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Captured:
     graph: int
     context: Context
+    uses: int = 0
 
 
 class Runner:
@@ -74,7 +76,7 @@ class Runner:
         self._contexts: dict[int, Context] = {}
         self._buffers: dict[str, Block] = {}
         self._made: OrderedDict[Key, tuple[dict[str, tuple[int, ...]], int]] = OrderedDict()
-        self._seen: OrderedDict[Key, None] = OrderedDict()
+        self._seen: OrderedDict[Key, int] = OrderedDict()  # how often, of runs without a graph
         self._graphs: OrderedDict[Key, _Captured] = OrderedDict()
         # A past grows with every token, so that no run would come again.
         grows = any(name.startswith(f"{PAST}.") for name in self._inputs)
@@ -131,6 +133,19 @@ class Runner:
             self._lane.memory.copy(target, source + first * row_bytes, count * row_bytes, self._lane.stream)
         self.used([value])
         return HeldTensor((len(rows), *value.shape[1:]), value.dtype, block, self._lane, self._lane.moment())
+
+    def fetch_rows(self, value: HeldTensor, rows: npt.NDArray[np.int64]) -> Array:
+        """These rows of a value's last axis, as an array."""
+        lane, width = self._lane, value.shape[-1]
+        row_bytes = width * item_bytes(value.dtype)
+        source = self.joined(value).address
+        room = lane.staging.room(len(rows) * row_bytes)
+        for place, first, count in runs_of(rows):
+            target = room.address + place * row_bytes
+            lane.memory.download(target, source + first * row_bytes, count * row_bytes, lane.stream)
+        self.used([value])
+        lane.wait()
+        return _as_array(room.bytes[: len(rows) * row_bytes], (len(rows), width), value.dtype)
 
     def scratch_moved(self) -> None:
         """As ``cuda_lanes.Tenant``: graphs wrote down where scratch memory was."""
@@ -225,9 +240,10 @@ class Runner:
         key = (number, *shapes.values(), *addresses.values(), scratch)
         if captured := self._graphs.get(key):
             self._graphs.move_to_end(key)
+            captured.uses += 1
             self._lane.memory.launch(captured.graph, self._lane.stream)
             return
-        again = self._capturing and key in self._seen
+        again = self._capturing and self._seen.get(key, 0) >= self._worth()
         # One that is to be captured gets a context of its own, and runs in it first: what shapes change is then done.
         context = self._plan.context(number, self._lane.stream) if again else self._context(number)
         context.shape(shapes, list(self._outputs))
@@ -236,7 +252,13 @@ class Runner:
         if again:
             self._capture(key, context)
         elif self._capturing:
-            _remember(self._seen, key, None)
+            _remember(self._seen, key, self._seen.pop(key, 0) + 1)
+
+    def _worth(self) -> int:
+        """How often a run must have come before it is captured; where a graph has to go for it, as often as that."""
+        if len(self._graphs) < MOST_GRAPHS:
+            return 1
+        return max(1, min(next(iter(self._graphs.values())).uses, _MOST_WORTH))
 
     def _capture(self, key: Key, context: Context) -> None:
         """Write a run down, to be launched when it comes again; an engine that cannot be captured runs without."""

@@ -132,7 +132,7 @@ def test_each_shape_has_a_graph_and_the_longest_unused_go(device: Device, monkey
             session.run(feeds(batch))
     assert (device.count("cudaStreamBeginCapture"), device.count("cudaGraphLaunch")) == (2, 2)
     session.run(feeds(2))  # so that the graph of one row is the one that was not used for longest
-    for _ in range(2):
+    for _ in range(3):
         session.run({"x": numbers(2, 3), "z": numbers(2, 3)})
     assert device.cuda.left["graphs"] == 2
     launched = device.count("cudaGraphLaunch")
@@ -142,6 +142,21 @@ def test_each_shape_has_a_graph_and_the_longest_unused_go(device: Device, monkey
     assert device.count("cudaGraphLaunch") == launched + 1
     given = feeds(1, seed=8)
     np.testing.assert_array_equal(session.run(given)["y"], given["x"] + given["z"])
+    session.close()
+
+
+def test_a_graph_goes_only_for_a_run_that_comes_as_often(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trt_runner, "MOST_GRAPHS", 1)
+    session = device.open()
+    for _ in range(6):
+        session.run(feeds(2))
+    assert (device.count("cudaStreamBeginCapture"), device.count("cudaGraphLaunch")) == (1, 4)
+    for runs in range(1, 5):
+        session.run(feeds(1))
+        assert device.count("cudaStreamBeginCapture") == 1, runs
+    session.run(feeds(1))
+    session.run(feeds(1))
+    assert (device.count("cudaStreamBeginCapture"), device.count("cudaGraphLaunch")) == (2, 5)
     session.close()
 
 
@@ -247,6 +262,21 @@ def test_memory_of_what_is_dropped_is_used_again(device: Device) -> None:
     session.close()
 
 
+def test_rows_of_the_last_axis_come_out_alone(device: Device) -> None:
+    session = device.open()
+    given = feeds(4)
+    _, held = session.run_held(given, {}, (), ("y",))
+    before = device.cuda.downloaded
+    np.testing.assert_array_equal(
+        session.fetch_rows(held["y"], np.array([3, 0, 1])), (given["x"] + given["z"])[[3, 0, 1]]
+    )
+    assert device.cuda.downloaded - before == 3 * 4 * 4
+    with pytest.raises(CompexportError, match="g: rows of what is held: got 0 to 4, expected 0 to 3"):
+        session.fetch_rows(held["y"], np.array([0, 4]))
+    del held
+    session.close()
+
+
 @given(st.integers(1, 1 << 34))
 def test_classes_of_sizes(size: int) -> None:
     found = size_class(size)
@@ -329,6 +359,17 @@ def test_threads_run_on_lanes_of_their_own(device: Device) -> None:
         assert (device.cuda.left["streams"], len(device.engine.made)) == (2, 2)
     session.run(feeds())
     assert device.cuda.left["streams"] == 2
+    session.close()
+
+
+def test_a_thread_has_the_lane_that_it_had(device: Device) -> None:
+    """Where its graphs are."""
+    session = device.open()
+    with device.lanes.lent(), device.lanes.lent():
+        pass
+    for _ in range(5):
+        session.run(feeds())
+    assert (device.count("cudaStreamBeginCapture"), device.count("cudaGraphLaunch")) == (1, 3)
     session.close()
 
 
@@ -469,6 +510,26 @@ def test_a_full_device_gives_back_what_is_not_used_and_then_says_so(tmp_path: Pa
     given = feeds(4, 8)
     np.testing.assert_array_equal(session.run(given)["y"], given["x"] + given["z"])
     session.close()
+    assert not any(device.cuda.left.values())
+
+
+def test_lanes_that_nobody_has_give_back_what_they_keep(tmp_path: Path) -> None:
+    """For a lane that is short of memory."""
+    device = Device(tmp_path, limit=1 << 22)
+    wide = {"x": [[1, 1], [2, 4], [512, 256]], "z": [[1, 1], [2, 4], [512, 256]]}
+    session, other = (device.open(profiles=[wide], cuda_graphs=False) for _ in range(2))
+    with device.lanes.lent(), device.lanes.lent():
+        pass
+    session.run(feeds(200, 64))
+    session.close()
+    given = feeds(400, 64)
+
+    def work(number: int) -> None:
+        np.testing.assert_array_equal(other.run(given)["y"], given["x"] + given["z"])
+
+    in_threads(1, work)  # on the other lane, which is unused for longer
+    assert device.count("cudaFree") > 0
+    other.close()
     assert not any(device.cuda.left.values())
 
 
