@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gpu, gpu_judge, gpu_kernels
+from benchmarks import gpu, gpu_judge, gpu_kernels, page, page_gpu
 from benchmarks.gpu_judge import Ceilings, bound_ms, crossover, percentiles, with_speedups
 from benchmarks.gpu_kernels import KernelCell
 
 ROOT = Path(__file__).resolve().parents[1]
+WHERE = {"processor": "some", "cores": 2, "system": "Linux x86_64", "versions": {}}
 H200 = Ceilings({"fp16": 800.0}, 4000.0)
 
 
@@ -162,6 +163,33 @@ def run(tmp_path: Path, *options: str) -> tuple[dict[str, Any], str]:
     done = subprocess.run([*command, *files], capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8")), done.stderr
+
+
+def test_the_page_shows_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert page_gpu.kernels_table() == [page.NOT_MEASURED] or page.measured("gpu")
+    times = {"p95_ms": 1.0, "share_of_roofline": 0.5}
+    rows = [model_row("ort r1", 1, 2.0, **times), model_row("ort r4", 1, 1.0, realised=0.9, **times)]
+    rows += [model_row("ort r4", 1, 9.0, length=384, **times), model_row("ort r4", 8, 9.0, **times)]
+    kernel = kernel_row(0.81, ratio=4, batch=128, length=128, p50_ms=0.01, eager_p50_ms=0.2, gb_s=3500.0)
+    result = {
+        "environment": {"card": "NVIDIA H200", "driver": "580.1", "cuda": "13.0", "date": "2026-11-22", **WHERE},
+        "ceilings": {"matmul_tflops": {"fp16": 780.4}, "copy_gb_s": 4321.0},
+        "kernels": [kernel, {**kernel, "batch": 1}],
+        "rows": rows,
+        "crossovers": gpu_judge.crossovers(rows),
+        "not_timed": {"trt": "tensorrt is missing"},
+    }
+    (tmp_path / "gpu.json").write_text(json.dumps(result), encoding="utf-8")
+    monkeypatch.setattr(page, "RESULTS", tmp_path)
+    assert page_gpu.kernels_table()[2:] == ["| token_merge | fp16 | 10.0 | 200.0 | 3500 | 0.81 |"]
+    assert page_gpu.models_table()[2:] == [
+        "| bert-base fp16, 1 x 128 | ort r1 | 2.000 | 1.000 | 2.000 |  | 0.50 |",
+        "| bert-base fp16, 1 x 128 | ort r4 | 1.000 | 1.000 | 1.000 | 0.90 | 0.50 |",
+    ]
+    assert page_gpu.crossovers_table()[2] == "| bert-base fp16, length 128 | ort r4 | 1 | none |"
+    card, missing, _ = page_gpu.card_notes()
+    assert card.startswith("NVIDIA H200, driver 580.1, CUDA 13.0, 2026-11-22.") and "fp16 780 TFLOP/s" in card
+    assert missing == "Not timed: tensorrt is missing"
 
 
 @pytest.mark.slow
