@@ -20,6 +20,7 @@ from compexport.errors import CompexportError
 from engines.backends import ort, ort_library, ort_provider
 from engines.backends.ort_rows import rows_taken
 from engines.backends.ort_values import array_of, element_type, empty_value, stored, value_of
+from engines.bundle import Bundle
 from engines.manifest import TensorSpec
 from tests.engines import exits, steps
 
@@ -33,12 +34,13 @@ class Heard(logging.Handler):
         warnings.append(record.getMessage())
 
 
-def main(folder: Path) -> dict[str, Any]:
+def main(folder: Path, built: Path) -> dict[str, Any]:
     logging.getLogger("engines").addHandler(Heard())
     cuda = ctypes.CDLL("libcudart.so.13")
     cuda.null_calls.restype = ctypes.c_long
     found: dict[str, Any] = {"device": ort.device_name({"provider": "cuda-graphs"})}
     found["engines"] = [engines(folder, cuda, provider) for provider in ("cuda", "cuda-graphs")]
+    found["accepted"] = accepted(built)
     found["options"] = options(folder)
     found["values"] = [moved(dtype) for dtype in ("float32", "float16", "bfloat16", "int64")]
     found["refused"] = [refused(folder, provider) for provider in ("cuda", "cuda-graphs")]
@@ -65,6 +67,13 @@ def engines(folder: Path, cuda: Any, provider: str) -> dict[str, Any]:
             session.close()
     calls = {name: cuda.null_calls(name.encode()) - count for name, count in before.items()}
     return {"shapes": shapes, "captured": captured, "calls": calls}
+
+
+def accepted(built: Path) -> dict[str, bool]:
+    """Whether each graph of a bundle may be captured."""
+    bundle = Bundle.open(built)
+    opened = ort.open_graphs(bundle, list(bundle.manifest.graphs), threads=1, provider="cuda-graphs")
+    return {graph: session._captures is not None for graph, session in opened.items()}
 
 
 @contextmanager
@@ -159,4 +168,4 @@ def saved(folder: Path, name: str, *nodes: onnx.NodeProto) -> Path:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]))))
+    print(json.dumps(main(Path(sys.argv[1]), Path(sys.argv[2]))))

@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +65,15 @@ def test_without_a_card_or_its_libraries_nothing_runs(tmp_path: Path, device: bo
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
+def found(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
     """What ``null_cuda_run`` says."""
+    from exporter import family
+
+    built = tmp_path_factory.mktemp("variator") / "bundle"
+    family.build(tiny("tiny-bert", "sequence-classification"), (1, 2), built, untrained=True, precision="fp16")
     libraries, folder = tmp_path_factory.mktemp("null"), tmp_path_factory.mktemp("bundles")
     null_libraries(PROVIDER, libraries)
-    done = run(["-m", "tests.engines.null_cuda_run", str(folder)], folder, libraries)
+    done = run(["-m", "tests.engines.null_cuda_run", str(folder), str(built)], folder, libraries)
     assert done.returncode == 0, done.stderr
     result: Mapping[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
@@ -84,6 +88,12 @@ def test_the_profile_names_the_card_and_how_it_is_used(found: Mapping[str, Any])
 def test_the_provider_has_the_options_that_we_give_it(found: Mapping[str, Any]) -> None:
     expected = {"arena_extend_strategy": "kSameAsRequested", "use_tf32": "0", "enable_cuda_graph": "1"}
     assert found["options"] == expected
+
+
+@needs_compiler
+def test_graphs_of_the_exporter_are_computed_on_the_card_and_may_be_captured(found: Mapping[str, Any]) -> None:
+    """ONNX Runtime allows it only where nothing but arithmetic of shapes is on the processor."""
+    assert found["accepted"] == {"r1": True, "r2": True}
 
 
 @needs_compiler
