@@ -13,7 +13,8 @@ from compexport.errors import CompexportError, describe
 from engines.backends.cuda_lanes import Lane, Lanes
 from engines.backends.trt_engine import Plan
 from engines.backends.trt_profiles import Profile
-from engines.backends.trt_runner import HeldTensor, Runner
+from engines.backends.trt_runner import Runner
+from engines.backends.trt_tensors import HeldTensor
 from engines.manifest import Graph
 from engines.session import Array, Session
 

@@ -15,14 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compexport.errors import BundleError, CompexportError, InputError
-from engines.backends import trt_runner
+from engines.backends import cuda_pool, trt_graphs, trt_tensors
 from engines.backends.cuda_lanes import Lanes
 from engines.backends.cuda_memory import CudaMemory, DeviceLost, OutOfMemory
 from engines.backends.cuda_pool import size_class
 from engines.backends.trt_engine import Plan
 from engines.backends.trt_product import TENSORRT, TENSORRT_RTX, Product
-from engines.backends.trt_runner import HeldTensor, runs_of
 from engines.backends.trt_session import PlanSession
+from engines.backends.trt_tensors import HeldTensor, runs_of
 from engines.manifest import Cost, Graph, Parity, TensorSpec
 from tests.engines import toys
 from tests.engines.fake_cuda import FakeCuda, Misuse, Work
@@ -116,16 +116,18 @@ def feeds(batch: int = 2, width: int = 4, seed: int = 0) -> dict[str, np.ndarray
 
 def test_runs_that_come_again_are_captured_and_replayed(device: Device) -> None:
     """The first is run, the second captured, and all later ones replayed, with what is fed to them."""
-    session = device.open()
+    session, pinned = device.open(), set()
     for seed in range(5):
         given = feeds(seed=seed)
         np.testing.assert_array_equal(session.run(given)["y"], given["x"] + given["z"])
+        pinned.add(device.count("cudaHostAlloc"))
     assert (device.count("cudaStreamBeginCapture"), device.count("cudaGraphLaunch")) == (1, 3)
+    assert len(pinned) == 1
     session.close()
 
 
 def test_each_shape_has_a_graph_and_the_longest_unused_go(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trt_runner, "MOST_GRAPHS", 2)
+    monkeypatch.setattr(trt_graphs, "MOST_GRAPHS", 2)
     session = device.open()
     for _ in range(3):
         for batch in (2, 1):
@@ -146,7 +148,7 @@ def test_each_shape_has_a_graph_and_the_longest_unused_go(device: Device, monkey
 
 
 def test_a_graph_goes_only_for_a_run_that_comes_as_often(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trt_runner, "MOST_GRAPHS", 1)
+    monkeypatch.setattr(trt_graphs, "MOST_GRAPHS", 1)
     session = device.open()
     for _ in range(6):
         session.run(feeds(2))
@@ -157,6 +159,25 @@ def test_a_graph_goes_only_for_a_run_that_comes_as_often(device: Device, monkeyp
     session.run(feeds(1))
     session.run(feeds(1))
     assert (device.count("cudaStreamBeginCapture"), device.count("cudaGraphLaunch")) == (2, 5)
+    session.close()
+
+
+def test_a_graph_that_is_under_way_ends_before_it_goes(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trt_graphs, "MOST_GRAPHS", 1)
+    session = device.open()
+    for batch in (3, 2, 3, 2):
+        for _ in range(12):
+            session.run_held(feeds(batch), {}, (), ("y",))  # nothing waits
+    assert device.count("cudaStreamBeginCapture") > 2 and device.cuda.left["graphs"] == 1
+    session.close()
+
+
+def test_arrays_on_their_way_are_waited_for_at_last(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_pool, "_STAGED_PIECES", 8)
+    session = device.open(cuda_graphs=False)
+    for _ in range(20):
+        session.run_held(feeds(), {}, (), ("y",))
+    assert device.cuda.left["pinned"] == 8 and device.count("cudaStreamSynchronize") == 4
     session.close()
 
 
@@ -319,7 +340,7 @@ def test_rounding_to_bfloat16_is_to_the_nearest_even(value: float) -> None:
 
     array = np.array([value], np.float32)
     expected = torch.tensor(array).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
-    found = trt_runner._stored(array, "bfloat16")
+    found = trt_tensors.stored(array, "bfloat16")
     both = [float((bits.astype(np.uint32) << 16).view(np.float32)[0]) for bits in (found, expected)]
     np.testing.assert_equal(*both)
 
@@ -388,6 +409,22 @@ def test_what_one_thread_holds_another_may_use(device: Device) -> None:
             found, _ = session.run_held({"z": zeros}, {"x": value}, ("y",), ())
             np.testing.assert_array_equal(found["y"], expected)
     del moved, taken, other, value
+    session.close()
+
+
+def test_memory_that_moved_on_is_handed_out_after_all_work_with_it(device: Device) -> None:
+    """An output that lies where an input does, of a run on another lane than the input's."""
+    session = device.open(cuda_graphs=False, aliases={"y": "x"})
+    given, ones = feeds(), np.ones((2, 4), np.float32)
+    _, held = session.run_held(given, {}, (), ("y",))
+    with device.lanes.lent() as home:
+        _, held = session.run_held({"z": ones}, {"x": held["y"]}, (), ("y",))
+        _, other = session.run_held({"z": ones}, {"x": held["y"]}, (), ("y",))  # where ``held`` is, of its home's pool
+        del held, other
+        blocks = [home.pool.take(32) for _ in range(8)]
+        for block in blocks:
+            device.cuda.give(home.stream, Work(lambda: None, (), [(block.address, 32)]))
+    del blocks, block
     session.close()
 
 

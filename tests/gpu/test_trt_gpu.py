@@ -244,7 +244,7 @@ def test_graphs_replay_what_is_fed(copying: PlanSession) -> None:
             x = numbers(seed, *shape)
             np.testing.assert_array_equal(copying.run({"x": x})["y"], x)
     (lane,) = copying._lanes._lanes
-    assert len(lane.tenants[copying]._graphs) == 2  # type: ignore[attr-defined]
+    assert len(lane.tenants[copying]._graphs._captured) == 2  # type: ignore[attr-defined]
 
 
 def test_what_is_held_is_gathered_on_the_device(copying: PlanSession) -> None:
