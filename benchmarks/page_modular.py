@@ -45,8 +45,8 @@ def assemblies_notes() -> list[str]:
         lines.append(
             f"- {task}: {size['encoder']} + {size['decoder']} layers of width {size['hidden']}; the base and each model"
             f" from random weights {base['epochs']:g} epochs, all modules together {modules['epochs']:g} ({steps}"
-            f" steps), each shrunk model as many on top of the base's own, which was trained no further: where it beats the"
-            f" base, that is the longer training. Batches of {base['batch_size']}."
+            f" steps), each shrunk model as many on top of the base's own; the base was trained no further, so where a"
+            f" shrunk model beats it, that is the longer training. Batches of {base['batch_size']}."
             f" Whole outputs of {result['n']} dev rows, greedily."
         )
         lines += environment_line(f"modular_{task}")
