@@ -102,7 +102,7 @@ def test_output_that_is_no_bundle(refused: Callable[..., str], tmp_path: Path, t
     ("arguments", "message"),
     [
         (["--method", "costef"], "unknown method: got costef, expected variator"),
-        (["--precision", "fp8"], "unknown precision: got fp8, expected fp32"),
+        (["--precision", "fp8"], "unknown precision: got fp8, expected fp32 or fp16 or bf16"),
         (["--backend", "abacus"], "unknown backend: got 'abacus', expected one of ort"),
         (["--rato", "2"], "No such option: --rato"),
         (["--seed", "x"], "--seed"),

@@ -127,6 +127,7 @@ class Context:
 
     def update_device_memory_size_for_shapes(self) -> int:
         self._told()
+        self.memory = (0, 0)  # its parts lie elsewhere from now on
         self._needed = 256 + SCRATCH_PER_ELEMENT * sum(prod(shape) for shape in self._shapes.values())
         return self._needed
 
