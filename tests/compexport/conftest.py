@@ -123,7 +123,17 @@ def plain_texts(folder: Path) -> Path:
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """A folder with train.tsv (48 rows, three labels that the words tell) and dev.tsv (12)."""
-    folder = tmp_path / "data"
+    return labelled_rows(tmp_path / "data")
+
+
+@pytest.fixture(scope="session")
+def kept_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, for runs that several tests look at. Do not write into it."""
+    return labelled_rows(tmp_path_factory.mktemp("kept") / "data")
+
+
+def labelled_rows(folder: Path) -> Path:
+    """Write that folder."""
     folder.mkdir()
     rows = [f"{LABELS[n % 3]} {models.TEXTS[n % 8]} {n}\t{LABELS[n % 3]}" for n in range(60)]
     (folder / "train.tsv").write_text("\n".join(["sentence\tlabel", *rows[:48]]) + "\n")
