@@ -34,8 +34,8 @@ FAMILIES: dict[str, tuple[str, str, float, dict[str, Any]]] = {
     "variator": ("tiny-t5", "label-words", 2, {"method": "variator"}),
     "costeff": ("tiny-bert", CLASSIFY, 2, {"method": "costeff", "exits": {2: (1, 2)}, "prefixes": True}),
     "ode": ("tiny-albert", CLASSIFY, 2, {"method": "ode", "step_engine": True}),
-    "decoder": ("tiny-gpt2-shared", WRITE_ON, 2, {"method": "ode"}),
-    "modular": ("tiny-t5-pair", WRITE, 2, {"method": "modular"}),
+    "decoder": ("tiny-gpt2-shared", WRITE_ON, 1, {"method": "ode"}),
+    "modular": ("tiny-t5-pair", WRITE, 1, {"method": "modular"}),
 }
 # What adds up many numbers, which half precision may not.
 SUMS = ("Softmax", "LogSoftmax", "LayerNormalization", "ReduceMean", "ReduceSum", "ReduceL2", "ReduceLogSumExp", "Sqrt")
@@ -181,7 +181,7 @@ def test_an_encoder_decoder_in_fp16_writes(made: Callable[[str], Bundle], folder
     model = load_seq2seq(folder("modular")).model.eval()
     with Runtime(made("modular"), threads=1) as runtime:
         greedy = runtime(TEXTS[:2], max_new_tokens=8, ratio=1)
-        beams = runtime(TEXTS[:2], max_new_tokens=8, ratio=2, settings={"num_beams": 3})
+        beams = runtime(TEXTS[:2], max_new_tokens=8, ratio=1, settings={"num_beams": 3})
         sources = [one.encoding.ids for one in runtime._opening.encoder().encode(TEXTS[:2])]
     assert all(len(one.output["tokens"]) for one in beams)
     start = model.generation_config.decoder_start_token_id
@@ -195,11 +195,10 @@ def test_an_encoder_decoder_in_fp16_writes(made: Callable[[str], Bundle], folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["variator", "costeff"])
-def test_graphs_in_bf16(name: str, folder: Callable[[str], Path], tmp_path: Path) -> None:
+def test_graphs_in_bf16(folder: Callable[[str], Path], tmp_path: Path) -> None:
     """For TensorRT: compared widened, since no runtime here computes them, and by PyTorch in bf16."""
-    _, _, ratio, options = FAMILIES[name]
-    family.build(folder(name), [ratio], tmp_path / "b", precision="bf16", backend="trt", untrained=True, **options)
+    _, _, ratio, options = FAMILIES["costeff"]
+    family.build(folder("costeff"), [ratio], tmp_path / "b", precision="bf16", backend="trt", untrained=True, **options)
     for graph in Bundle.open(tmp_path / "b").manifest.graphs.values():
         types = read_types(typed(tmp_path / "b" / graph.path))
         assert types["MatMul"] | types["Gemm"] <= {TensorProto.BFLOAT16}
