@@ -7,7 +7,8 @@ speed-first. All write the same number of tokens, greedily, from the same texts,
 every ratio; ``transformers.generate`` in PyTorch at ratio 1, on the same weights; and, where ``--optimum`` names the
 Python of an environment that ``tests/compat/optimum_loads.py`` made, optimum-onnx on the same files, exported, in a
 process of its own that lives as long as the measurement. "ceiling" is the quotient of MACs, "realised" the speed-up
-over it. Exit code 3 when a target is missed: 2.0 times PyTorch and 1.3 times optimum at ratio 1, 0.9 realised.
+over it, and "bytes_ceiling", at batch 1, the quotient of the weights that must be read (``benchmarks.traffic``). Exit
+code 3 when a target is missed: 2.0 times PyTorch and 1.3 times optimum at ratio 1, 0.9 realised.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import numpy as np
 
 from benchmarks.models import SEQ2SEQ, seq2seq
 from benchmarks.record import among, command_line, judged, save
+from benchmarks.traffic import bytes_ceiling
 from compexport import handing_on
 from engines.bundle import Bundle
 from engines.generate import Generator
@@ -100,6 +102,8 @@ def _measured(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]
             for ratio in RATIOS:
                 row = _row(ratio, took, macs, same)
                 row = {"model": name, "batch": batch, **row, "runs": timings[f"engines {ratio}"].runs}
+                if batch == 1:
+                    row["bytes_ceiling"] = bytes_ceiling(SEQ2SEQ[name][1], ratio, options.tokens)
                 row["tokens_per_second"] = 1e3 * batch * options.tokens / row["engines_ms"]
                 print(row, flush=True)
                 yield row

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -152,9 +152,9 @@ class BeamSearch:
         for row in changed:
             self._keep_best(row)
 
-    def _add(self, row: int, text: Tokens, score: np.float32, *, ended: bool) -> None:
-        score = score / np.float32(self.count**self._beams.length_penalty)
-        if score > UNLIKELY:
+    def _add(self, row: int, text: Tokens, summed: np.float32, *, ended: bool) -> None:
+        score = summed / _per_length(np.array([self.count]), self._beams.length_penalty)[0]
+        if self._is_made(summed, score):
             self.found[row].append(Hypothesis(text[self._prompt_length :].tolist(), float(score), ended))
 
     def _keep_best(self, row: int) -> None:
@@ -165,14 +165,25 @@ class BeamSearch:
         """[R]: whether a better text, or another one where more are wanted, can still come."""
         penalty = self._beams.length_penalty
         patient = self._beams.early_stopping == "never" and penalty > 0.0
-        lengths = (self._limits if patient else np.full(len(self.rows), self.count)).astype(np.float64)
-        likely = self._scores[:, 0] / (lengths**penalty).astype(np.float32)
+        lengths = self._limits if patient else np.full(len(self.rows), self.count)
+        likely = self._scores[:, 0] / _per_length(lengths, penalty)
         full = np.array([len(self.found[row]) == self._beams.num_beams for row in self.rows])
-        worst = np.full(len(full), UNLIKELY, np.float32)
-        worst[full] = [self.found[row][-1].score for row in self.rows[full]]
-        self._improvable &= likely > worst
+        better = np.array(self._is_made(self._scores[:, 0], likely))
+        better[full] = likely[full] > np.array([self.found[row][-1].score for row in self.rows[full]], np.float32)
+        self._improvable &= better
         open_ = ~full if self._beams.early_stopping is True else np.ones(len(full), bool)
         return np.asarray(self._improvable & open_ & ~ends.all(axis=1))
+
+    def _is_made(self, summed: Any, score: Any) -> Any:
+        """Whether beams are of anything: where short texts are favoured, a score may be as low for its length alone."""
+        return (summed if self._beams.length_penalty < 0.0 else score) > UNLIKELY
+
+
+def _per_length(lengths: Tokens, penalty: float) -> Scores:
+    """What sums of log probabilities are divided by; infinity, or next to nothing, for penalties beyond reason."""
+    with np.errstate(over="ignore"):
+        scale = (lengths.astype(np.float64) ** penalty).astype(np.float32)
+    return np.maximum(scale, np.finfo(np.float32).tiny)
 
 
 def log_norms(logits: Array) -> Scores:

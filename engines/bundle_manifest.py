@@ -67,6 +67,9 @@ def _check_names(manifest: Manifest) -> None:
         for name in names:
             if not name or not name.isprintable() or len(name) > 200:
                 raise FileFault(MANIFEST, f"has a {kind} with a name that cannot be shown: {shown(ascii(name))}")
+    for name in manifest.graphs:
+        if set(name) & set("/\\:"):  # an engine's file is named after its graph
+            raise FileFault(MANIFEST, f"has a graph with a name that is no file's: {shown(name)}")
     graphs = [(f"variant {name}", graph) for name, v in manifest.variants.items() for graph in v.graphs.values()]
     graphs += [(f"engine {name}", engine.graph) for name, engine in manifest.engines.items()]
     for owner, graph in graphs:

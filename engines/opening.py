@@ -69,7 +69,12 @@ class Opening:
                 opened = self.backend.open_sessions(
                     self._bundle, missing, threads=self._threads, provider=self._provider
                 )
-                self._run_once(opened)
+                try:
+                    self._run_once(opened)
+                except BaseException:  # nobody else would close them
+                    for session in opened.values():
+                        session.close()
+                    raise
                 # A new dict instead of an update: readers without the lock see either all or none of them.
                 self._sessions = {**self._sessions, **opened}
             return self._sessions

@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.traces import Traces
 
 # No test may download, and two workers share two cores: set before any heavy library is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -41,6 +45,25 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[name, task]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def trace_memory(tmp_path_factory: pytest.TempPathFactory) -> Traces:
+    """What this test run has traced, in whichever process."""
+    from tests.traces import Traces
+
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "traces"
+    folder.mkdir(exist_ok=True)
+    return Traces(folder)
+
+
+@pytest.fixture
+def traces(trace_memory: Traces, monkeypatch: pytest.MonkeyPatch) -> Traces:
+    """Traces are remembered during this test; ``calls`` lists those that it asked for."""
+    trace_memory.replace(monkeypatch)
+    trace_memory.calls.clear()
+    return trace_memory
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

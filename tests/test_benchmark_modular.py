@@ -51,6 +51,7 @@ def test_a_shrunk_model_is_made_of_spaced_layers(model: Callable[..., Any], tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("traces")
 def test_all_of_it_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = tmp_path / "data"
     data.mkdir()

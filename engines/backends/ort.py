@@ -85,7 +85,7 @@ def _slug(name: str) -> str:
 def builder(options: PlanOptions | None = None) -> ModuleType:
     """This module; InputError for options, which are TensorRT's."""
     if options is not None and options.given():
-        raise InputError(describe(f"--{options.given()[0]}", got="the backend ort", expected="trt or trt-rtx"))
+        raise InputError(describe(options.given()[0], got="the backend ort", expected="trt or trt-rtx"))
     require()
     return sys.modules[__name__]
 

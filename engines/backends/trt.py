@@ -158,7 +158,7 @@ class Backend:
         found: tuple[str, str] | None = None
         for engine in engines:
             record = self._record(bundle, engine)
-            found = self._mismatch(bundle, record, device)
+            found = self._mismatch(record, bundle.manifest.graphs[graph].key, device)
             if found is None:
                 return bundle.file(engine.path), record
         assert found is not None
@@ -167,15 +167,14 @@ class Backend:
 
     def _record(self, bundle: Bundle, engine: Engine) -> PlanRecord:
         record = read_record(bundle.file(_record_path(engine.path)))
-        entry = bundle.manifest.files[engine.path]
-        if (record.sha256, record.size_bytes) != (entry.sha256, entry.size_bytes):
+        entry = bundle.manifest.files.get(engine.path)
+        if entry is None or (record.sha256, record.size_bytes) != (entry.sha256, entry.size_bytes):
             raise BundleError(describe(f"{engine.path}: not the plan that its record describes"))
         return record
 
-    def _mismatch(self, bundle: Bundle, record: PlanRecord, device: cuda.Device) -> tuple[str, str] | None:
-        key = bundle.manifest.graphs[record.graph].key
+    def _mismatch(self, record: PlanRecord, graph_key: str, device: cuda.Device) -> tuple[str, str] | None:
         facts = {"product": self.NAME, "version": self.version(), "platform": this_platform()}
-        if wrong := record.mismatch(graph_key=key, **facts):
+        if wrong := record.mismatch(graph_key=graph_key, **facts):
             return wrong
         if not record.runs_on(device):
             return f"a plan for {', '.join(record.targets)}", f"one for {device.capability} ({device.name})"

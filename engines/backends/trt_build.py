@@ -228,26 +228,33 @@ def _logger(trt: Any) -> Any:
 
 def _monitor(trt: Any, report: Report, cancelled: Callable[[], bool]) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """Phases are nested: the share that is done is that of the outermost, of which an inner one is a step."""
+        """Phases are nested: the share that is done is that of the outermost, of which an inner one is a step.
+
+        The library's threads may call it at the same time.
+        """
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.stopped = False
             self._phases: dict[str, list[int]] = {}
+            self._lock = threading.Lock()
 
         def phase_start(self, phase_name: str, parent_phase: str, num_steps: int) -> None:
-            self._phases[phase_name] = [0, max(1, num_steps)]
-            self._tell(phase_name)
+            with self._lock:
+                self._phases[phase_name] = [0, max(1, num_steps)]
+                self._tell(phase_name)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            if phase_name in self._phases:
-                self._phases[phase_name][0] = step + 1
-            self._tell(phase_name)
-            self.stopped = self.stopped or cancelled()
-            return not self.stopped
+            with self._lock:
+                if phase_name in self._phases:
+                    self._phases[phase_name][0] = step + 1
+                self._tell(phase_name)
+                self.stopped = self.stopped or cancelled()
+                return not self.stopped
 
         def phase_finish(self, phase_name: str) -> None:
-            self._phases.pop(phase_name, None)
+            with self._lock:
+                self._phases.pop(phase_name, None)
 
         def _tell(self, phase_name: str) -> None:
             """Of every step: what is told now and then only, by the clock, moves memory as the clock has it."""

@@ -57,7 +57,15 @@ class PlanMaker:
 
     def engine_key(self, graph_key: str) -> str:
         """Hash of what the plan of a graph depends on."""
-        facts = (graph_key, self.NAME, self.version(), this_platform(), *self.targets, str(self.options), _sources())
+        facts = (
+            graph_key,
+            self.NAME,
+            self.version(),
+            this_platform(),
+            *self.targets,
+            str(self.options),
+            sources_sha256(*_SOURCES),
+        )
         if self.options.plugins:
             facts += (ptx.compiler(),)
         return hashlib.sha256("\0".join(facts).encode()).hexdigest()
@@ -216,6 +224,7 @@ def _same(got: tuple[str, list[int | None]] | None, wanted: tuple[str, list[int 
     return all(a is None or b is None or a == b for a, b in zip(got[1], wanted[1], strict=True))
 
 
-def _sources() -> str:
+def sources_sha256(*names: str) -> str:
+    """Hash of files beside this one, which what is made depends on."""
     here = Path(__file__).parent
-    return hashlib.sha256(b"".join((here / name).read_bytes() for name in _SOURCES)).hexdigest()
+    return hashlib.sha256(b"".join((here / name).read_bytes() for name in names)).hexdigest()

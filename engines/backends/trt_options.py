@@ -45,8 +45,9 @@ class PlanOptions:
     recipe: bool = False
 
     def given(self) -> list[str]:
-        """Names of the options that are not as they are by default."""
-        return [field.name for field in fields(self) if getattr(self, field.name) != field.default]
+        """The options that are not as they are by default, as they are typed: "--strip-weights"."""
+        names = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
+        return ["--" + _TYPED.get(name, name).replace("_", "-") for name in names]
 
     def document(self) -> dict[str, Any]:
         """All of them but ``recipe`` as JSON has them; ``PlanOptions.of`` reads it back."""
@@ -62,6 +63,7 @@ class PlanOptions:
 
 
 PLAN_OPTIONS = PlanOptions()
+_TYPED = {"targets": "target", "strip": "strip_weights"}
 
 
 def _plain(value: object) -> object:

@@ -56,8 +56,9 @@ class PlanProcess:
         process = self._process
         if process is None:
             return
-        if process.stdin is not None and not process.stdin.closed:
-            process.stdin.close()
+        if process.stdin is not None:
+            with contextlib.suppress(OSError):  # it may be dead already, with its request not read
+                process.stdin.close()
         try:
             process.wait(_GRACE_S)
         except subprocess.TimeoutExpired:
@@ -67,7 +68,7 @@ class PlanProcess:
         assert process.stdin is not None and process.stdout is not None
         if self._cancelled:
             raise self._error("cancelled")
-        with contextlib.suppress(OSError):  # it may be dead already, which is told below
+        with contextlib.suppress(OSError, ValueError):  # it may be dead or cancelled already, which is told below
             process.stdin.write(json.dumps(asdict(_relative(self._request))) + "\n")
             process.stdin.flush()
         for line in process.stdout:

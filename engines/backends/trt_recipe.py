@@ -15,8 +15,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from compexport.errors import BundleError, describe
-from engines.backends.trt_maker import PlanMaker, Progress, order_of, with_ranges
+from compexport.errors import BundleError, InputError, describe
+from engines.backends.trt_maker import PlanMaker, Progress, order_of, sources_sha256, with_ranges
 from engines.backends.trt_options import PlanOptions
 from engines.backends.trt_plan import Recipe, read_recipe
 from engines.backends.trt_product import Product
@@ -26,6 +26,8 @@ from engines.plugins import ptx
 
 ANY_DEVICE = "any"
 _SUFFIX = "-recipe"
+_SCRIPT = "trt_recipe.py.template"
+_SOURCES = ("trt_recipe.py", _SCRIPT, "trt_maker.py", "trt_profiles.py")
 _TIMINGS = "timing.cache"  # in the folder where the scripts are run: one for all graphs
 
 
@@ -47,8 +49,7 @@ class RecipeMaker:
 
     def engine_key(self, graph_key: str) -> str:
         """Hash of what a recipe depends on."""
-        source = hashlib.sha256(Path(__file__).read_bytes() + _script().encode()).hexdigest()
-        facts = (graph_key, self.NAME, str(self.options), source)
+        facts = (graph_key, self.NAME, str(self.options), sources_sha256(*_SOURCES))
         return hashlib.sha256("\0".join(facts).encode()).hexdigest()
 
     def EngineBuilder(
@@ -171,7 +172,7 @@ def _registering(options: dict[str, Any]) -> str:
 
 
 def _script() -> str:
-    return (files(__package__) / "trt_recipe.py.template").read_text(encoding="utf-8")
+    return (files(__package__) / _SCRIPT).read_text(encoding="utf-8")
 
 
 # --- finishing -----------------------------------------------------------------------------------------------------
@@ -189,7 +190,7 @@ def finish(path: str | Path, maker_of: Callable[[str, PlanOptions], PlanMaker], 
         assert previous is not None
         manifest = previous.manifest
         recipes = _recipes(previous)
-        maker = maker_of(recipes[0].product, PlanOptions.of(recipes[0].options))
+        maker = maker_of(recipes[0].product, _options(recipes[0]))
         kept = {n: e for n, e in manifest.engines.items() if not e.path.startswith(f"{maker.FOLDER}/")}
         for file in sorted(manifest.files.keys() - _files_below(maker.FOLDER, manifest.files)):
             writer.reuse(file)
@@ -214,9 +215,17 @@ def _recipes(bundle: Bundle) -> list[Recipe]:
         hint = "`compexport build --backend trt --recipe` writes them"
         raise BundleError(describe(f"{bundle.path}: no recipes", hint=hint))
     recipes = [read_recipe(bundle.file(engine.path)) for engine in engines]
-    for recipe in recipes:
+    for engine, recipe in zip(engines, recipes, strict=True):
         if (recipe.product, recipe.options) != (recipes[0].product, recipes[0].options):
             raise BundleError(describe(f"{bundle.path}: recipes of two builds", hint="build with --recipe again"))
-        if bundle.manifest.graphs[recipe.graph].key != recipe.graph_key:
-            raise BundleError(describe(f"{bundle.path}: the recipe of {recipe.graph} is of another graph"))
+        if (recipe.graph, recipe.graph_key) != (engine.graph, bundle.manifest.graphs[engine.graph].key):
+            raise BundleError(describe(f"{bundle.path}: the recipe of {engine.graph} is of another graph"))
     return recipes
+
+
+def _options(recipe: Recipe) -> PlanOptions:
+    """What a recipe asks for; BundleError where that is nothing that this version knows."""
+    try:
+        return PlanOptions.of(recipe.options)
+    except (InputError, TypeError, AttributeError) as error:
+        raise BundleError(describe(f"the recipe of {recipe.graph}: options", got=error)) from error

@@ -9,7 +9,7 @@ from typing import Any
 
 from exporter.targets import rtx, tensorrt
 from exporter.targets.places import Opened, open_model
-from exporter.targets.rules import NOT_PARSED, Finding, findings
+from exporter.targets.rules import FAILURES, Finding, findings
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,4 @@ def _explained(found: Sequence[Finding], product: str) -> bool:
 def _expected(stopping: Sequence[Finding]) -> str:
     """The earliest way to fail; "to parse" where there is none."""
     outcomes = {finding.outcome for finding in stopping}
-    if not outcomes:
-        return "to parse"
-    return f"to be {NOT_PARSED}" if NOT_PARSED in outcomes else f"to be {min(outcomes)}"
+    return next((f"to be {outcome}" for outcome in FAILURES if outcome in outcomes), "to parse")

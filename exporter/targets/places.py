@@ -95,15 +95,20 @@ class Scope:
 
     def is_fixed(self, name: str) -> bool:
         """Whether a value is the same for all inputs: computed from what is stored and from sizes that are numbers."""
-        if name in self.stored:
-            return True
-        maker = self.makers.get(name)
-        if maker is None or maker.op_type.startswith("Random"):
-            return False
-        if maker.op_type in ("Shape", "Size"):
-            shape = self.shape(maker.input[0])
-            return shape is not None and all(isinstance(size, int) for size in shape)
-        return all(self.is_fixed(source) for source in maker.input if source)
+        seen, left = set[str](), [name]
+        while left:
+            name = left.pop()
+            if name in seen or name in self.stored:
+                continue
+            seen.add(name)
+            maker = self.makers.get(name)
+            if maker is None or maker.op_type.startswith("Random"):
+                return False
+            if maker.op_type not in ("Shape", "Size"):
+                left += filter(None, maker.input)
+            elif (shape := self.shape(maker.input[0])) is None or not all(isinstance(size, int) for size in shape):
+                return False
+        return True
 
 
 @dataclass(frozen=True)

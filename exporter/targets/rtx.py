@@ -63,4 +63,7 @@ def _failed(says: str) -> Parsed:
 
 
 def _cause(code: int) -> str:
-    return signal.Signals(-code).name if code < 0 else f"an error, exit code {code}"
+    if code >= 0:
+        return f"an error, exit code {code}"
+    known = {known.value: known.name for known in signal.Signals}
+    return known.get(-code, f"signal {-code}")

@@ -12,6 +12,7 @@ from exporter.targets.places import Opened, Place
 NOT_PARSED, NOT_BUILT = "not parsed", "not built"
 ANOTHER_RESULT = "built, with another meaning"
 TO_KNOW = "to know"
+FAILURES = (NOT_PARSED, NOT_BUILT, ANOTHER_RESULT)  # in the order in which they would come
 # How a rule is known. What only one of them says has not been seen to happen.
 SEEN = "seen with TensorRT-RTX 1.7.1"
 SOURCE = "read in the parser's source"

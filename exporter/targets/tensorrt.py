@@ -53,7 +53,7 @@ NOT_IMPORTED = frozenset(
 # fmt: on
 # TensorRT runs these by plugins that it brings along; TensorRT-RTX has no plugins.
 BY_PLUGIN = ("DeformConv", "NonZero", "RoiAlign")
-ONE_OUTPUT = ("Attention", "BatchNormalization", "LayerNormalization", "MaxPool")
+ONE_OUTPUT = ("Attention", "LayerNormalization", "MaxPool")
 REDUCTIONS = (
     *("ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax"),
     *("ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare"),
@@ -270,7 +270,7 @@ def _sum_axis(place: Place) -> str | None:
 @at_nodes(*ONE_OUTPUT)
 def _one_output(place: Place) -> str | None:
     outputs = len(place.node.output)
-    return f"{outputs} outputs" if outputs > 1 and place.node.op_type != "BatchNormalization" else None
+    return f"{outputs} outputs" if outputs > 1 else None
 
 
 @at_nodes("BatchNormalization")

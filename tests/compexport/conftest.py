@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import pytest
 
 from compexport.cli import main
 from tests import models
+from tests.traces import Traces
 
 TEXTS = [
     "a fine film with a quiet heart",
@@ -48,6 +49,14 @@ class Done:
         return last.removeprefix("compexport: ")
 
 
+@pytest.fixture(scope="package", autouse=True)
+def _remembered_traces(trace_memory: Traces) -> Iterator[None]:
+    """Commands trace the same tiny models over and over: what is built of a trace is what they are tested for."""
+    with pytest.MonkeyPatch.context() as patch:
+        trace_memory.replace(patch)
+        yield
+
+
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
     """``cli("build", model, "--ratio", "2")`` in an empty current folder."""
@@ -63,7 +72,7 @@ def cli(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Path]) -> Path:
+def built(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Path], trace_memory: Traces) -> Path:
     """A tiny classifier built at ratios 1, 2, 4 with random plugins. Do not write into it.
 
     Its latency and quality are made up, so that what is chosen is known: ratio r takes 40 / r ms at every size.
@@ -71,7 +80,9 @@ def built(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Path]) -
     from compexport import api
 
     folder = tmp_path_factory.mktemp("built") / "bundle"
-    api.build_document(tiny("tiny-bert", "sequence-classification"), ratios=[2, 4], output=folder, untrained=True)
+    with pytest.MonkeyPatch.context() as patch:
+        trace_memory.replace(patch)
+        api.build_document(tiny("tiny-bert", "sequence-classification"), ratios=[2, 4], output=folder, untrained=True)
     with api.load(folder) as runtime:
         rows = [
             {"variant": f"variator-r{r}-fp32", "batch": b, "length": n, "p50_ms": 36 / r, "p99_ms": 40 / r, "runs": 9}
@@ -112,7 +123,17 @@ def plain_texts(folder: Path) -> Path:
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """A folder with train.tsv (48 rows, three labels that the words tell) and dev.tsv (12)."""
-    folder = tmp_path / "data"
+    return labelled_rows(tmp_path / "data")
+
+
+@pytest.fixture(scope="session")
+def kept_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, for runs that several tests look at. Do not write into it."""
+    return labelled_rows(tmp_path_factory.mktemp("kept") / "data")
+
+
+def labelled_rows(folder: Path) -> Path:
+    """Write that folder."""
     folder.mkdir()
     rows = [f"{LABELS[n % 3]} {models.TEXTS[n % 8]} {n}\t{LABELS[n % 3]}" for n in range(60)]
     (folder / "train.tsv").write_text("\n".join(["sentence\tlabel", *rows[:48]]) + "\n")

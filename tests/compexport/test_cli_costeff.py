@@ -15,27 +15,16 @@ from compexport.api import Fit
 from compexport.errors import InputError
 from compexport.training import variator
 from engines.bundle import Bundle
-from exporter import family, trace
+from exporter import family
 from exporter.backbone import load_backbone
 from exporter.checkpoint import save_checkpoint
 from exporter.methods.costeff import CosteffModel
 from exporter.methods.costeff_checkpoint import stored_tensors
 from exporter.methods.slender import shape_for_ratio
 from tests import models
-from tests.exporter.conftest import Traces
 
 CLASSIFIER = "sequence-classification"
 Cli = Callable[..., Any]
-
-
-@pytest.fixture(scope="session")
-def trace_memory() -> Traces:
-    return Traces()
-
-
-@pytest.fixture(autouse=True)
-def _remembered(trace_memory: Traces, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trace, "onnx_from_module", trace_memory)
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,8 @@ from engines.backends import cuda, trt
 from engines.backends.trt_plan import read_recipe
 from engines.backends.trt_product import Product
 from engines.bundle import Bundle
+from engines.bundle_manifest import seal_of
+from engines.bundle_reader import sha256_of
 from tests.engines import trt_modules
 
 Cli = Callable[..., Any]
@@ -129,6 +131,32 @@ def test_recipes_are_not_finished_where_they_cannot_be(cli: Cli, model: Path, bu
     assert done.code == 2
     assert done.error.startswith("the recipes cannot be finished here: got tensorrt is missing")
     assert (bundle / "manifest.json").read_bytes() == kept
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"graph": "r1"}, "the recipe of r2 is of another graph"),
+        ({"graph": "../../../r2"}, "the recipe of r2 is of another graph"),
+        ({"options": {"sparse": True}}, "the recipe of r1: options: got "),
+        ({"options": {"batch": 8}}, "the recipe of r1: options: got "),
+    ],
+)
+def test_recipes_that_say_something_else(
+    cli: Cli, model: Path, bundle: Path, elsewhere: None, changed: dict[str, Any], message: str
+) -> None:
+    assert build(cli, model).code == 0
+    manifest = json.loads((bundle / "manifest.json").read_bytes())
+    for graph in ("r2",) if "graph" in changed else ("r1", "r2", "r4"):
+        path = f"{RECIPES}/{graph}.json"
+        (bundle / path).write_text(json.dumps({**json.loads((bundle / path).read_text()), **changed}))
+        entry = {"size_bytes": (bundle / path).stat().st_size, "sha256": sha256_of(bundle / path)}
+        manifest["files"][path] = entry
+    raw = json.dumps(manifest).encode()
+    (bundle / "manifest.json").write_bytes(raw)
+    (bundle / "manifest.sha256").write_bytes(seal_of(raw))
+    done = cli("build", "--from-recipe", bundle)
+    assert done.code == 2 and message in done.error
 
 
 def test_a_recipe_is_no_engine(cli: Cli, model: Path, bundle: Path, elsewhere: None, monkeypatch: Any) -> None:

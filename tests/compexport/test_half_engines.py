@@ -235,6 +235,8 @@ def test_another_precision_is_another_build(tiny: Callable[..., Path], tmp_path:
         return family.build(tiny("tiny-bert", CLASSIFY), [1], tmp_path / "b", precision=precision, method="variator")
 
     first = build("fp16")
+    (row,) = first.document()["variants"]
+    assert row["precision"] == "fp16" and 0 < row["rounding_max_relative"] <= 2e-2
     assert not first.reused and list(first.manifest.variants) == ["variator-r1-fp16"]
     assert build("fp16").reused == {"r1"}
     second = build("fp32")

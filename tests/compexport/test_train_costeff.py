@@ -15,7 +15,7 @@ from compexport.errors import InputError
 from exporter.backbone import load_backbone
 from exporter.checkpoint import find_checkpoint
 from exporter.methods.costeff import CosteffModel, SlenderShape
-from tests.compexport.runs import in_a_process, killed_once_saved, same
+from tests.compexport.runs import Whole, in_a_process, killed_once_saved, same
 
 Cli = Callable[..., Any]
 
@@ -73,21 +73,27 @@ def test_nothing_but_exits_for_the_backbone_itself(
     assert done.document["extra_params_share"]["1"] > 0.9
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Path], kept_data: Path) -> Whole:
+    """A run that nobody kills."""
+    steps = ["--steps", 100, "--batch-size", 8, "--save-every", 4, "--precision", "fp32"]
+    command = ["train", "costeff", tiny(), "--data", kept_data, "--ratio", "2", *steps]
+    return Whole.run(command, tmp_path_factory.mktemp("whole") / "whole")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["1-finetune", "r2-3-event-1", "r2-5-prediction"])
-def test_a_killed_run_goes_on(cli: Cli, tiny: Callable[..., Path], data: Path, tmp_path: Path, stage: str) -> None:
-    steps = ["--steps", 100, "--batch-size", 8, "--save-every", 4, "--precision", "fp32"]
-    command = ["train", "costeff", tiny(), "--data", data, "--ratio", "2", *steps]
+def test_a_killed_run_goes_on(cli: Cli, whole: Whole, tmp_path: Path, stage: str) -> None:
+    command = whole.command
     killed_once_saved(tmp_path, "killed", *command, stage=stage)
     refused = cli(*command, "-o", "killed")
     assert refused.code == 2 and "killed.unfinished: holds an unfinished run" in refused.error
     other = cli(*command, "-o", "killed", "--resume", "--heads-per-event", 1)
     assert other.code == 2 and "had other settings: got heads_per_event 1, expected heads_per_event 2" in other.error
     done = cli(*command, "-o", "killed", "--resume", "--json")
-    whole = cli(*command, "-o", "whole", "--json")
     assert done.code == 0 and done.document["exits"] == whole.document["exits"]
     for file in ("model.safetensors", "costeff-r2.safetensors"):
-        assert same(tmp_path / "killed" / file, tmp_path / "whole" / file)
+        assert same(tmp_path / "killed" / file, whole.output / file)
     assert not (tmp_path / "killed.unfinished").exists()
 
 

@@ -14,7 +14,7 @@ from exporter.methods.ode import Stepping, facts_of
 from exporter.methods.ode_checkpoint import load_exits
 from exporter.methods.ode_stepping import described_stepping
 from tests import models
-from tests.compexport.runs import killed_once_saved, same
+from tests.compexport.runs import Whole, killed_once_saved, same
 
 Cli = Callable[..., Any]
 
@@ -82,9 +82,9 @@ def test_texts_without_labels(
 def test_what_is_learnt_shows_in_fewer_steps_too(cli: Cli, tiny: Callable[..., Path], tmp_path: Path) -> None:
     model = tiny("tiny-gpt2-shared", "text-generation")
     command = ["train", "ode", model, "--data", plain_texts(tmp_path), *QUICK, "--ratio", "2,3"]
-    before, after = (
-        cli(*command, "--steps", steps, "-o", f"out{steps}", "--json").document["loss"] for steps in (1, 40)
-    )
+    documents = [cli(*command, "--steps", steps, "-o", f"out{steps}", "--json").document for steps in (1, 40)]
+    assert documents[0]["majority"] == documents[1]["majority"] and not documents[0]["learnt"]
+    before, after = (document["loss"] for document in documents)
     assert all(after[ratio] < before[ratio] - 0.5 for ratio in ("1", "2", "3")), (before, after)
 
 
@@ -104,22 +104,28 @@ def test_an_unshared_model_is_made_to_share(cli: Cli, tiny: Callable[..., Path],
     assert made.labels == ["negative", "positive"]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Path], kept_data: Path) -> Whole:
+    """A run that nobody kills."""
+    options = ["--share", 1, "--iterations", 4, "--ratio", "2,4", "--exit-heads", "--steps", 30, "--save-every", 4]
+    command = ["train", "ode", tiny(), "--data", kept_data, *QUICK, *options]
+    return Whole.run(command, tmp_path_factory.mktemp("whole") / "whole")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["share", "train", "exits-r2"])
-def test_a_killed_run_goes_on(cli: Cli, tiny: Callable[..., Path], data: Path, tmp_path: Path, stage: str) -> None:
-    options = ["--share", 1, "--iterations", 4, "--ratio", "2,4", "--exit-heads", "--steps", 30, "--save-every", 4]
-    command = ["train", "ode", tiny(), "--data", data, *QUICK, *options]
+def test_a_killed_run_goes_on(cli: Cli, whole: Whole, tmp_path: Path, stage: str) -> None:
+    command = whole.command
     killed_once_saved(tmp_path, "killed", *command, stage=stage)
     refused = cli(*command, "-o", "killed")
     assert refused.code == 2 and "killed.unfinished: holds an unfinished run" in refused.error
     other = cli(*command, "-o", "killed", "--resume", "--distance-weight", 2)
     assert other.code == 2 and "had other settings: got distance_weight 2.0" in other.error
     done = cli(*command, "-o", "killed", "--resume", "--json")
-    whole = cli(*command, "-o", "whole", "--json")
     assert done.code == 0 and done.document["exits"] == whole.document["exits"]
     assert done.document["steps"] == whole.document["steps"] and next(iter(done.document["stages"])) == "share"
     for file in ("model.safetensors", "ode-r2.safetensors"):
-        assert same(tmp_path / "killed" / file, tmp_path / "whole" / file)
+        assert same(tmp_path / "killed" / file, whole.output / file)
     assert not (tmp_path / "killed.unfinished").exists()
 
 

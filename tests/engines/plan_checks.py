@@ -25,6 +25,7 @@ BUNDLES: dict[str, Any] = {
     "steps": lambda folder: steps.make_bundle(folder, with_exits=False),
     "steps with exits": lambda folder: steps.make_bundle(folder, with_exits=True),
     "decoders": lambda folder: decoders.make_bundle(folder, ratios=(1, 2)),
+    "decoders that keep halves": lambda folder: decoders.make_bundle(folder, ratios=(2,), kept="float16"),
 }
 ENCODERS, CASCADES = ("exits", "steps", "steps with exits"), ("exits", "steps with exits")
 

@@ -425,6 +425,15 @@ def test_external_data_outside_is_refused(golden: Path, location: str) -> None:
     assert [problem.file for problem in bundle.verify()] == ["graphs/r1.onnx"]
 
 
+@pytest.mark.parametrize("name", ["../../r1", "a/b", "a\\b", "c:r1"])
+def test_graphs_that_no_file_can_be_named_after(golden: Path, name: str) -> None:
+    """Engines are built into files of their graphs' names."""
+    manifest = json.loads(MANIFEST)
+    manifest["graphs"][name] = manifest["graphs"]["r1"]
+    seal(golden, manifest)
+    assert "manifest.json has a graph with a name that is no file's: " in refused(golden)
+
+
 def test_graph_is_looked_into_whatever_its_name(golden: Path) -> None:
     graph = (GOLDEN / "graphs" / "r1.onnx").read_bytes()
     (golden / "engines" / "ort-cpu" / "r1.bin").write_bytes(graph.replace(b"weights.bin", b"/etc/passwd"))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import threading
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,7 +18,7 @@ import pytest
 
 from compexport.errors import BundleError, CompexportError, DependencyError, InputError
 from engines import backends
-from engines.backends import cuda, ort, ort_provider
+from engines.backends import cuda, ort, ort_build, ort_provider
 from engines.bundle import Bundle
 
 RATIOS = (1, 2, 4)
@@ -76,6 +78,20 @@ def test_engines_share_one_weights_file_with_every_blob_once(folder: Path) -> No
     assert mentions > 2 * len(places), "the ratios share next to nothing"
     # ... and nothing else is in the file.
     assert len(data) <= sum(-(-len(blob) // 4096) * 4096 for blob in blobs)
+
+
+def test_a_full_disk_is_told_as_such(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not as what goes wrong while the error is on its way."""
+
+    def full(self: Any, data: memoryview) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    graphs = Bundle.open(folder).manifest.graphs
+    shutil.copytree(folder / "graphs", tmp_path / "graphs")
+    monkeypatch.setattr(ort_build._PackedWeights, "_place", full)
+    with ort.EngineBuilder(tmp_path, "engines") as builder, pytest.raises(OSError, match="No space left"):
+        builder.add(NAMES[0], next(iter(graphs.values())))
+        builder.finish()
 
 
 def test_weights_are_packed_for_the_processor(folder: Path) -> None:

@@ -492,6 +492,18 @@ def test_closing(make_runtime: MakeRuntime) -> None:
         runtime("a")
 
 
+def test_what_cannot_run_is_closed_again(make_runtime: MakeRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = make_runtime()
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeSession, "run", lambda *_: (_ for _ in ()).throw(CompexportError("out of memory")))
+        with pytest.raises(CompexportError, match="out of memory"):
+            runtime.warm_up()
+    broken = list(backend_of(runtime).sessions.values())
+    assert broken and all(session.closed for session in broken)
+    runtime("a")
+    assert not any(session.closed for session in backend_of(runtime).sessions.values() if session not in broken)
+
+
 def test_damaged_tables_are_named_but_do_not_stop_measuring_again(make_runtime: MakeRuntime) -> None:
     table = make_profile()
     table["rows"][3]["p50_ms"] = math.nan

@@ -5,10 +5,13 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+import subprocess
+import sys
 import threading
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -18,13 +21,14 @@ import pytest
 from compexport.errors import BundleError, CompexportError, DependencyError, InputError
 from engines import backends
 from engines.backends import cuda, cuda_memory, trt, trt_process
-from engines.backends.trt_build import Request, build
+from engines.backends.trt_build import Request, _monitor, build
 from engines.backends.trt_maker import with_ranges
 from engines.backends.trt_options import PlanOptions, Range, parsed_range, parsed_targets
 from engines.backends.trt_plan import PlanRecord, read_record
 from engines.backends.trt_process import PlanProcess
-from engines.backends.trt_product import Product
+from engines.backends.trt_product import TENSORRT, Product
 from engines.backends.trt_profiles import profiles_of, shortest_text
+from engines.backends.trt_recipe import RecipeMaker
 from engines.bundle import Bundle
 from engines.manifest import TensorSpec
 from tests.engines import fake_cuda, trt_modules
@@ -137,6 +141,9 @@ def test_options_survive_json() -> None:
     ("backend", "options", "message"),
     [
         ("ort", PlanOptions(level=2), "--level: got the backend ort, expected trt or trt-rtx"),
+        ("ort", PlanOptions(strip=True), "--strip-weights: got the backend ort"),
+        ("ort", PlanOptions(targets=("sm86",)), "--target: got the backend ort"),
+        ("ort", PlanOptions(workspace_mib=64), "--workspace-mib: got the backend ort"),
         ("trt", PlanOptions(targets=("sm86",)), "--target: got the backend trt, expected trt-rtx; plans fit the GPU"),
         ("trt-rtx", PlanOptions(hardware_compatible=True), "--hardware-compatible: got the backend trt-rtx"),
         ("trt-rtx", PlanOptions(plugins=True), "--plugins: got the backend trt-rtx, expected trt; TensorRT-RTX has no"),
@@ -313,6 +320,17 @@ def test_devices_that_a_plan_runs_on(capability: str, plain: bool, compatible: b
     assert record(options=PORTABLE).runs_on(device) is compatible
 
 
+def test_a_recipe_is_made_anew_by_other_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    def changed(self: Path) -> bytes:
+        return read(self) + (b"#" if self.name == "trt_profiles.py" else b"")
+
+    maker, read = RecipeMaker(TENSORRT, PlanOptions(recipe=True), ""), Path.read_bytes
+    before = maker.engine_key("k")
+    assert maker.engine_key("k") == before
+    monkeypatch.setattr(Path, "read_bytes", changed)
+    assert maker.engine_key("k") != before
+
+
 def test_a_record_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "r2.json").write_text(record().model_dump_json())
     assert read_record(tmp_path / "r2.json") == record()
@@ -388,6 +406,40 @@ def test_a_build_that_does_not_listen_is_killed(build_with: Any, monkeypatch: py
     thread.join(60)
     assert not thread.is_alive() and "got cancelled" in str(failed[0])
     assert process._process.returncode is not None
+
+
+def test_a_build_that_is_dead_already_is_cancelled_without_a_word(tmp_path: Path) -> None:
+    """Its request, still on the way, can go nowhere."""
+    request = Request("their_library", str(tmp_path / "r2.onnx"), str(tmp_path / "r2.plan"), [], [])
+    building = PlanProcess(request, "TensorRT 11.4")
+    with subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.PIPE, text=True) as process:
+        process.wait()
+        assert process.stdin is not None
+        process.stdin.write("{}")
+        building._process = process
+        building.cancel()
+        assert process.stdin.closed
+
+
+def test_the_library_may_report_from_several_threads_at_once() -> None:
+    others: list[threading.Thread] = []
+    told: list[str] = []
+    overlapping = threading.Event()
+
+    def report(phase: str, share: float) -> None:
+        told.append(phase)
+        if not others:  # meanwhile another thread begins a phase, and has time to
+            others.append(threading.Thread(target=monitor.phase_start, args=("inner", "outer", 2)))
+            others[0].start()
+            others[0].join(0.2)
+            if len(told) > 1:
+                overlapping.set()
+
+    monitor = _monitor(SimpleNamespace(IProgressMonitor=object), report, lambda: False)
+    monitor.phase_start("outer", "", 3)
+    others[0].join(60)
+    assert told == ["outer", "inner"] and not overlapping.is_set()
+    assert monitor.step_complete("inner", 0) and told[2:] == ["inner"]
 
 
 # --- memory --------------------------------------------------------------------------------------------------------

@@ -77,8 +77,9 @@ def test_texts_are_those_of_ort(bundles: Any, gpu: Machine, way: str) -> None:
     check_texts(bundles("decoders"), gpu.backend(), way)
 
 
-def test_logits_are_those_of_ort(bundles: Any, gpu: Machine) -> None:
-    check_logits(bundles("decoders"), gpu.backend(), TOLERANCE)
+@pytest.mark.parametrize("kind", ["decoders", "decoders that keep halves"])
+def test_logits_are_those_of_ort(bundles: Any, gpu: Machine, kind: str) -> None:
+    check_logits(bundles(kind), gpu.backend(), TOLERANCE)
 
 
 def test_rtx_runs_the_same_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
 import torch
-from safetensors.torch import save
 
-from exporter import family, trace
+from exporter import family
 from exporter.backbone import Backbone, load_backbone
 from exporter.checkpoint import save_checkpoint
-from exporter.hosts.tiles import TileHost
-from exporter.methods.span import SpanPlugins
-from exporter.methods.variator import VariatorModel, VariatorPlugins
-from exporter.precision import array_of
+from exporter.methods.variator import VariatorPlugins
+from tests.traces import Traces
 
 RATIOS = (2, 4)
 
@@ -29,66 +25,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-class Traces:
-    """``trace.onnx_from_module`` with a memory: a trace takes seconds, and equal models give equal ones."""
-
-    def __init__(self) -> None:
-        self.made: dict[tuple[Any, ...], onnx.ModelProto] = {}
-        self.calls: list[tuple[Any, ...]] = []
-        self._trace = trace.onnx_from_inputs
-
-    def __call__(self, module: Any, input_names: Sequence[str], output_names: Sequence[str]) -> onnx.ModelProto:
-        return self._remembered(_identity(module), lambda: self._trace(module, trace.ids(*input_names), output_names))
-
-    def of_inputs(
-        self, module: Any, inputs: Sequence[trace.TracedInput], output_names: Sequence[str]
-    ) -> onnx.ModelProto:
-        """The same for ``trace.onnx_from_inputs``."""
-        plain = [(name, value) for name, value in vars(module).items() if isinstance(value, int | str | TileHost)]
-        key = (*_identity(module), *plain, *inputs)
-        return self._remembered(key, lambda: self._trace(module, inputs, output_names))
-
-    def _remembered(self, key: tuple[Any, ...], make: Callable[[], onnx.ModelProto]) -> onnx.ModelProto:
-        self.calls.append(key)
-        if key not in self.made:
-            self.made[key] = make()
-        copy = onnx.ModelProto()
-        copy.CopyFrom(self.made[key])
-        return copy
-
-    def replace(self, patch: pytest.MonkeyPatch) -> None:
-        """Let the exporter use the memory."""
-        patch.setattr(trace, "onnx_from_module", self)
-        patch.setattr(trace, "onnx_from_inputs", self.of_inputs)
-
-
-def _identity(module: Any) -> tuple[Any, ...]:
-    if isinstance(module, VariatorModel):
-        plugins = module.variator.plugins
-        assert plugins is not None
-        bound = hashlib.sha256(save(plugins.state_dict())).hexdigest() if isinstance(plugins, SpanPlugins) else ""
-        dtype = plugins.state_dict()[next(iter(plugins.state_dict()))].dtype
-        kind = () if dtype == torch.float32 else (dtype,)
-        return module.backbone.sha256, module.backbone.task, plugins.pad, plugins.ratio, bound, *kind
-    digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():  # some of which may share their memory
-        digest.update(name.encode() + array_of(tensor).tobytes())
-    return type(module).__name__, digest.hexdigest()
-
-
-@pytest.fixture(scope="session")
-def trace_memory() -> Traces:
-    return Traces()
-
-
-@pytest.fixture
-def traces(trace_memory: Traces, monkeypatch: pytest.MonkeyPatch) -> Traces:
-    """Traces are remembered during this test; ``calls`` lists those that it asked for."""
-    trace_memory.replace(monkeypatch)
-    trace_memory.calls.clear()
-    return trace_memory
 
 
 @pytest.fixture(scope="session")
@@ -168,4 +104,5 @@ def built(
 def template(built: Callable[..., Path], backbone: Callable[..., Backbone], trace_memory: Traces) -> onnx.ModelProto:
     """The trace of tiny-bert from which its bundle's graphs were bound. Do not change it."""
     built("tiny-bert")
-    return trace_memory.made[backbone().sha256, "feature-extraction", "masked", 2, ""]
+    wanted = (backbone().sha256, "feature-extraction", "masked", 2, "", "torch.float32")
+    return next(model for key, model in trace_memory.made.items() if key[: len(wanted)] == wanted)

@@ -24,7 +24,7 @@ from compexport.errors import InputError
 from engines.bundle import Bundle
 from engines.manifest import EXIT_OUTPUTS, Variant, backbones
 from engines.runtime import Runtime
-from exporter import family, trace
+from exporter import family
 from exporter.backbone import Backbone, load_backbone
 from exporter.checkpoint import find_checkpoint, save_checkpoint
 from exporter.methods.costeff import CosteffModel
@@ -32,9 +32,9 @@ from exporter.methods.costeff_checkpoint import load_model, stored_tensors
 from exporter.methods.slender import SlenderShape
 from exporter.plans.costeff import CosteffPlan, checked_exits, default_exits
 from tests import models
-from tests.exporter.conftest import Traces
 from tests.exporter.test_costeff import feeds, random_model
 from tests.exporter.test_family import ROOT, contents, plain_session
+from tests.traces import Traces
 
 CLASSIFIER = "sequence-classification"
 DEEP, DEPTH = "tiny-bert-deep", 4
@@ -76,7 +76,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, trace_mem
     """Both ratios of ``checkpoint`` with prefixes. Do not write into it."""
     folder = tmp_path_factory.mktemp("bundles") / "bundle"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trace, "onnx_from_module", trace_memory)
+        trace_memory.replace(patch)
         family.build(checkpoint, [2.5], folder, exits=EXITS, prefixes=True)
     return folder
 

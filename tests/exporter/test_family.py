@@ -28,7 +28,8 @@ from exporter.checkpoint import MethodCheckpoint, save_checkpoint
 from exporter.family import build
 from exporter.methods.variator import VariatorModel, VariatorPlugins, output_names
 from tests import models
-from tests.exporter.conftest import RATIOS, Traces, random_plugins
+from tests.exporter.conftest import RATIOS, random_plugins
+from tests.traces import Traces
 
 ROOT = Path(__file__).parents[2]
 PREFIX = "variator.plugins."

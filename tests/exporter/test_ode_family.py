@@ -20,9 +20,9 @@ from exporter.checkpoint import save_checkpoint
 from exporter.graphs.ode_unroll import step_matrices
 from exporter.methods.ode_exits import ExitHeads
 from exporter.methods.ode_stepping import Stepping
-from tests.exporter.conftest import Traces
 from tests.models import FFN, LABELS
 from tests.models import HIDDEN as WIDTH
+from tests.traces import Traces
 
 Arrays = dict[str, np.ndarray]
 CLASSES = len(LABELS["sequence-classification"])

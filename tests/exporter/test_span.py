@@ -21,8 +21,9 @@ from exporter.family import build
 from exporter.methods import variator
 from exporter.methods.span import SpanPlugins, default_rank
 from exporter.methods.variator import VariatorEncoder, VariatorModel, VariatorPlugins, plugins_from_tensors
-from tests.exporter.conftest import Traces, random_plugins
+from tests.exporter.conftest import random_plugins
 from tests.models import LAYERS
+from tests.traces import Traces
 
 TASK = "sequence-classification"
 HOSTS = ("tiny-bert", "tiny-roberta", "tiny-distilbert", "tiny-electra")

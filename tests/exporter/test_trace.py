@@ -13,7 +13,7 @@ import pytest
 
 import exporter
 from exporter import family, trace
-from tests.exporter.conftest import Traces
+from tests.traces import Traces
 
 
 def graphs(bundle: Path) -> list[Path]:

@@ -84,8 +84,9 @@ def test_rows_leave_on_the_device(bundles: Any, backend: Any, kind: str) -> None
     plan_checks.close_all(found)
 
 
-def test_logits_are_those_of_ort(bundles: Any, backend: Any) -> None:
-    plan_checks.check_logits(bundles("decoders"), backend, 10 * TOLERANCE)
+@pytest.mark.parametrize("kind", ["decoders", "decoders that keep halves"])
+def test_logits_are_those_of_ort(bundles: Any, backend: Any, kind: str) -> None:
+    plan_checks.check_logits(bundles(kind), backend, 10 * TOLERANCE)
 
 
 @pytest.mark.parametrize("way", plan_checks.WAYS)

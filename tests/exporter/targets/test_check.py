@@ -11,7 +11,7 @@ import pytest
 from compexport.errors import InputError
 from exporter.targets import rtx
 from exporter.targets.check import Candidate, check
-from exporter.targets.places import open_model, opened
+from exporter.targets.places import Scope, open_model, opened
 from exporter.targets.tensorrt import TENSORRT, TENSORRT_RTX
 from tests.exporter.targets.broken import BROKEN, model, one
 
@@ -56,6 +56,24 @@ def test_expectation_of_each_product(tmp_path: Path, rule: str, product: str, ex
     assert all(product in finding["products"] for finding in graph["findings"])
 
 
+@pytest.mark.usefixtures("no_parser")
+def test_the_earliest_of_several_failures_is_expected(tmp_path: Path) -> None:
+    """Not built comes before built with another meaning."""
+    nodes = "k = Constant<value_ints = [3841]>() y, i = TopK(x, k) z = com.microsoft.Relu(y)"
+    path = saved(tmp_path, model(f"g (float[1,9000] x) => (float[1,K] z) {{ {nodes} }}"))
+    (graph,) = check([Candidate("one", path)], TENSORRT)["graphs"]
+    assert {finding["outcome"] for finding in graph["findings"]} == {"not built", "built, with another meaning"}
+    assert graph["expected"] == "to be not built"
+
+
+def test_a_fixed_value_is_found_at_the_end_of_any_chain() -> None:
+    """Of paths that part and meet again, too, whose number doubles with each step."""
+    steps = "\n".join(f"c{n + 1} = Add(c{n}, c{n})" for n in range(1500))
+    text = one(f"c0 = Constant<value_ints = [1]>()\n{steps}\nu = Add(x, c1500)\ny = Abs(u)")
+    scope = Scope(onnx.parser.parse_model(text).graph)
+    assert scope.is_fixed("c1500") and not scope.is_fixed("y")
+
+
 def refusing(path: Path) -> rtx.Parsed:
     return rtx.Parsed(False, "1.7", (rtx.Refusal("no"),), {})
 
@@ -79,6 +97,7 @@ def test_refusal_that_no_rule_explains_is_not_ok(
     ("script", "says"),
     [
         ("import os; os.abort()", "died of SIGABRT"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGRTMIN + 5)", "died of signal 39"),
         ("import sys; sys.exit('no such library')", "died of an error, exit code 1: no such library"),
         ("import time; time.sleep(60)", "stopped after 2 s"),
     ],
