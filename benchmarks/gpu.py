@@ -29,6 +29,7 @@ from benchmarks.gpu_device import DTYPES, Device
 from benchmarks.gpu_judge import CARD, TARGETS, Ceilings, Row, crossovers, missed
 from benchmarks.gpu_models import RATIOS, SIZES, ModelCell, Subjects
 from benchmarks.record import among, command_line, judged, save
+from compexport.errors import CompexportError
 
 PARTS = ("kernels", "encoder", "decoder")
 
@@ -39,7 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     ledger = Ledger(options.work / f"gpu-{device.name}{'-quick' if options.quick else ''}.json", device.card)
     until = time.monotonic() + options.max_seconds
     ceilings = _ceilings(device, options)
-    left, skipped = 0, {}
+    left = 0
+    skipped: dict[str, str] = {}
     if "kernels" in options.parts and (reason := gpu_kernels.unavailable()):
         options.parts.remove("kernels")
         skipped["kernels"] = reason
@@ -51,7 +53,10 @@ def main(arguments: list[str] | None = None) -> int:
                     if time.monotonic() >= until:
                         break
                     print(cell.key, file=sys.stderr, flush=True)
-                    ledger.add(cell.key, measure(cell, ceilings))
+                    try:
+                        ledger.add(cell.key, measure(cell, ceilings))
+                    except (CompexportError, RuntimeError) as error:  # no reason to lose the other cells
+                        skipped[cell.key] = " ".join(f"{cell.key}: {error}".split())[:500]
                 skipped |= measure.skipped
         left += sum(cell.key not in ledger.rows for cell in cells)
     result = _result(options, device, ceilings, ledger, skipped)

@@ -15,6 +15,7 @@ import pytest
 from benchmarks import gpu, gpu_judge, gpu_kernels, page, page_gpu
 from benchmarks.gpu_judge import Ceilings, bound_ms, crossover, percentiles, with_speedups
 from benchmarks.gpu_kernels import KernelCell
+from benchmarks.gpu_models import ModelCell
 
 ROOT = Path(__file__).resolve().parents[1]
 WHERE = {"processor": "some", "cores": 2, "system": "Linux x86_64", "versions": {}}
@@ -135,6 +136,41 @@ def test_a_ledger_goes_on(tmp_path: Path) -> None:
     assert gpu.Ledger(tmp_path / "gpu.json", "a card").of("kernels", "decoder") == [{"part": "kernels"}]
     with pytest.raises(SystemExit, match=r"gpu.json: of a card, not of another card; name another --work"):
         gpu.Ledger(tmp_path / "gpu.json", "another card")
+
+
+class Measure:
+    """Measures one cell, and not the other."""
+
+    def __init__(self) -> None:
+        self.skipped = {"trt": "tensorrt is missing"}
+
+    def __enter__(self) -> Measure:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def __call__(self, cell: ModelCell, ceilings: Ceilings) -> list[dict[str, Any]]:
+        if cell.batch == 1:
+            raise RuntimeError("out of\nmemory")
+        return [model_row("ort r1", cell.batch)]
+
+
+def test_a_cell_that_fails_is_left_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # which the script sets, to be restored afterwards
+    cells = [ModelCell("encoder", "bert-base", "fp16", batch, 128) for batch in (1, 8)]
+    monkeypatch.setattr(gpu, "_work", lambda options, device: [(cells, Measure)])
+    out = tmp_path / "gpu.json"
+    options = ["--device", "cpu", "--quick", "--parts", "encoder", "--work", str(tmp_path), "--out", str(out)]
+    assert gpu.main(options) == 0
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert [row["batch"] for row in result["rows"]] == [8]
+    said = "encoder bert-base fp16 1x128: out of memory"
+    assert result["not_timed"] == {"encoder bert-base fp16 1x128": said, "trt": "tensorrt is missing"}
+    told = capsys.readouterr().err
+    assert f"not timed: {said}\n" in told and "1 cells are left" in told
 
 
 def test_weights_of_which_only_rows_are_read_do_not_count(tmp_path: Path) -> None:

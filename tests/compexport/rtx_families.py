@@ -25,8 +25,8 @@ MARKS = [
 FOLDER = "engines/trt-rtx-sm86-sm89-sm120"
 TARGETS = ["sm86", "sm89", "sm120"]
 _WRITER = "text2text-generation"
-# Assemblies beside those of ratios: tiles of one, two and three layers at the front and at the back.
-_TILINGS = {"front": {"encoder": [2, 1, 1], "decoder": [3, 1]}, "back": {"encoder": [1, 3], "decoder": [1, 1, 2]}}
+# Assemblies beside those of ratios, with tiles of one and two layers at the front and at the back.
+_TILINGS = {"front": {"encoder": [2, 1, 1], "decoder": [2, 2]}, "back": {"encoder": [2, 2], "decoder": [1, 1, 2]}}
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "variator": ("tiny-bert", "sequence-classification", {"ratios": [2, 4], "untrained": True}),
     "label-words": ("tiny-t5", "label-words", {"ratios": [2], "untrained": True}),
