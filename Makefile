@@ -11,8 +11,9 @@ PYTEST ?= -n 2 --dist loadfile
 
 # What `make test-trt` needs besides: NVIDIA's wheels, which are proprietary and large (350 MB without Triton), so that no other
 # target installs them. TensorRT-RTX is whole; of TensorRT these are the Python bindings and the lean runtime, for its plugin
-# registry, without the library that builds. Triton compiles the plugins' kernels. Where some cannot be installed (no network, no
-# wheel for this machine or Python), one line says so, and the tests that need them skip; the next call tries again.
+# registry, without the library that builds. Triton compiles the plugins' kernels. ONNX Runtime for GPUs (250 MB) is not NVIDIA's.
+# Where some cannot be installed (no network, no wheel for this machine or Python), one line says so, and the tests that need them
+# skip; the next call tries again.
 RTX := tensorrt_rtx==1.7.1.116 polygraphy==0.53.6 'cuda-python>=13'
 TRT_VERSION ?= 11.4.0.106
 TRT := --no-deps tensorrt_cu13_bindings==$(TRT_VERSION) tensorrt_cu13==$(TRT_VERSION) tensorrt_lean_cu13_libs==$(TRT_VERSION)
@@ -35,7 +36,7 @@ demo: $(READY)
 test: lint
 	$(BIN)/python -m pytest -m "not trt" $(PYTEST)
 
-test-trt: $(VENV)/.ready-rtx $(VENV)/.ready-trt $(VENV)/.ready-triton
+test-trt: $(VENV)/.ready-rtx $(VENV)/.ready-trt $(VENV)/.ready-triton $(VENV)/.ready-ort-gpu
 	$(BIN)/python -m pytest -m trt $(PYTEST)
 
 $(VENV)/.ready-rtx: $(READY) Makefile
@@ -44,6 +45,9 @@ $(VENV)/.ready-trt: $(READY) Makefile
 	@$(call wheels,TensorRT $(TRT_VERSION),$(TRT))
 $(VENV)/.ready-triton: $(READY) Makefile
 	@$(call wheels,Triton,$(TRITON))
+# Beside the environment, not in it, where it would overwrite the package for the processor.
+$(VENV)/.ready-ort-gpu: $(READY) Makefile
+	@$(call wheels,$(ORT_GPU),--no-deps --upgrade --target $(VENV)/onnxruntime-gpu $(ORT_GPU))
 
 # Install, or say in one line, with the last thing that pip said, that it is not possible.
 define wheels

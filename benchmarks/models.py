@@ -110,6 +110,34 @@ def seq2seq(folder: Path, name: str) -> Path:
     return folder
 
 
+# Sizes of BERT by name; words are single bytes.
+BERT: dict[str, dict[str, int]] = {
+    "bert-base": {"vocab_size": 30522},
+    "bert-tiny": {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    },
+}
+
+
+def bert(folder: Path, name: str) -> Path:
+    """A classifier of ``BERT`` with random weights and a tokenizer of single bytes: nothing has to be downloaded."""
+    if (folder / "config.json").exists():
+        return folder
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(**BERT[name]))
+    _move_norms(model)
+    model.save_pretrained(folder)
+    _byte_tokenizer().save(str(folder / "tokenizer.json"))
+    return folder
+
+
 def _byte_tokenizer() -> Any:
     """One token for each byte."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

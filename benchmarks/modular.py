@@ -93,7 +93,7 @@ RECIPES = {
         score=bleu_scores,
         size=Size(hidden=128, ffn=256),
         base=api.Fit(epochs=7, batch_size=64, learning_rate=1e-3, max_length=writers.MAX_LENGTH),
-        modules=api.Fit(epochs=5, batch_size=64, learning_rate=2e-3, max_length=writers.MAX_LENGTH),
+        modules=api.Fit(epochs=8, batch_size=64, learning_rate=2e-3, max_length=writers.MAX_LENGTH),
         max_new_tokens=48,
     ),
 }

@@ -21,6 +21,7 @@ from benchmarks.page_exits import (
     slender_notes,
     slender_table,
 )
+from benchmarks.page_gpu import card_notes, crossovers_table, kernels_table, models_table
 from benchmarks.page_modular import assemblies_notes, assemblies_table, writing_notes, writing_table
 from benchmarks.page_quality import quality_notes, quality_table, tasks_notes, tasks_table
 from benchmarks.page_speed import (
@@ -63,6 +64,10 @@ def render() -> str:
 
 
 TABLES: dict[str, Callable[[], list[str]]] = {
+    "gpu kernels": kernels_table,
+    "gpu models": models_table,
+    "gpu crossovers": crossovers_table,
+    "gpu notes": card_notes,
     "latency": latency_table,
     "stock": stock_table,
     "where": where_table,

@@ -7,7 +7,8 @@ speed-first. All write the same number of tokens, greedily, from the same texts,
 every ratio; ``transformers.generate`` in PyTorch at ratio 1, on the same weights; and, where ``--optimum`` names the
 Python of an environment that ``tests/compat/optimum_loads.py`` made, optimum-onnx on the same files, exported, in a
 process of its own that lives as long as the measurement. "ceiling" is the quotient of MACs, "realised" the speed-up
-over it. Exit code 3 when a target is missed: 2.0 times PyTorch and 1.3 times optimum at ratio 1, 0.9 realised.
+over it, and "bytes_ceiling", at batch 1, the quotient of the weights that must be read (``benchmarks.traffic``). Exit
+code 3 when a target is missed: 2.0 times PyTorch and 1.3 times optimum at ratio 1, 0.9 realised.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import numpy as np
 
 from benchmarks.models import SEQ2SEQ, seq2seq
 from benchmarks.record import among, command_line, judged, save
+from benchmarks.traffic import bytes_ceiling
 from compexport import handing_on
 from engines.bundle import Bundle
 from engines.generate import Generator
@@ -83,23 +85,25 @@ def _measured(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]
     opened = Bundle.open(bundle)
     with Runtime(opened, threads=options.threads) as runtime, _peer(options) as peer:
         variants = {ratio: runtime.members.of_ratio(ratio) for ratio in RATIOS}
-        writers = {ratio: _endless(runtime.generator(variant)) for ratio, variant in variants.items()}
+        writers = {ratio: endless(runtime.generator(variant)) for ratio, variant in variants.items()}
         exported = {ratio: _exported(opened, variant) for ratio, variant in variants.items()} if peer else {}
         torch_model = _in_pytorch(folder, options.threads)
         for batch in options.batches:
             ids = np.random.default_rng(batch).integers(5, 250, (batch, options.source), dtype=np.int64)
             calls: dict[str, Call] = {"pytorch": partial(_by_pytorch, torch_model, ids, options.tokens)}
             for ratio in RATIOS:
-                calls[f"engines {ratio}"] = partial(_by_engines, writers[ratio], ids, options.tokens)
+                calls[f"engines {ratio}"] = partial(by_engines, writers[ratio], ids, options.tokens)
                 if peer:
                     calls[f"optimum {ratio}"] = partial(peer, exported[ratio], ids, options.tokens)
             same = _agreement(calls)
             timings = interleave(calls, min_runs=options.runs, min_seconds=0.0, warmup=1)
             took = {what: timing.p50_ms for what, timing in timings.items()}
-            macs = {r: _macs(opened.manifest, v, options.source, options.tokens) for r, v in variants.items()}
+            macs = {r: macs_written(opened.manifest, v, options.source, options.tokens) for r, v in variants.items()}
             for ratio in RATIOS:
                 row = _row(ratio, took, macs, same)
                 row = {"model": name, "batch": batch, **row, "runs": timings[f"engines {ratio}"].runs}
+                if batch == 1:
+                    row["bytes_ceiling"] = bytes_ceiling(SEQ2SEQ[name][1], ratio, options.tokens)
                 row["tokens_per_second"] = 1e3 * batch * options.tokens / row["engines_ms"]
                 print(row, flush=True)
                 yield row
@@ -131,14 +135,14 @@ def _agreement(calls: dict[str, Call]) -> dict[str, float]:
 # --- who writes ------------------------------------------------------------------------------------------------------
 
 
-def _endless(generator: Generator) -> Generator:
+def endless(generator: Generator) -> Generator:
     """One that always writes all its tokens. It belongs to a runtime of its own, so it may be changed."""
     changes = {"eos_ids": [], "forced_eos_id": None, "forced_bos_id": None, "defaults": {}}
     generator.generation = generator.generation.model_copy(update=changes)
     return generator
 
 
-def _by_engines(generator: Generator, ids: np.ndarray, tokens: int) -> Tokens:
+def by_engines(generator: Generator, ids: np.ndarray, tokens: int) -> Tokens:
     written = generator.generate(ids, np.ones_like(ids), options=Options(max_new_tokens=tokens))
     return [one.tokens for one in written]
 
@@ -206,7 +210,7 @@ def _peer(options: argparse.Namespace) -> Iterator[Callable[[Path, np.ndarray, i
         asked.close()
 
 
-def _macs(manifest: Manifest, variant: str, source: int, tokens: int) -> int:
+def macs_written(manifest: Manifest, variant: str, source: int, tokens: int) -> int:
     cost = {role: manifest.graphs[graph].cost for role, graph in manifest.variants[variant].graphs.items()}
     steps = sum(cost[DECODER_WITH_PAST].token_macs(past, source) for past in range(1, tokens))
     return cost[ENCODER].macs(source) + cost[DECODER].macs(1, source) + steps

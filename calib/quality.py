@@ -5,6 +5,7 @@ Engines are measured, not PyTorch. Without labels, the backbone's engine (ratio 
 
 from __future__ import annotations
 
+import logging
 import math
 import string
 from collections import Counter
@@ -26,6 +27,8 @@ from compexport.errors import InputError, describe
 from engines.manifest import GENERATION, TEXT2TEXT, backbones
 from engines.runtime import Runtime
 
+_log = logging.getLogger(__name__)
+
 PAIRS = 20_000  # pairs of texts, at most, whose similarities are ranked
 ARTICLES = {"a", "an", "the"}
 
@@ -43,7 +46,7 @@ class Evaluation:
     def document(self) -> dict[str, Any]:
         """What ``evaluate --json`` prints. ``drop``: what the variant loses against the backbone, in the metric."""
         always = ("metric", "higher_is_better", "n", "data", "backbone_variant")
-        names = (*always, "calibration", "points", "exits", "output_tokens")
+        names = (*always, "calibration", "points", "exits", "truth", "output_tokens")
         return {**{name: self.table[name] for name in names if name in self.table}, "variants": self.rows}
 
 
@@ -78,12 +81,16 @@ def evaluate(
     settings = settings or {}
     text_quality.require_meaning(task, metric, settings)
     if task == TEXT2TEXT:
+        text_quality.require_single(examples)
         settings = text_quality.with_length(runtime, examples, settings)
     layers = runtime.members.layers
     if calibration is not None and not layers:
         raise InputError(describe("calibration data", got=calibration.origin, expected="a bundle with exits"))
     parts = split(examples, calibration) if layers else None
     reported = examples if parts is None else parts.reported
+    if too_long := runtime.too_long(reported.inputs):
+        what = "%d of %d texts are longer than the model reads; the rest of each was cut off"
+        _log.warning(what, too_long, len(reported))
     names = [backbone, *(name for name in runtime.members.engines if name != backbone)]
     total = len(names) * len(reported) + rows_to_choose_on(parts, backbone, layers)
     work = Work(runtime, progress, total, settings)
@@ -98,6 +105,7 @@ def evaluate(
         "backbone_variant": backbone,
     }
     if task == TEXT2TEXT:
+        table["truth"] = "targets" if reported.targets is not None else backbone
         table["output_tokens"] = text_quality.output_tokens(runtime, backbone, reported, truth, settings)
     if parts is not None:
         table["calibration"] = {"n": len(parts.chosen), "rows": parts.said}

@@ -34,6 +34,13 @@ def require_meaning(task: str, metric: str | None, settings: Settings) -> None:
             raise InputError(describe(f"{what} is for bundles that read one text and write another", got=task))
 
 
+def require_single(examples: Examples) -> None:
+    """InputError for pairs of texts: such a model reads one."""
+    if examples.pairs is not None:
+        what, got = f"{examples.origin}: texts to read", f"two columns, {examples.columns_chosen}"
+        raise InputError(describe(what, got=got, expected="one", hint="name it by --text"))
+
+
 def with_length(runtime: Runtime, examples: Examples, settings: Settings) -> Settings:
     """``settings``, and where they and the model say nothing of a length, one that fits the longest target."""
     generation = runtime.bundle.manifest.generation
@@ -73,13 +80,16 @@ def _accepted(examples: Examples, wanted: Sequence[str]) -> list[list[str]]:
 
 
 def output_tokens(runtime: Runtime, variant: str, examples: Examples, given: Answers, settings: Settings) -> Settings:
-    """How long the outputs of ``variant`` are by the lengths of their sources, as ``quality.json`` keeps it."""
+    """How long the outputs of ``variant`` are by the lengths of their sources, as ``quality.json`` keeps it.
+
+    With beams, how long they became before the search ended: that is what takes time.
+    """
     manifest = runtime.bundle.manifest
     assert manifest.generation is not None
     options, sources = options_for(manifest.generation, settings), runtime.token_counts(examples.inputs)
-    written = [len(answer["tokens"]) for answer in given]
-    # A forced end looks like any other.
-    forced = options.rules.forced_eos_id is not None
+    written = [answer.get("steps", len(answer["tokens"])) for answer in given]
+    # A forced end looks like any other, and beams that got no longer may have found whole texts before.
+    forced = options.rules.forced_eos_id is not None or options.beams.num_beams > 1
     cut = [
         answer["why"] != EOS or (forced and tokens >= most_tokens(manifest, options, source))
         for answer, tokens, source in zip(given, written, sources, strict=True)
@@ -87,4 +97,5 @@ def output_tokens(runtime: Runtime, variant: str, examples: Examples, given: Ans
     lengths = OutputLengths.measured(sources, written, cut)
     usual, longest = (int(np.quantile(written, share, method="higher")) for share in (0.5, 0.99))
     whole = {"p50": usual, "p99": longest, "cut": sum(cut)}
-    return {"variant": variant, "max_new_tokens": options.max_new_tokens, **whole, "groups": lengths.table()}
+    how = {"max_new_tokens": options.max_new_tokens, "num_beams": options.beams.num_beams}
+    return {"variant": variant, **how, **whole, "groups": lengths.table()}

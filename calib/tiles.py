@@ -2,33 +2,53 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 
 from calib.batches import batches_by_length
 from calib.data import Examples
+from calib.layer_times import layer_times
 from calib.progress import Progress, silent
 from calib.sequences import UNLABELLED, tokenise_pairs
 from calib.writers import collate_pairs, label_error, next_tokens
 from exporter.methods.assembly import STACKS, Assembly, Stack, layers_for_ratio
-from exporter.methods.assembly_calibrated import TileTable, TileTables, calibrated, even_costs, tiles_of
+from exporter.methods.assembly_calibrated import LayerTimes, TileTable, TileTables, calibrated, tiles_of
 from exporter.methods.modular import ModularModel
 
 PAIRS, BATCH = 128, 32
 
 
-def assemblies_on(
-    model: ModularModel, examples: Examples, ratios: Iterable[float], progress: Progress = silent
-) -> dict[float, Assembly]:
-    """For each ratio the assembly of so few layers whose modules lose least on (at most 128 of) these pairs of texts.
+Timed = Callable[[int, int], LayerTimes]
 
-    What is lost is cross-entropy with the targets, the right tokens before given. InputError for a ratio that the
-    layers do not allow, and for examples without targets.
+
+def assemblies_on(
+    model: ModularModel,
+    examples: Examples,
+    ratios: Iterable[float],
+    timed: Timed | None = None,
+    progress: Progress = silent,
+) -> dict[float, Assembly]:
+    """For each ratio the assembly within so much of the layers' time whose modules lose least on these pairs of texts.
+
+    At most 128 of them are read. What is lost is cross-entropy with the targets, the right tokens before given.
+    ``timed``: what a layer of either stack costs for so many tokens read and written; by default
+    ``calib.layer_times``. InputError for a ratio that the layers do not allow, and for examples without targets.
     """
-    budgets = {ratio: layers_for_ratio(model.facts, ratio) for ratio in ratios}
     rows = tokenise_pairs(model.source, examples.sample(PAIRS, seed=0), model.source.max_length)
+    read, written = (round(statistics.mean(len(row[name]) for row in rows)) for name in ("input_ids", "labels"))
+    ratios = list(ratios)
+    for ratio in ratios:
+        layers_for_ratio(model.facts, ratio)
+    times = (timed or partial(layer_times, model))(read, written)
+    progress(
+        f"to write {written} tokens after {read}, a decoder layer takes {times.decoder:.3g} times an encoder layer's"
+        f" time, measured {times.origin}"
+    )
+    budgets = {ratio: times.budget(model.facts, ratio) for ratio in ratios}
     batches = batches_by_length(rows, BATCH, collate_pairs(model.source))
     total, done = 1 + sum(len(tiles_of(model.facts.stack(name))) - model.facts.stack(name).layers for name in STACKS), 0
 
@@ -41,7 +61,7 @@ def assemblies_on(
         errors = [float(label_error(next_tokens(assembled, **batch), batch["labels"])) for batch in batches]
         return sum(error * count for error, count in zip(errors, counts, strict=True)) / sum(counts)
 
-    losses, costs = tile_losses(model, loss), even_costs(model.facts, encoder=1, decoder=1)
+    losses, costs = tile_losses(model, loss), times.costs(model.facts)
     return {ratio: calibrated(model.facts, costs, losses, budget) for ratio, budget in budgets.items()}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compexport.errors import InputError, describe
+from compexport.errors import CompexportError, InputError, describe
 from compexport.present import Progress
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from compexport.api import Assemblies
     from exporter.checkpoint import MethodCheckpoint
     from exporter.methods.assembly import Assembly, Strategy
+    from exporter.methods.assembly_calibrated import LayerTimes
 
 _EXPECTED = 'a JSON file, {"name": {"encoder": [tile sizes], "decoder": [tile sizes]}}, or names with commas'
 
@@ -25,9 +26,12 @@ def plan_options(
     ratios: Sequence[float],
     asked: Assemblies,
     read: Callable[[], Examples] | None,
+    output: str | Path,
     progress: Progress,
 ) -> dict[str, Any]:
     """Options of the method's plan. ``read`` gives pairs of texts to choose on; None where there are none.
+
+    ``output``: a bundle that may be there, with times that were measured here.
 
     InputError for a strategy or assemblies that there are not, and for data that are missing or of no use.
     """
@@ -40,13 +44,14 @@ def plan_options(
         return {**options, "strategy": _strategy(asked.strategy)}
     if read is None:
         raise InputError(describe(f"--strategy {CALIBRATED} chooses on texts and targets", expected="--data FILE"))
-    return {**options, "chosen": _chosen(model, ratios, read, progress)}
+    return {**options, **_chosen(model, ratios, read, output, progress)}
 
 
 def _chosen(
-    model: str | Path, ratios: Sequence[float], read: Callable[[], Examples], progress: Progress
-) -> dict[float, Assembly]:
-    """For each ratio beside 1, the assembly that loses least on what is read."""
+    model: str | Path, ratios: Sequence[float], read: Callable[[], Examples], output: str | Path, progress: Progress
+) -> dict[str, Any]:
+    """For each ratio beside 1 the assembly that loses least on what is read, and the model, which is loaded now."""
+    from calib.layer_times import layer_times
     from calib.tiles import assemblies_on
     from exporter.methods.modular_checkpoint import load_modular
 
@@ -55,10 +60,53 @@ def _chosen(
     if examples.targets is None:
         what = f"{examples.origin}: no targets, by which an assembly is chosen"
         raise InputError(describe(what, expected="a column named target"))
-    chosen = assemblies_on(modular, examples, sorted({ratio for ratio in ratios if ratio != 1}), progress)
+
+    def timed(tokens_read: int, written: int) -> LayerTimes:
+        there = measured_layers(output, modular.source.sha256, tokens_read, written)
+        return there or layer_times(modular, tokens_read, written)
+
+    chosen = assemblies_on(modular, examples, sorted({ratio for ratio in ratios if ratio != 1}), timed, progress)
     for ratio, assembly in chosen.items():
         progress(f"ratio {ratio:g}: {assembly}")
-    return chosen
+    return {"chosen": chosen, "loaded": modular}
+
+
+def measured_layers(output: str | Path, backbone_sha256: str, read: int, written: int) -> LayerTimes | None:
+    """From what `bench` measured here of a bundle of the same model, by ONNX Runtime on all cores.
+
+    None without such a table, and where it has not two numbers of layers of each stack.
+    """
+    from engines import backends
+    from engines.bundle import Bundle
+    from engines.points import encoder_name, first_token_name
+    from engines.profile import Profile
+    from engines.writing_time import WritingTimes
+    from exporter.methods.assembly_calibrated import LayerTimes
+
+    try:
+        bundle = Bundle.open(output)
+        table = bundle.profile(backends.load("ort").device_name({"threads": None, "provider": "cpu"}))
+    except CompexportError:
+        return None
+    if table is None or bundle.manifest.backbone.sha256 != backbone_sha256:
+        return None
+    profile = Profile.from_table(table)
+    times, encoders, decoders = WritingTimes(profile), {}, {}
+    for name, variant in bundle.manifest.variants.items():
+        if variant.assembly is None or not {encoder_name(name), first_token_name(name)} <= set(profile.variants):
+            continue
+        first = profile.predict(first_token_name(name), 1, read)
+        encoders[len(variant.assembly["encoder"])] = profile.predict(encoder_name(name), 1, read).p50_ms
+        decoders[len(variant.assembly["decoder"])] = (first + times.later_tokens(name, 1, read, written)).p50_ms
+    if min(len(encoders), len(decoders)) < 2:
+        return None
+    return LayerTimes.of_differences(_slope(encoders), _slope(decoders), f"by `bench` of {output}")
+
+
+def _slope(times_ms: Mapping[int, float]) -> float:
+    """What one layer more takes."""
+    fewest, most = min(times_ms), max(times_ms)
+    return (times_ms[most] - times_ms[fewest]) / (most - fewest)
 
 
 def _strategy(name: str | None) -> Strategy:
@@ -84,6 +132,9 @@ def named_assemblies(checkpoint: MethodCheckpoint | None, more: str | Path) -> d
     names = [name.strip() for name in str(more).split(",")]
     missing = [name for name in names if name not in known]
     if missing:
+        if Path(more).suffix == ".json" or Path(more).is_dir():
+            found = "a folder" if Path(more).is_dir() else "no such file"
+            raise InputError(describe(f"--assemblies {more}", got=found, expected=_EXPECTED))
         has = f"the checkpoint has {', '.join(known)}" if known else "the checkpoint has none by name"
         raise InputError(describe(f"--assemblies {more}", got=repr(missing[0]), expected=_EXPECTED, hint=has))
     return {name: known[name] for name in names}
@@ -104,6 +155,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise InputError(describe(f"--assemblies {path}: unreadable", got=error, expected="JSON")) from error
     if not isinstance(document, dict) or not document:
         raise InputError(describe(f"--assemblies {path}", got=type(document).__name__, expected=_EXPECTED))
+    if set(document) == {"encoder", "decoder"} and isinstance(document["encoder"], list):
+        raise InputError(describe(f"--assemblies {path}", got="an assembly without a name", expected=_EXPECTED))
     return document
 
 

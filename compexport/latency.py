@@ -42,6 +42,8 @@ from engines.runtime import Runtime
 
 Row = dict[str, Any]
 
+USUAL_LENGTHS = (32, 128)
+
 # Ids that every real vocabulary has; which ones is all the same to the time an engine takes.
 _SMALLEST_ID, _LARGEST_ID = 5, 100
 
@@ -166,6 +168,11 @@ def _macs(manifest: Manifest, name: str, length: int) -> int:
     first = costs[DECODER].macs(len(manifest.generation.decoder_start_ids), length)
     parts = {encoder_name(variant_of(name)): encoder, first_token_name(variant_of(name)): first}
     return parts.get(name, encoder + first)
+
+
+def usual_lengths(longest: int | None) -> list[int]:
+    """What is measured where nobody says: shorter where no text has so many tokens."""
+    return sorted({min(length, longest or length) for length in USUAL_LENGTHS})
 
 
 def check_sizes(what: str, values: Sequence[float], largest: int | None = None) -> list[int]:

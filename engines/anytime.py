@@ -50,24 +50,35 @@ class Aftercare:
 class Margin:
     """By how much earlier than its budget ends a request stops, learnt from how many were late. Thread-safe.
 
-    A late request widens the margin, one in time narrows it by so much less that, whatever interrupts this machine, a
-    share ``LATE`` of them is late in the long run (adaptive conformal inference: Gibbs and Candès 2021,
-    arXiv 2106.00170). The margin is a share of what a whole run takes.
+    A late request widens the margin by two parts. Of one, each request in time takes back so much less that, whatever
+    interrupts this machine, a share ``LATE`` of them is late in the long run (adaptive conformal inference: Gibbs and
+    Candès 2021, arXiv 2106.00170). The other, and larger, part answers a burst: it halves with every ``HALF_LIFE``
+    requests in time, so that what has passed costs later requests little. The margin is a share of what a whole run
+    takes. While it is at its widest, late requests widen neither: no earlier end would mend what makes them late.
     """
 
     LATE = 0.005
-    WIDER = 0.05  # after one that was late
-    WIDEST = 0.5  # beyond it, what makes requests late is nothing that an earlier end would mend
+    LASTING, PASSING = 0.01, 0.04  # what one that was late adds
+    HALF_LIFE = 30  # requests in time
+    WIDEST = 0.5
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self.share = 0.0
+        self.lasting, self.passing = 0.0, 0.0
+
+    @property
+    def share(self) -> float:
+        return min(self.lasting + self.passing, self.WIDEST)
 
     def observe(self, late: bool) -> None:
         """Tell how a request ended that could have stopped earlier."""
-        change = self.WIDER * ((1.0 if late else 0.0) - self.LATE)
         with self._lock:
-            self.share = min(max(self.share + change, 0.0), self.WIDEST)
+            if not late:
+                self.lasting = max(self.lasting - self.LASTING * self.LATE, 0.0)
+                self.passing *= 0.5 ** (1.0 / self.HALF_LIFE)
+            elif self.lasting + self.passing < self.WIDEST:
+                self.lasting += self.LASTING * (1.0 - self.LATE)
+                self.passing += self.PASSING
 
 
 def chunk_end_s(now_s: float, end_s: float, chunks: Sequence[tuple[float, float]]) -> float:

@@ -316,6 +316,9 @@ def _replacing(root: Path) -> bool:
 def _read_manifest(root: Path) -> tuple[bytes, _Identity]:
     _require_folder(root)
     if not os.path.lexists(root / MANIFEST):
+        if (root / "config.json").is_file():
+            hint = f"`compexport build {root}` makes one"
+            raise BundleError(describe(f"no bundle at {root}", got="a model", expected="a bundle", hint=hint))
         raise FileFault(MANIFEST, "is missing: this folder is not a bundle")
     return _read(root, MANIFEST, MAX_MANIFEST_BYTES)
 

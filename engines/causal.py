@@ -5,7 +5,7 @@ Letters as in ``engines.generate``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from engines.logit_rules import NOTHING
 from engines.manifest import PAST, PRESENT, Generation, TensorSpec
 from engines.options import Options
 from engines.sampling import Array, Tokens
-from engines.session import GatheringSession, Held, fed_dtype
+from engines.session import FetchRows, GatheringSession, Held, fed_dtype
 
 POSITIONS = "position_ids"
 WARM_UP_TOKENS = 4
@@ -48,6 +48,7 @@ class CausalGenerator(Generator):
             name, generation, _size(next(spec for spec in session.outputs if spec.name == LOGITS).shape[-1])
         )
         self._session = session
+        self._fetch_rows: FetchRows | None = getattr(session, "fetch_rows", None)
         self._fed = {spec.name for spec in session.inputs}
         self._pasts = [spec for spec in session.inputs if spec.name.startswith(f"{PAST}.")]
         self._presents = {spec.name: spec.name.replace(PAST, PRESENT, 1) for spec in self._pasts}
@@ -58,6 +59,13 @@ class CausalGenerator(Generator):
         ``mask`` [B, S] is 0 where there is no token; a prompt is padded on the left. Raises InputError for a cache of
         another variant or number of rows, or more tokens than the model has positions.
         """
+        outputs, _, cache = self._read(ids, mask, cache, (LOGITS,), ())
+        return outputs[LOGITS], cache
+
+    def _read(
+        self, ids: Tokens, mask: Tokens, cache: Cache | None, outputs: Sequence[str], hold: Sequence[str]
+    ) -> tuple[dict[str, Array], dict[str, Held], Cache]:
+        """``outputs`` as arrays, and those of ``hold`` where they were computed."""
         feeds: dict[str, Array] = {}
         if cache is None:
             cache, feeds = Cache(self.name, np.zeros((len(ids), 0), np.int64), {}), self._nothing(len(ids))
@@ -73,8 +81,18 @@ class CausalGenerator(Generator):
         positions = np.maximum(whole.cumsum(axis=1) - 1, 0)[:, -ids.shape[1] :]
         made = {IDS: ids, MASK: whole, POSITIONS: positions}
         feeds |= {name: array for name, array in made.items() if name in self._fed}
-        outputs, held = self._session.run_held(feeds, cache.held, (LOGITS,), list(self._presents.values()))
-        return outputs[LOGITS], Cache(self.name, whole, {past: held[now] for past, now in self._presents.items()})
+        found, held = self._session.run_held(feeds, cache.held, outputs, [*self._presents.values(), *hold])
+        kept = {past: held[now] for past, now in self._presents.items()}
+        return found, held, Cache(self.name, whole, kept)
+
+    def _read_last(self, ids: Tokens, mask: Tokens, cache: Cache | None) -> tuple[Array, Cache]:
+        """As ``read``, but of the last position alone: logits [B, V], the only ones that leave the backend."""
+        if self._fetch_rows is None or ids.shape[1] == 1:
+            logits, cache = self.read(ids, mask, cache)
+            return logits[:, -1], cache
+        _, held, cache = self._read(ids, mask, cache, (), (LOGITS,))
+        last = np.arange(1, len(ids) + 1) * ids.shape[1] - 1
+        return self._fetch_rows(held[LOGITS], last), cache
 
     def read_prompt(self, ids: Tokens, mask: Tokens) -> tuple[Array, Cache]:
         """Read prompts [B, S], padded on the left: logits [B, V] after their last token, and the cache with them.
@@ -82,10 +100,10 @@ class CausalGenerator(Generator):
         In pieces, where the logits of all positions would take too much memory. Errors as ``read``.
         """
         piece = max(1, ROOM_BYTES // (4 * len(ids) * self.vocabulary))
-        logits, cache = self.read(ids[:, :piece], mask[:, :piece])
+        last, cache = self._read_last(ids[:, :piece], mask[:, :piece], None)
         for start in range(piece, ids.shape[1], piece):
-            logits, cache = self.read(ids[:, start : start + piece], mask[:, start : start + piece], cache)
-        return logits[:, -1], cache
+            last, cache = self._read_last(ids[:, start : start + piece], mask[:, start : start + piece], cache)
+        return last, cache
 
     def warm_up(self, shortest: int = 1) -> None:
         """Read a little and write a token on, so that the next generation is as fast as later ones."""

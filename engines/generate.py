@@ -61,13 +61,15 @@ class Generated:
     """All new tokens of a row, an end token included, and why there are no more.
 
     ``score``: of a text that was searched for with beams, as ``Beams`` says; ``others``: the next best ones, or more
-    texts that were drawn, where several were asked for; fewer where rules leave no more.
+    texts that were drawn, where several were asked for; fewer where rules leave no more. ``steps``: how many tokens
+    long the beams were when the search ended, which may be more than the best text has.
     """
 
     tokens: list[int]
     why: str
     score: float | None = None
     others: tuple[Generated, ...] = ()
+    steps: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +218,7 @@ class Generator(ABC):
         last, state = begun.last, begun.state
         _, limits, ruling = self._ends(begun, options)
         search = BeamSearch(options.beams, self.generation.eos_ids, begun.history, limits)
+        steps = np.zeros(len(limits), np.int64)
         while True:
             norms = log_norms(last)
             if not np.isfinite(norms).all():
@@ -224,6 +227,7 @@ class Generator(ABC):
                 last = ruling.apply(last - norms[:, None], search.history, search.owners, search.count)
                 self._require_choice(last, np.ones(len(last), bool))
                 norms = np.zeros_like(norms)
+            steps[search.rows] += 1
             tokens, parents = search.advance(last, norms)
             if not len(tokens) or (deadline is not None and not deadline.allows(len(tokens), search.length - 1)):
                 break
@@ -231,9 +235,8 @@ class Generator(ABC):
             last, state = self._step(tokens, np.ones(len(tokens), bool), state)
         unfinished = set(search.rows.tolist())
         search.stop()
-        return [
-            _together([_hypothesis(one, row in unfinished) for one in search.best(row)]) for row in range(len(limits))
-        ]
+        found = [[_hypothesis(one, row in unfinished) for one in search.best(row)] for row in range(len(limits))]
+        return [replace(_together(texts), steps=count) for texts, count in zip(found, steps.tolist(), strict=True)]
 
     def _ends(self, begun: Begun, options: Options) -> Ends:
         """When texts end: the rule, the limits [B], and what else holds."""

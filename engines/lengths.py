@@ -10,7 +10,7 @@ import math
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from compexport.errors import BundleError, describe
@@ -27,18 +27,23 @@ class Expected:
     """How many tokens the longest text of a batch will have: ``p50`` as often as not, ``p99`` in 99 of 100 batches.
 
     ``measured``: from real outputs, and not only what is allowed. ``extrapolated``: the text read is longer than any
-    that was measured.
+    that was measured. ``counted_with``: so many beams, where the request asks for another number of them.
     """
 
     p50: int
     p99: int
     measured: bool = True
     extrapolated: bool = False
+    counted_with: int | None = None
 
     @classmethod
     def at_most(cls, tokens: int) -> Expected:
         """Nothing was measured, so that all that is allowed must be expected."""
         return cls(tokens, tokens, measured=False)
+
+    def document(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     def at_least(self, tokens: int) -> Expected:
         """No fewer than so many."""
@@ -48,7 +53,8 @@ class Expected:
 def longest(expected: Sequence[Expected]) -> Expected:
     """What holds for all of several batches."""
     measured, extrapolated = all(one.measured for one in expected), any(one.extrapolated for one in expected)
-    return Expected(max(one.p50 for one in expected), max(one.p99 for one in expected), measured, extrapolated)
+    p50, p99 = (max(numbers) for numbers in zip(*((one.p50, one.p99) for one in expected), strict=True))
+    return Expected(p50, p99, measured, extrapolated, expected[0].counted_with)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +83,13 @@ class Group:
 class OutputLengths:
     """The distribution; immutable. Groups are in order of their sources."""
 
-    def __init__(self, groups: Sequence[Group]) -> None:
-        """Raises BundleError for no groups, or groups out of order."""
+    def __init__(self, groups: Sequence[Group], num_beams: int = 1) -> None:
+        """``num_beams``: with which outputs were written. Raises BundleError for no groups, or groups out of order."""
         sources = [group.source for group in groups]
         if not groups or sorted(set(sources)) != sources:
             raise BundleError(describe("lengths of outputs", got=sources, expected="groups of rising source length"))
         self.groups = tuple(groups)
+        self.num_beams = num_beams
         self._sources = sources
 
     @classmethod
@@ -111,7 +118,10 @@ class OutputLengths:
         groups = section.get("groups") if isinstance(section, Mapping) else None
         if not isinstance(groups, list):
             raise BundleError(describe("quality table, output_tokens", got=str(section)[:80], hint=_HINT))
-        return cls([_read_group(number, entry) for number, entry in enumerate(groups)])
+        num_beams = section.get("num_beams", 1)  # earlier tables do not say
+        if not _whole(num_beams, 1):
+            raise BundleError(describe("quality table, output_tokens: num_beams", got=num_beams, hint=_HINT))
+        return cls([_read_group(number, entry) for number, entry in enumerate(groups)], num_beams)
 
     def table(self) -> list[dict[str, Any]]:
         """The groups as ``quality.json`` holds them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from engines.answers import Answer
@@ -64,7 +64,7 @@ class BatchResult:
             "outputs": self.outputs,
             "truncated": self.truncated,
             "reason": self.decision.reason,
-            **({} if tokens is None else {"expected_tokens": asdict(tokens)}),
+            **({} if tokens is None else {"expected_tokens": tokens.document()}),
         }
 
     def results(self) -> list[Result]:

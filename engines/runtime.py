@@ -285,11 +285,12 @@ class Runtime:
 
         Of a bundle that writes texts on, how well it foresees ``texts`` (``engines.writing.next_token_scores``); of one
         that reads one text and writes another what it writes, by ``settings`` as in ``run_batch``.
-        Reads no measured table, so that ``evaluate`` can replace a damaged one. Raises InputError as ``run_batch``.
+        Says nothing of texts that are too long (``too_long``). Reads no measured table, so that ``evaluate`` can
+        replace a damaged one. Raises InputError as ``run_batch``.
         """
         manifest, encoder = self.bundle.manifest, self._opening.encoder()
         options = options_asked(manifest, None, None, settings)
-        encoded = encoder.encode(texts)
+        encoded = encoder.encode(texts, warn=False)
         if options is None:
             session = self.session(variant)
             names = needed_outputs(manifest.task, [output.name for output in session.outputs])
@@ -304,14 +305,18 @@ class Runtime:
 
     def token_counts(self, texts: Sequence[Text]) -> list[int]:
         """How many tokens each text has, as the model reads it."""
-        return [len(one) for one in self._opening.encoder().encode(texts)]
+        return [len(one) for one in self._opening.encoder().encode(texts, warn=False)]
+
+    def too_long(self, texts: Sequence[Text]) -> int:
+        """How many texts have more tokens than the model reads, so that their rest is cut off."""
+        return sum(one.truncated for one in self._opening.encoder().encode(texts, warn=False))
 
     def run_raw(
         self, session: OpenSession, texts: Sequence[Text], outputs: Sequence[str]
     ) -> tuple[dict[str, npt.NDArray[Any]], list[int]]:
         """What a session of this bundle returns for ``texts``, [B, ...] by name, and their lengths in tokens."""
         encoder = self._opening.encoder()
-        encoded = encoder.encode(texts)
+        encoded = encoder.encode(texts, warn=False)
         return session.run(encoder.feeds(encoded), outputs), [len(one) for one in encoded]
 
     def warm_up(self, variants: Sequence[str] | None = None) -> None:

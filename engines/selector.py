@@ -85,7 +85,7 @@ class Decision:
     def document(self) -> dict[str, Any]:
         """What ``select --json`` prints. An infinite budget is null there, as JSON has no infinity."""
         finite = self.budget_ms is not None and math.isfinite(self.budget_ms)
-        tokens = {} if self.expected_tokens is None else {"expected_tokens": asdict(self.expected_tokens)}
+        tokens = {} if self.expected_tokens is None else {"expected_tokens": self.expected_tokens.document()}
         return {
             "variant": self.variant,
             "predicted_ms": self.predicted_ms,
@@ -395,7 +395,7 @@ class Comparison:
             return NOT_MEASURED
         cut = f" to exit {self.cuts[name].layer}" if name in self.cuts else ""
         if time_ms is not None and time_ms > self.left_ms:
-            return f"needs {time_ms:.2f} ms{cut}, {self.left_ms:.2f} ms left"
+            return f"needs {_ms(time_ms)}{cut}, {_ms(self.left_ms)} left"
         mine, its = self._value(name), self._value(self.chosen)
         if mine is not None and its is not None:
             if mine == its:
@@ -428,8 +428,10 @@ class Comparison:
         usual_ms = self.usual_ms(self.chosen)
         if not expected.measured:
             return f"for all {expected.p99} tokens that are allowed, as lengths of outputs were not measured"
-        usual = "" if usual_ms is None else f", usually {usual_ms:.2f} ms for {expected.p50}"
-        return f"for the {expected.p99} tokens that one output in a hundred has{usual}"
+        usual = "" if usual_ms is None else f", usually {_ms(usual_ms)} for {expected.p50}"
+        beams = expected.counted_with
+        counted = "" if beams is None else f", counted {'without beams' if beams == 1 else f'with {beams} beams'}"
+        return f"for the {expected.p99} tokens that one output in a hundred has{usual}{counted}"
 
     def _why_chosen(self) -> str:
         time_ms = self.times[self.chosen]
@@ -441,7 +443,11 @@ class Comparison:
         cut = self.cuts.get(self.chosen)
         stop = f", and goes on past exit {cut.layer} only while there is time" if cut is not None else ""
         if self.forced:
-            return f"asked for; {time_ms:.2f} ms {fit} into {self.left_ms:.2f} ms{stop}"
+            return f"asked for; {_ms(time_ms)} {fit} into {_ms(self.left_ms)}{stop}"
         if self.fits:
-            return f"best quality that fits: {time_ms:.2f} ms of {self.left_ms:.2f} ms left{stop}"
-        return f"none fits into {self.left_ms:.2f} ms; this is the fastest, {time_ms:.2f} ms{stop}"
+            return f"best quality that fits: {_ms(time_ms)} of {_ms(self.left_ms)} left{stop}"
+        return f"none fits into {_ms(self.left_ms)}; this is the fastest, {_ms(time_ms)}{stop}"
+
+
+def _ms(value: float) -> str:
+    return f"{value:.2f} ms" if not 0.0 < abs(value) < 0.1 else f"{value:.2g} ms"

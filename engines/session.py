@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -75,6 +75,11 @@ class HoldingSession(Protocol):
 
     def close(self) -> None:
         """Release the engine."""
+
+
+# What a gathering session may have besides, as ``fetch_rows``: rows of what it holds, as an array of this process. Rows
+# are those of the last axis: of [B, S, V] there are B * S.
+FetchRows = Callable[[Held, npt.NDArray[np.int64]], Array]
 
 
 class GatheringSession(HoldingSession, Protocol):

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compexport.errors import BundleError, CompexportError, DependencyError, InputError, describe
-from engines.manifest import GENERATION, Generation, LabelWords
+from engines.manifest import GENERATION, TEXT2TEXT, Generation, LabelWords
 from engines.manifest import Tokenizer as TokenizerSpec
 from engines.prompts import Prompt
 
@@ -88,6 +88,7 @@ class TextEncoder:
         self._shortest = shortest
         self.answers_questions = task == QUESTION_ANSWERING
         self.writes = task == GENERATION
+        self.writes_another = task == TEXT2TEXT
         self._tokenizer = _tokenizer_from_file(path)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -104,14 +105,16 @@ class TextEncoder:
             strategy = "only_second" if self.answers_questions else "longest_first"
             self._tokenizer.enable_truncation(spec.max_length, stride=0, strategy=strategy, direction="right")
 
-    def encode(self, texts: Sequence[Text], *, truncate: bool = True, room: int | None = None) -> list[EncodedText]:
-        """Tokenise, in the order given. A text beyond ``max_length`` tokens is cut, with a logged warning.
+    def encode(
+        self, texts: Sequence[Text], *, truncate: bool = True, room: int | None = None, warn: bool = True
+    ) -> list[EncodedText]:
+        """Tokenise, in the order given. A text beyond ``max_length`` tokens is cut, with a logged warning (``warn``).
 
         ``room``: fewer tokens than that, for texts that are to be written on.
 
         Raises InputError that names the text: empty, only spaces, or nothing the tokenizer can see; not a string or
         pair of strings; not valid Unicode; a single text for question answering or a template that reads pairs, and a
-        pair for one that does not or for one to be written on; too long with ``truncate=False``.
+        pair for one that does not, or where texts are written; too long with ``truncate=False``.
         """
         if isinstance(texts, str) or not isinstance(texts, Sequence):
             raise InputError(
@@ -126,7 +129,7 @@ class TextEncoder:
         else:
             encoded = self._prompted(items) if self._prompt is not None else self._plain(items)
         too_long = [number for number, one in enumerate(encoded) if one.truncated]
-        if too_long:
+        if too_long and (warn or not truncate):
             self._report_too_long(too_long, len(encoded), limit, truncate)
         return encoded
 
@@ -158,20 +161,21 @@ class TextEncoder:
         parts = [text] if isinstance(text, str) else text
         is_pair = isinstance(text, tuple | list) and len(text) == 2
         if not (isinstance(text, str) or is_pair) or not all(isinstance(part, str) for part in parts):
-            what, expected = f"text {number} has the wrong type", "a string or a pair of strings"
+            what, expected = f"{_which(number)} has the wrong type", "a string or a pair of strings"
             raise InputError(describe(what, got=type(text).__name__, expected=expected))
         if self.answers_questions and len(parts) == 1:
-            raise InputError(describe(f"text {number} is single", expected="a pair: the question and its context"))
+            raise InputError(describe(f"{_which(number)} is single", expected="a pair: the question and its context"))
         if self._prompt is not None and self._prompt.reads_pairs != (len(parts) == 2):
-            what = f"text {number} is {'a pair' if len(parts) == 2 else 'single'}"
+            what = f"{_which(number)} is {'a pair' if len(parts) == 2 else 'single'}"
             expected = f"{'a pair' if self._prompt.reads_pairs else 'one text'}, as the template"
             raise InputError(describe(what, got=self._prompt.template, expected=expected))
-        if self.writes and len(parts) == 2:
-            raise InputError(describe(f"text {number} is a pair", expected="one text, to be written on"))
+        if (self.writes or self.writes_another) and len(parts) == 2:
+            expected = "one text, to be written on" if self.writes else "one text, of which another is written"
+            raise InputError(describe(f"{_which(number)} is a pair", expected=expected))
         if self.writes and self._beginning and parts[0] == "":
             return self._beginning
         if not all(part.strip() for part in parts):
-            raise InputError(describe(f"text {number} is empty", expected="at least one visible character"))
+            raise InputError(describe(f"{_which(number)} is empty", expected="at least one visible character"))
         return parts[0] if len(parts) == 1 else (parts[0], parts[1])
 
     def _overhead(self) -> int:
@@ -225,7 +229,7 @@ class TextEncoder:
             raise
         except (TypeError, UnicodeError) as error:  # lone surrogates cannot become UTF-8
             bad = [str(number) for number, item in enumerate(items) if not _is_unicode(item)]
-            where = f"text {', '.join(bad)}" if bad else "a text"
+            where = _which(", ".join(bad)) if bad else "a text"
             raise InputError(describe(f"{where} is not valid Unicode", hint="remove lone surrogates")) from error
         except Exception as error:  # `tokenizers` raises bare Exception; the one cause left is an uncuttable question
             limit = f"at most {self.spec.max_length} tokens"
@@ -252,6 +256,10 @@ def _tokenizer_from_file(path: Path) -> Any:
         raise BundleError(describe(what, hint="build the bundle again")) from error
 
 
+def _which(number: object) -> str:
+    return f"text {number} (counted from 0)"
+
+
 def _split(item: str | tuple[str, str]) -> tuple[str, str | None]:
     return (item, None) if isinstance(item, str) else item
 
@@ -264,7 +272,7 @@ def _values(name: str, one: EncodedText) -> list[int]:
 
 def _blank(number: int) -> InputError:
     """Control characters alone, for example, pass for text but leave no token."""
-    return InputError(describe(f"text {number} is empty to the tokenizer", expected="at least one token"))
+    return InputError(describe(f"{_which(number)} is empty to the tokenizer", expected="at least one token"))
 
 
 def _is_unicode(item: str | tuple[str, str]) -> bool:

@@ -5,13 +5,13 @@ Letters: B batch, S sequence.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from time import perf_counter
 
 from engines.answers import Answer
 from engines.anytime import Anytime
-from engines.generate import Generated, StepDeadline
+from engines.generate import Generated, StepDeadline, Token
 from engines.lengths import Expected, longest
 from engines.manifest import Manifest
 from engines.members import Members, Predictions
@@ -56,19 +56,43 @@ class Writer:
         return found
 
     def stream(self, request: Request, finish: Callable[[Answer], BatchResult]) -> Stream:
-        """The only text of a request, as it is written; ``finish`` makes the result of the whole answer."""
+        """The only text of a request, as it is written; ``finish`` makes the result of the whole answer.
+
+        Like other texts it is compared with its prediction, without what whoever reads it does between its tokens.
+        """
         encoder = self._opening.encoder()
-        feeds = encoder.feeds(request.encoded)
-        tokens = self._opening.generators([request.engine])[request.engine].stream(
-            feeds["input_ids"], feeds["attention_mask"], options=request.options, deadline=self._deadline(request, 0)
+        generator = self._opening.generators([request.engine])[request.engine]
+        feeds, deadline = encoder.feeds(request.encoded), self._deadline(request, 0)
+        started = perf_counter()
+        tokens = generator.stream(
+            feeds["input_ids"], feeds["attention_mask"], options=request.options, deadline=deadline
         )
-        return Stream(tokens, encoder, finish)
+        return Stream(self._observed(request, tokens, perf_counter() - started), encoder, finish)
+
+    def _observed(self, request: Request, tokens: Iterator[Token], taken_s: float) -> Iterator[Token]:
+        """``tokens`` as they come; once all are there, what they took is told. ``taken_s``: before the first."""
+        written: list[Token] = []
+        while True:
+            started = perf_counter()
+            token = next(tokens, None)
+            taken_s += perf_counter() - started
+            if token is None:
+                break
+            written.append(token)
+            yield token
+        if written:
+            text = Generated([token.id for token in written], written[-1].why or "")
+            self._observe(request, 0, [text], taken_s * 1000.0)
 
     def _expected(self, shape: tuple[int, int], options: Options) -> Expected:
         """How many tokens the longest text of a chunk will have."""
         batch, length = shape
         most, lengths = most_tokens(self._manifest, options, length), self._members.output_lengths
-        found = Expected.at_most(most) if lengths is None else lengths.expected(batch, length, most)
+        found = Expected.at_most(most)
+        if lengths is not None:
+            found = lengths.expected(batch, length, most)
+            if lengths.num_beams != options.beams.num_beams:
+                found = replace(found, counted_with=lengths.num_beams)
         return found.at_least(min(most, options.rules.min_new_tokens))
 
     def _deadline(self, request: Request, number: int) -> StepDeadline | None:
@@ -86,10 +110,12 @@ class Writer:
     def _observe(self, request: Request, number: int, written: Sequence[Generated], engine_ms: float) -> None:
         times, engine, options = self._members.writing_times, request.engine, request.options
         assert options is not None
-        # How many steps a search with beams took does not show in what it found.
-        if times is None or not times.knows(engine) or options.beams.num_beams > 1:
+        if times is None or not times.knows(engine):
             return
-        tokens = [len(text.tokens) for one in written for text in (one, *one.others)]
+        if options.beams.num_beams > 1:  # whose search may go on beyond what it found
+            tokens = [one.steps or 1 for one in written]
+        else:
+            tokens = [len(text.tokens) for one in written for text in (one, *one.others)]
         count = Expected.at_most(max(tokens))
         expected = times.writing([request.shapes[number]], [count], rows_per_text(options))[engine]
         # Texts that end early leave the batch: then the prediction is a bound, as it is outside the grid.

@@ -81,7 +81,8 @@ def rows_per_text(options: Options) -> int:
 def written_answers(encoder: TextEncoder, written: Sequence[Generated]) -> list[Answer]:
     """One answer per text: ``text`` (what was written), its ``tokens`` and ``why`` it ends ("eos", "length", "budget").
 
-    With beams its ``score`` too, and where several texts were asked for the ``others``, each as the first.
+    With beams its ``score`` too, and how many ``steps`` its search took; and where several texts were asked for the
+    ``others``, each as the first but for its steps.
     """
     return [_answer(encoder, one) for one in written]
 
@@ -90,6 +91,8 @@ def _answer(encoder: TextEncoder, one: Generated) -> Answer:
     answer: Answer = {"text": encoder.decode(one.tokens), "tokens": one.tokens, "why": one.why}
     if one.score is not None:
         answer["score"] = one.score
+    if one.steps is not None:
+        answer["steps"] = one.steps
     if one.others:
         answer["others"] = [_answer(encoder, other) for other in one.others]
     return answer

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from compexport.errors import InputError, describe
-from exporter.identity import backbone_sha256, file_sha256
+from exporter.identity import backbone_sha256, file_sha256, has_tokenizer
 from exporter.official import require_plain_model
 
 if TYPE_CHECKING:
@@ -143,6 +143,9 @@ def find_checkpoint(folder: str | Path, method: str | None = None) -> MethodChec
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise InputError(describe(f"{path}: unsafe file name", got=repr(name), expected="a .safetensors beside it"))
     if found.backbone_sha256 != backbone_sha256(folder):
+        if not has_tokenizer(folder):  # a part of what the tensors were trained for
+            hint = "put the files back that the model was trained with"
+            raise InputError(describe(f"{folder}: no usable tokenizer", expected="tokenizer.json", hint=hint))
         raise InputError(
             describe(f"{folder}: the {found.method} tensors are of other weights", hint="train them for this backbone")
         )

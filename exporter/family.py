@@ -55,6 +55,7 @@ class BuildReport:
 
     def _row(self, name: str, variant: Variant) -> dict[str, Any]:
         graphs = [self.manifest.graphs[graph] for graph in variant.graphs.values()]
+        changes = [graph.parity.rounding.max_relative for graph in graphs if graph.parity.rounding is not None]
         return {
             "variant": name,
             "method": variant.method,
@@ -64,6 +65,7 @@ class BuildReport:
             "params": variant.params,
             "extra_params": variant.extra_params,
             "parity_max_abs": max(graph.parity.max_abs for graph in graphs),
+            **({"rounding_max_relative": max(changes)} if changes else {}),
             "untrained": variant.untrained,
             "reused": self.reused.issuperset(variant.graphs.values()),
         }

@@ -35,6 +35,11 @@ def backbone_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether any of the files is there that a tokenizer is made of."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", *VOCABULARIES))
+
+
 def label_words_sha256(folder: Path) -> str | None:
     """Hash of the label words; no part of the backbone's identity, since plugins fit whatever the words are."""
     path = folder / LABEL_WORDS

@@ -9,7 +9,7 @@ from typing import Any
 
 from compexport.errors import InputError, describe
 from exporter.hosts import Host, host_of
-from exporter.identity import VOCABULARIES
+from exporter.identity import has_tokenizer
 from exporter.official import require_plain_model
 
 # Relative positions have no end; texts are cut here where the tokenizer's settings name no limit.
@@ -28,13 +28,22 @@ class Pooling:
         return f"{self.mode}+normalize" if self.normalize else self.mode
 
 
+def _instead_of_a_model(folder: Path) -> str:
+    if folder.is_file():
+        return "a file"
+    if not folder.is_dir():
+        return "no such folder"
+    return "a bundle" if (folder / "manifest.json").is_file() else "no config.json in it"
+
+
 def load_config(folder: Path) -> Any:
     """``config.json`` of a model folder, as transformers reads it; InputError if there is none of a known kind."""
     if not (folder / "config.json").is_file():
-        found = "no such folder" if not folder.is_dir() else "no config.json in it"
         raise InputError(
             describe(
-                f"{folder}: not a model", got=found, expected="a Hugging Face folder (config.json, model.safetensors)"
+                f"{folder}: not a model",
+                got=_instead_of_a_model(folder),
+                expected="a Hugging Face folder (config.json, model.safetensors)",
             )
         )
     require_plain_model(folder)
@@ -116,7 +125,7 @@ def tokenizer_text(folder: Path) -> str:
     from transformers import AutoTokenizer
 
     try:
-        if not any((folder / name).exists() for name in VOCABULARIES):
+        if not has_tokenizer(folder):
             raise FileNotFoundError("none of its files")  # transformers would make up an empty one
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         text: str = tokenizer.backend_tokenizer.to_str()

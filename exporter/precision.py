@@ -54,7 +54,6 @@ _WIDE = {
     *(F.log_softmax, torch.log_softmax, Tensor.log_softmax),
     *(F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm, F.normalize),
     *(torch.sum, Tensor.sum, torch.mean, Tensor.mean, torch.logsumexp, Tensor.logsumexp),
-    F.scaled_dot_product_attention,
 }
 
 
@@ -67,10 +66,35 @@ class WideSums(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = [*args, *kwargs.values()]
+        if func is F.scaled_dot_product_attention and _is_half(given[0]):
+            return _attention(*args, **kwargs)
         if func not in _WIDE or not _is_half(given[0]) or any(isinstance(one, torch.dtype) for one in given):
             return func(*args, **kwargs)
         widened = {name: _widened(one) for name, one in kwargs.items()}
         return func(*map(_widened, args), **widened).to(given[0].dtype)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    **others: Any,
+) -> Tensor:
+    """``F.scaled_dot_product_attention`` without dropout: half products, and between them the softmax in fp32.
+
+    Queries and keys are scaled before their product, which then has the range of what the softmax reads.
+    """
+    assert not is_causal and not any(others.values()), "hosts give a mask, and as many keys as queries have heads"
+    share = (query.shape[-1] ** -0.5 if scale is None else scale) ** 0.5
+    scores = wide(torch.matmul(query * share, (key * share).transpose(-1, -2)))
+    if attn_mask is not None:
+        seen = attn_mask.dtype == torch.bool
+        scores = torch.where(attn_mask, scores, lowest(query.dtype)) if seen else scores + attn_mask
+    return torch.matmul(F.softmax(scores, dim=-1).to(value.dtype), value)
 
 
 def _is_half(value: Any) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import seq2seq
+from benchmarks import seq2seq, traffic
 
 
 def result(pytorch: float = 40.0, optimum: float = 30.0, half: float = 11.0) -> dict[str, Any]:
@@ -41,3 +43,27 @@ def test_who_writes_other_tokens_is_told_from_who_writes_fewer() -> None:
     assert seq2seq._agreement(calls) == {"engines 1": 1.0, "pytorch": 0.75}
     with pytest.raises(SystemExit, match=r"pytorch wrote \(1, 3\) tokens, expected \(1, 4\)"):
         seq2seq._agreement({**calls, "pytorch": lambda: [[1, 2, 3]]})
+
+
+def test_bytes_that_are_read_are_those_of_the_matrices() -> None:
+    """Of a T5 of width 4 with heads of 4 in all, networks of 10, 12 + 12 layers and 50 words; 2 + 2 at ratio 6."""
+    sizes = {"d_model": 4, "d_kv": 2, "num_heads": 2, "d_ff": 10, "num_layers": 12, "vocab_size": 50}
+    facts = traffic.facts_of_sizes(sizes)
+    encoder, step, head = 4 * 16 + 80, 6 * 16 + 80, 200
+    whole = 12 * (encoder + 2 * 16) + 3 * (12 * step + head)
+    assert traffic.bytes_read(facts, traffic.Assembly.base(facts), tokens=3) == 4 * whole
+    fewest = 2 * (encoder + 2 * 16) + 3 * (2 * step + head)
+    assert traffic.bytes_ceiling(sizes, 6, tokens=3) == pytest.approx(whole / fewest)
+    assert traffic.bytes_ceiling(sizes, 1, tokens=3) == 1.0
+
+
+@pytest.mark.parametrize("name", ["t5-tiny", "bart-tiny"])
+def test_sizes_are_those_of_the_model(name: str, tmp_path: Path) -> None:
+    from exporter.backbone import load_seq2seq
+    from exporter.methods.modular import facts_of
+
+    counted = traffic.facts_of_sizes(seq2seq.SEQ2SEQ[name][1])
+    model = facts_of(load_seq2seq(seq2seq.seq2seq(tmp_path / name, name)))
+    for stack in ("encoder", "decoder"):
+        assert replace(model.stack(stack), layer_params=0) == counted.stack(stack)
+    assert model.vocabulary == counted.vocabulary

@@ -5,6 +5,7 @@ Letters: N iterations of the model, n steps taken instead.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -249,7 +250,14 @@ def chosen_form(found: Quality, settings: OdeSettings, metric: str) -> Form:
 
 
 def _shown(found: Quality, form: Form, metric: str) -> dict[str, Any]:
-    """``student``: in the chosen form; ``forms``: in each; ``dropped``: plainly fewer iterations."""
+    """``student``: in the chosen form; ``forms``: in each; ``dropped``: plainly fewer iterations.
+
+    ``majority``: of always giving the commonest answer; ``learnt``: whether anything is better than that, beyond what
+    two standard deviations of its count may be by chance.
+    """
+    majority, asked = found.full["majority"], found.full["asked"]
+    best = max(one[metric] for one in (found.full, *found.stepped[form].values()))
+    by_chance = 2.0 * math.sqrt(majority * (1.0 - majority) / max(asked, 1.0))
 
     def values(by_ratio: Mapping[float, Mapping[str, float]], name: str) -> dict[str, float]:
         return {str(ratio): one[name] for ratio, one in by_ratio.items()}
@@ -257,6 +265,8 @@ def _shown(found: Quality, form: Form, metric: str) -> dict[str, Any]:
     return {
         "metric": metric,
         "teacher": found.full[metric],
+        "majority": majority,
+        "learnt": best > majority + by_chance,
         "student": values(found.stepped[form], metric),
         "dropped": values(found.dropped, metric),
         "forms": {name: values(by_ratio, metric) for name, by_ratio in found.stepped.items()},

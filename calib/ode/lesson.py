@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -83,9 +84,13 @@ def measured(
     form: Form,
     progress: Progress,
 ) -> dict[str, float]:
-    """The goal's metric and the mean loss over ``rows`` in these steps, in fp32. What is masked is always the same."""
+    """The goal's metric and the mean loss over ``rows`` in these steps, in fp32. What is masked is always the same.
+
+    Also "asked", for how many answers, and "majority": how many of them are right that always say the commonest one.
+    """
     device = next(lesson.parameters()).device
     right = total = 0
+    common: Counter[int] = Counter()
     error, done = 0.0, 0
     lesson.eval()
     for number, made in enumerate(batches_by_length(rows, size, collate)):
@@ -95,5 +100,12 @@ def measured(
         right += int((logits.argmax(-1) == wanted).sum())
         error += float(lesson.goal.error(logits, batch["labels"])) * wanted.numel()
         total += wanted.numel()
+        common.update(wanted.flatten().tolist())
         done += len(made["input_ids"])
-    return {lesson.goal.metric: right / max(total, 1), "loss": error / max(total, 1)}
+    majority = max(common.values(), default=0) / max(total, 1)
+    return {
+        lesson.goal.metric: right / max(total, 1),
+        "loss": error / max(total, 1),
+        "majority": majority,
+        "asked": float(total),
+    }

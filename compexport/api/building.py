@@ -133,7 +133,7 @@ def build_document(
         chosen = stepping.plan_options(model, checkpoint, wanted, steps, read, progress)
         options = {**chosen, "exits": _exit_steps(exits), "prefixes": prefix}
     elif planned.method == "modular":
-        options = assembling.plan_options(model, checkpoint, wanted, assemblies, read, progress)
+        options = assembling.plan_options(model, checkpoint, wanted, assemblies, read, output, progress)
     elif data is not None and not untrained and (missing := [ratio for ratio in wanted if ratio not in there]):
         texts = read_examples(data, "train", columns, progress)
         if fit.span is None:

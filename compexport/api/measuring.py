@@ -19,26 +19,29 @@ def bench(
     bundle: str | Path = "bundle",
     *,
     batches: Sequence[float] = (1, 8),
-    lengths: Sequence[float] = (32, 128),
+    lengths: Sequence[float] | None = None,
     min_runs: int = 20,
     device: Device = DEVICE,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
-    """Measure every variant at every batch size and length, keep the table in the bundle, and return it."""
+    """Measure every variant at every batch size and length, keep the table in the bundle, and return it.
+
+    ``lengths`` in tokens; None stands for 32 and 128, as far as the bundle reads such texts.
+    """
     from compexport import latency
     from engines.manifest import GENERATION
 
+    sizes = latency.check_sizes("batch", batches)
     with open_runtime(bundle, device) as runtime:
         tokenizer = runtime.bundle.manifest.tokenizer
         longest, generation = tokenizer.max_length if tokenizer else None, runtime.bundle.manifest.generation
         if generation is not None:  # one more token is timed after each length, where both are one text
             more = 1 if runtime.bundle.manifest.task == GENERATION else 0
             longest = min(longest or generation.positions, generation.positions - more)
-        checked = latency.check_sizes("length", lengths, longest)
         table = latency.measure(
             runtime,
-            latency.check_sizes("batch", batches),
-            checked,
+            sizes,
+            latency.check_sizes("length", lengths or latency.usual_lengths(longest), longest),
             threads=device.threads,
             min_runs=min_runs,
             progress=progress,

@@ -65,7 +65,9 @@ def build(
         "bundle"
     ),
     backend: Backend = "ort",
-    precision: Annotated[str, typer.Option(metavar="NAME", help="Arithmetic of the engines: fp32.")] = "fp32",
+    precision: Annotated[
+        str, typer.Option(metavar="NAME", help="Arithmetic of the engines: fp32, fp16 or bf16.")
+    ] = "fp32",
     method: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Method, where MODEL does not say: variator, costeff, modular or ode."),

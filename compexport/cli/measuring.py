@@ -31,7 +31,9 @@ def bench(
     bundle: BundlePath = Path("bundle"),
     *,
     batch: Annotated[str, typer.Option(metavar="LIST", help="Batch sizes.")] = "1,8",
-    length: Annotated[str, typer.Option(metavar="LIST", help="Lengths in tokens.")] = "32,128",
+    length: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Lengths in tokens [default: 32,128, or what BUNDLE reads].")
+    ] = None,
     min_runs: Annotated[int, typer.Option(metavar="N", min=3, help="Timed runs of each cell.")] = 20,
     quick: Annotated[bool, typer.Option("--quick", help="Five runs of each cell: a first look.")] = False,
     plot: Annotated[Path | None, typer.Option(metavar="PNG", help="Also draw latency against quality.")] = None,
@@ -55,7 +57,7 @@ def bench(
         document = api.bench(
             bundle,
             batches=numbers_of("batch", batch),
-            lengths=numbers_of("length", length),
+            lengths=None if length is None else numbers_of("length", length),
             min_runs=5 if quick else min_runs,
             device=api.Device(backend, provider, threads),
             progress=progress,

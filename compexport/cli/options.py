@@ -37,7 +37,7 @@ TrainRatio = Annotated[
     str | None, typer.Option(metavar="LIST", help="Compression ratios: 2,4,8; fractions too, but for variator.")
 ]
 Backend = Annotated[str, typer.Option(metavar="NAME", help="Engine backend: ort, trt or trt-rtx.")]
-Provider = Annotated[str, typer.Option(metavar="NAME", help="ONNX Runtime provider: cpu or cuda.")]
+Provider = Annotated[str, typer.Option(metavar="NAME", help="ONNX Runtime provider: cpu, cuda or cuda-graphs.")]
 Threads = Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads of an engine [default: all cores].")]
 Seed = Annotated[int, typer.Option(metavar="N", help="Makes a run repeatable.")]
 BuildSteps = Annotated[

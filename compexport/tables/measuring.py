@@ -50,7 +50,7 @@ def bench_table(document: Mapping[str, Any], variants: Mapping[str, Any], qualit
     gains = faster_from([row for row in document["realised"] if not is_part(row["variant"])])
     notes = [_faster_from_note(name, size) for name, size in gains.items()]
     if any(is_token(row["variant"]) for row in document["rows"]):
-        notes.append("up to the first token that is written")
+        notes.append("all times above are up to the first token that is written; the time of whole texts: `select`")
     return Table(f"latency on {document['device']}", ("variant", "ratio", *measured, metric), rows, notes)
 
 
@@ -130,6 +130,8 @@ def evaluate_table(document: Mapping[str, Any], variants: Mapping[str, Any]) -> 
         values = [f"{row['value']:.4f}", f"{row['drop']:+.4f}", *(f"{row[name]:.4f}" for name in further)]
         rows.append((name, variant.ratio, variant.flops_ratio, *values))
     title = f"{document['metric']} on {document['n']} examples"
+    if document.get("truth", "targets") != "targets":
+        title += f", which have no targets: compared with what {document['truth']} writes"
     notes = [f"exit thresholds chosen on {document['calibration']['rows']}"] if "calibration" in document else []
     if "output_tokens" in document:
         notes.append(_lengths_note(document["output_tokens"]))
@@ -138,13 +140,20 @@ def evaluate_table(document: Mapping[str, Any], variants: Mapping[str, Any]) -> 
 
 def _lengths_note(found: Mapping[str, Any]) -> str:
     cut = f"; {found['cut']} were cut at {found['max_new_tokens']}" if found["cut"] else ""
-    return f"outputs of {found['variant']} have {found['p50']} tokens (p50) to {found['p99']} (p99){cut}"
+    beams = found.get("num_beams", 1)
+    with_ = f", with {beams} beams" if beams > 1 else ""
+    return f"outputs of {found['variant']}{with_} have {found['p50']} tokens (p50) to {found['p99']} (p99){cut}"
 
 
 def points_table(document: Mapping[str, Any]) -> Table:
     """``evaluate``: the operating points of variants with exits; FLOPs count what rows are expected to need."""
-    rows = []
+    rows: list[tuple[Any, ...]] = []
+    seen: dict[tuple[str, str], str] = {}
     for name, point in document["points"].items():
+        same = seen.setdefault((point["variant"], _thresholds(point["rule"])), name)
+        if same != name:  # the coarsest thresholds that there are may serve several wishes
+            rows.append((name, point["flops_ratio"], point["speedup"], None, None, f"as {same}", None))
+            continue
         layers = document["exits"][point["variant"]]["layers"]
         left = ", ".join(f"{layer}: {share:.0%}" for layer, share in zip(layers, point["histogram"], strict=True))
         shown = [f"{point['value']:.4f}", f"{point['drop']:+.4f}", _thresholds(point["rule"]), left]

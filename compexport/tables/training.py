@@ -49,6 +49,9 @@ def ode_table(document: Mapping[str, Any]) -> Table:
         rows.append((ratio, document["n"][ratio], *values))
     title = f"{document['output']}: trained in {document['steps']} steps, {document['seconds']:.0f} s"
     notes = [f"{document['form']} form of a step; measured on {document['held_out']} rows"]
+    if not document["learnt"]:
+        always = f"the commonest answer alone has {metric} {document['majority']:.4f}"
+        notes.append(f"warning: nothing was learnt: {always}; train longer, or look at the data and the learning rate")
     return Table(title, ("ratio", "steps", metric, "iterations dropped"), rows, notes)
 
 

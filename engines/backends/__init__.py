@@ -42,7 +42,7 @@ def builder(name: str, options: Any = None, precision: str = "fp32") -> Any:
     backend = _backend(name)
     if hint := _LACKING.get((name, precision)):
         raise InputError(
-            describe(f"--backend {name} with --precision", got=precision, expected="fp32, fp16", hint=hint)
+            describe(f"--backend {name} with --precision", got=precision, expected="fp32 or fp16", hint=hint)
         )
     return backend.builder(options)
 

@@ -24,7 +24,7 @@ class Tenant(Protocol):
     """What an open engine has on a lane."""
 
     def scratch_moved(self) -> None:
-        """The lane's scratch memory is elsewhere now; the lane is idle."""
+        """The lane's scratch memory is no more where it was; the lane is idle."""
 
     def close(self) -> None:
         """Give all back; the lane is idle."""
@@ -46,11 +46,8 @@ class Lane:
     def scratch(self, size: int) -> tuple[int, int]:
         """Address and size of the memory that a run uses while it runs, at least so large."""
         if self._scratch is None or self._scratch.place.size < size:
-            self.wait()
-            self._scratch = None  # so that where memory is short, the old one makes room
+            self._drop_scratch()  # so that where memory is short, the old one makes room
             self._scratch = self.pool.take(size)
-            for tenant in list(self.tenants.values()):
-                tenant.scratch_moved()
         return self._scratch.address, self._scratch.place.size
 
     def moment(self) -> Moment:
@@ -71,6 +68,11 @@ class Lane:
         self.memory.wait(self.stream)
         self.staging.settle()
 
+    def trim(self) -> None:
+        """Give CUDA back what the lane keeps for later runs, scratch memory too."""
+        self._drop_scratch()
+        self.pool.trim()
+
     def evict(self, key: object) -> None:
         """Give back what the engine ``key`` has here."""
         tenant = self.tenants.pop(key, None)
@@ -88,6 +90,13 @@ class Lane:
         for event in self._made:
             self.memory.end_event(event)
         self.memory.end_stream(self.stream)
+
+    def _drop_scratch(self) -> None:
+        if self._scratch is not None:
+            self.wait()
+            self._scratch = None
+            for tenant in list(self.tenants.values()):
+                tenant.scratch_moved()
 
 
 class Lanes:
@@ -148,10 +157,11 @@ class Lanes:
         """Give CUDA back what lanes that nobody has keep for later."""
         with self._changed:
             idle, self._idle = self._idle, []
-        for lane in idle:
-            try:
-                lane.pool.trim()
-            finally:
+        try:
+            for lane in idle:
+                lane.trim()
+        finally:
+            for lane in idle:
                 self._give_back(lane)
 
     def _taken(self) -> Lane:
@@ -159,7 +169,8 @@ class Lanes:
         with self._changed:
             self._changed.wait_for(lambda: self._idle or len(self._lanes) + self._making < self._most)
             if self._idle:
-                lane = next((lane for lane in self._idle if self._last.get(lane) == thread), self._idle[0])
+                had = (lane for lane in reversed(self._idle) if self._last.get(lane) == thread)
+                lane = next(had, self._idle[0])
                 self._idle.remove(lane)
                 self._last[lane] = thread
                 return lane

@@ -21,7 +21,7 @@ from engines.backends.cuda_memory import CudaMemory, OutOfMemory
 Bytes = npt.NDArray[np.uint8]
 
 _LEAST = 512  # bytes; also what CUDA aligns to, at least
-_STAGED_MOST = 1 << 26
+_STAGED_MOST, _STAGED_PIECES = 1 << 26, 256  # bytes and pieces of pinned memory under way
 
 
 def size_class(size: int) -> int:
@@ -167,7 +167,7 @@ class Staging:
     def room(self, size: int) -> Pinned:
         """At least so much, until the stream is waited for."""
         size = size_class(size)
-        if self._used and self._used_bytes + size > _STAGED_MOST:
+        if self._used and (self._used_bytes + size > _STAGED_MOST or len(self._used) == _STAGED_PIECES):
             self._wait()
         there = self._free[size]
         pinned = there.pop() if there else self._allocated(size)

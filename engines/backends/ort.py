@@ -158,8 +158,10 @@ def _capturing_session(name: str, path: Path, threads: int | None, memory: str) 
     nothing between device and processor (microsoft/onnxruntime#16491), which is a check of its own that nothing else is
     computed on the processor.
     """
+    options = session_options(threads)
+    options.log_severity_level = 4  # it logs as an error what is said below
     try:
-        inner = _opened(path, session_options(threads), memory, cuda_options(graphs=True) if memory == "cuda" else {})
+        inner = _opened(path, options, memory, cuda_options(graphs=True) if memory == "cuda" else {})
     except BundleError as error:
         if "graph capture" not in str(error):
             raise

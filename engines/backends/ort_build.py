@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from compexport.errors import CompexportError, describe
+from engines.atomic import is_no_space
 from engines.backends.ort_library import first_line, session_options, version
 from engines.bundle import Bundle
 from engines.manifest import Engine, Graph
@@ -65,12 +66,14 @@ class EngineBuilder:
         return _PackedWeights(self._root / self._folder / WEIGHTS)
 
     def finish(self, progress: Progress = lambda message: None) -> dict[str, Engine]:
-        """Wait for all; engines by graph name. CompexportError names the graph that failed."""
+        """Wait for all; engines by graph name. CompexportError names the graph that failed, OSError a full disk."""
         for name, (graph, done) in self._added.items():
             progress(f"optimising {name} for ONNX Runtime {version()}")
             try:
                 done.result()
             except Exception as error:
+                if is_no_space(error):
+                    raise
                 what = f"{Path(graph.path).name}: ONNX Runtime cannot build it"
                 raise CompexportError(describe(what, got=first_line(error))) from error
         if self._added:
@@ -152,7 +155,8 @@ class _PackedWeights:
                 continue
             offset, length = int(entries["offset"].value), int(entries["length"].value)
             entries["location"].value = self._path.name
-            entries["offset"].value = str(self._place(view[offset : offset + length]))
+            with view[offset : offset + length] as data:
+                entries["offset"].value = str(self._place(data))
             for key, entry in entries.items():
                 if key.startswith("prepacked_"):
                     entry.value = self._place_packed(entry.value, view)
@@ -163,7 +167,8 @@ class _PackedWeights:
         moved = []
         for blob in blobs:
             offset, length, *rest = blob.split(";")
-            place = self._place(view[int(offset) : int(offset) + int(length)])
+            with view[int(offset) : int(offset) + int(length)] as data:
+                place = self._place(data)
             moved.append(";".join((str(place), length, *rest)))
         return "|".join((kernel, *moved))
 

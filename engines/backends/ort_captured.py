@@ -19,6 +19,7 @@ what happens to be captured.
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -168,9 +169,11 @@ class Captures:
         return rows_taken(value, np.arange(value.shape()[0]), self._memory, "cpu")
 
 
-def say_refused(name: str, error: Exception) -> None:
-    """That a session runs without CUDA graphs, and why."""
-    _log.warning("%s: runs without CUDA graphs; got %s", name, first_line(error))
+def say_refused(name: str, error: BaseException) -> None:
+    """That a session runs without CUDA graphs, and why: what ONNX Runtime or CUDA said, without where it said so."""
+    text = first_line(error)
+    found = re.search(r"CUDA failure \d+: [^;]*|(?<=requested by the user).*", text)
+    _log.warning("%s: runs without CUDA graphs; got %s", name, found.group().strip() if found else text)
 
 
 def _options(graph_id: int) -> Any:

@@ -117,7 +117,7 @@ def new_session(
     session = onnxruntime.InferenceSession(model, options, providers=[(provider, extra)], enable_fallback=0)
     if provider not in session.get_providers():
         got = ", ".join(session.get_providers())
-        raise DependencyError(describe(f"the session has no {provider}", got=got, hint=_GPU_EXTRA))
+        raise DependencyError(describe(f"the session has no {provider}", got=got, hint="stderr says what kept it out"))
     return session
 
 

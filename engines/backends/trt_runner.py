@@ -1,59 +1,26 @@
-"""One plan on one lane: its contexts, its buffers, and CUDA graphs of what is run again and again.
-
-A graph repeats a run whose shapes and addresses were the same before: memory is handed out in an order that repeats
-itself, so runs of one shape find their addresses again, and nothing has to be copied to fixed ones. Each graph has a
-context of its own, since changing that of a captured run makes the graph undefined.
-"""
+"""One plan on one lane: its contexts, its buffers, and how a run is put together."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from compexport.errors import CompexportError, InputError, describe
 from engines.backends.cuda_lanes import Lane
-from engines.backends.cuda_memory import DeviceLost
-from engines.backends.cuda_pool import Block, Moment
+from engines.backends.cuda_pool import Block
 from engines.backends.trt_engine import Context, Plan
+from engines.backends.trt_graphs import Graphs, Key
 from engines.backends.trt_profiles import Profile
+from engines.backends.trt_tensors import HeldTensor, as_array, item_bytes, runs_of, stored
 from engines.manifest import PAST, TensorSpec
 from engines.session import Array
 
-MOST_GRAPHS = 32  # of one plan on one lane
-_REMEMBERED = 256  # runs, to know them when they come again
+_REMEMBERED = 256  # shapes of inputs, with those of the outputs
 _BUFFER_MOST = 1 << 26  # bytes of a buffer for the largest shapes of a profile; a larger one is as large as needed
-_BYTES = {"bfloat16": 2}
-
-Key = tuple[Any, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class HeldTensor:
-    """A tensor on the device. ``ready``: the moment from which it is whole for other lanes; None: it is."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    block: Block
-    lane: Lane
-    ready: Moment | None
-
-    @property
-    def size_bytes(self) -> int:
-        """Of its elements."""
-        return prod(self.shape) * item_bytes(self.dtype)
-
-
-@dataclass(frozen=True, slots=True)
-class _Captured:
-    graph: int
-    context: Context
 
 
 class Runner:
@@ -74,11 +41,9 @@ class Runner:
         self._contexts: dict[int, Context] = {}
         self._buffers: dict[str, Block] = {}
         self._made: OrderedDict[Key, tuple[dict[str, tuple[int, ...]], int]] = OrderedDict()
-        self._seen: OrderedDict[Key, None] = OrderedDict()
-        self._graphs: OrderedDict[Key, _Captured] = OrderedDict()
         # A past grows with every token, so that no run would come again.
         grows = any(name.startswith(f"{PAST}.") for name in self._inputs)
-        self._capturing = cuda_graphs and not grows and not plan.aliases
+        self._graphs = Graphs(lane, cuda_graphs and not grows and not plan.aliases)
 
     def run(
         self, feeds: Mapping[str, Array], held: Mapping[str, HeldTensor], outputs: Sequence[str], hold: Sequence[str]
@@ -114,8 +79,8 @@ class Runner:
         return value.block
 
     def used(self, values: Iterable[HeldTensor]) -> None:
-        """The lane was given work with these values: those of other lanes may be handed out again only after it."""
-        others = [value for value in values if value.lane is not self._lane]
+        """The lane was given work with these values: memory of other lanes may be handed out again only after it."""
+        others = [value for value in values if value.block.pool is not self._lane.pool]
         if others:
             moment = self._lane.moment()
             for value in others:
@@ -132,22 +97,35 @@ class Runner:
         self.used([value])
         return HeldTensor((len(rows), *value.shape[1:]), value.dtype, block, self._lane, self._lane.moment())
 
+    def fetch_rows(self, value: HeldTensor, rows: npt.NDArray[np.int64]) -> Array:
+        """These rows of a value's last axis, as an array."""
+        lane, width = self._lane, value.shape[-1]
+        row_bytes = width * item_bytes(value.dtype)
+        source = self.joined(value).address
+        room = lane.staging.room(len(rows) * row_bytes)
+        for place, first, count in runs_of(rows):
+            target = room.address + place * row_bytes
+            lane.memory.download(target, source + first * row_bytes, count * row_bytes, lane.stream)
+        self.used([value])
+        lane.wait()
+        return as_array(room.bytes[: len(rows) * row_bytes], (len(rows), width), value.dtype)
+
     def scratch_moved(self) -> None:
         """As ``cuda_lanes.Tenant``: graphs wrote down where scratch memory was."""
-        self._drop_graphs()
+        self._graphs.drop()
 
     def close(self) -> None:
         """As ``cuda_lanes.Tenant``."""
         self._contexts.clear()
         self._buffers.clear()
-        self._drop_graphs()
+        self._graphs.drop()
 
     # --- where tensors lie
 
     def _fed(self, name: str, array: Array) -> Block:
         """A copy of an array on the device, once the stream is there."""
         spec, lane = self._inputs[name], self._lane
-        raw = _stored(array, spec.dtype)
+        raw = stored(array, spec.dtype)
         if name in self._plan.aliases.values():
             block = lane.pool.take(raw.nbytes)  # an output will lie there, which may be held
         else:
@@ -207,7 +185,9 @@ class Runner:
         if key not in self._made:
             context = self._context(number)
             context.shape(shapes, list(self._outputs))
-            _remember(self._made, key, (context.outputs, context.scratch_bytes))
+            self._made[key] = (context.outputs, context.scratch_bytes)
+            if len(self._made) > _REMEMBERED:
+                self._made.popitem(last=False)
         return self._made[key]
 
     def _context(self, number: int) -> Context:
@@ -223,50 +203,16 @@ class Runner:
         scratch: tuple[int, int],
     ) -> None:
         key = (number, *shapes.values(), *addresses.values(), scratch)
-        if captured := self._graphs.get(key):
-            self._graphs.move_to_end(key)
-            self._lane.memory.launch(captured.graph, self._lane.stream)
+        if self._graphs.replay(key):
             return
-        again = self._capturing and key in self._seen
         # One that is to be captured gets a context of its own, and runs in it first: what shapes change is then done.
+        again = self._graphs.wants(key)
         context = self._plan.context(number, self._lane.stream) if again else self._context(number)
         context.shape(shapes, list(self._outputs))
         context.place(addresses, scratch)
         context.enqueue(self._lane.stream)
         if again:
-            self._capture(key, context)
-        elif self._capturing:
-            _remember(self._seen, key, None)
-
-    def _capture(self, key: Key, context: Context) -> None:
-        """Write a run down, to be launched when it comes again; an engine that cannot be captured runs without."""
-        try:
-            self._graphs[key] = _Captured(self._written_down(context), context)
-        except DeviceLost:
-            raise
-        except CompexportError:
-            self._capturing = False
-            return
-        if len(self._graphs) > MOST_GRAPHS:
-            self._lane.wait()
-            _, oldest = self._graphs.popitem(last=False)
-            self._lane.memory.end_graph(oldest.graph)
-
-    def _written_down(self, context: Context) -> int:
-        memory, stream = self._lane.memory, self._lane.stream
-        memory.begin_capture(stream)
-        try:
-            context.enqueue(stream)
-        except CompexportError:
-            with suppress(CompexportError):
-                memory.end_graph(memory.end_capture(stream))
-            raise
-        return memory.end_capture(stream)
-
-    def _drop_graphs(self) -> None:
-        while self._graphs:
-            _, captured = self._graphs.popitem()
-            self._lane.memory.end_graph(captured.graph)
+            self._graphs.capture(key, context)
 
     def _fetched(self, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int]) -> dict[str, Array]:
         """Outputs as arrays of this process, which waits for them."""
@@ -277,47 +223,10 @@ class Runner:
         if rooms:
             lane.wait()
         return {
-            name: _as_array(rooms[name].bytes[: self._size(name, shape)], shape, self._outputs[name].dtype)
+            name: as_array(rooms[name].bytes[: self._size(name, shape)], shape, self._outputs[name].dtype)
             for name, shape in shapes.items()
         }
 
 
-def item_bytes(dtype: str) -> int:
-    """Of one element; NumPy has no bfloat16."""
-    return _BYTES.get(dtype) or np.dtype(dtype).itemsize
-
-
-def runs_of(rows: npt.NDArray[np.int64]) -> list[tuple[int, int, int]]:
-    """Rows that follow each other, as copies: (place of the first in the result, its number, how many)."""
-    if not len(rows):
-        return []
-    starts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist()]
-    ends = [*starts[1:], len(rows)]
-    return [(start, int(rows[start]), end - start) for start, end in zip(starts, ends, strict=True)]
-
-
-def _stored(array: Array, dtype: str) -> Array:
-    """As the device has it: bfloat16 is the upper half of a float32, rounded to the nearest, ties to even."""
-    if dtype != "bfloat16":
-        return array
-    bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    return np.where(np.isnan(array), np.uint32(0x7FC0), rounded).astype(np.uint16)
-
-
-def _as_array(stored: Array, shape: tuple[int, ...], dtype: str) -> Array:
-    """An array of its own from bytes; halves become float32."""
-    if dtype == "bfloat16":
-        return (stored.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32).reshape(shape)
-    array = stored.view(dtype).reshape(shape)
-    return array.astype(np.float32) if dtype == "float16" else array.copy()
-
-
 def _within(shape: Sequence[int], low: Sequence[int], high: Sequence[int]) -> bool:
     return len(shape) == len(low) and all(a <= size <= b for a, size, b in zip(low, shape, high, strict=True))
-
-
-def _remember(known: OrderedDict[Key, Any], key: Key, value: Any) -> None:
-    known[key] = value
-    if len(known) > _REMEMBERED:
-        known.popitem(last=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import prod
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,8 @@ from compexport.errors import CompexportError, describe
 from engines.backends.cuda_lanes import Lane, Lanes
 from engines.backends.trt_engine import Plan
 from engines.backends.trt_profiles import Profile
-from engines.backends.trt_runner import HeldTensor, Runner
+from engines.backends.trt_runner import Runner
+from engines.backends.trt_tensors import HeldTensor
 from engines.manifest import Graph
 from engines.session import Array, Session
 
@@ -38,14 +40,17 @@ class PlanSession(Session):
 
     def take_rows(self, held: HeldTensor, rows: npt.NDArray[np.int64]) -> HeldTensor:
         """As ``engines.session.GatheringSession``, on the device; all rows as they are need no copy."""
-        count = held.shape[0]
-        if np.array_equal(rows, np.arange(count)):
+        if np.array_equal(rows, np.arange(held.shape[0])):
             return held
-        if len(rows) and not (rows.min() >= 0 and rows.max() < count):
-            got = f"{rows.min()} to {rows.max()}"
-            raise CompexportError(describe(f"{self.name}: rows of what is held", got=got, expected=f"0 to {count - 1}"))
+        self._require_rows(rows, held.shape[0])
         with self._lane() as lane:
             return self._runner(lane).take_rows(held, rows)
+
+    def fetch_rows(self, held: HeldTensor, rows: npt.NDArray[np.int64]) -> Array:
+        """As ``engines.session.FetchRows``."""
+        self._require_rows(rows, prod(held.shape[:-1]))
+        with self._lane() as lane:
+            return self._runner(lane).fetch_rows(held, rows)
 
     def close(self) -> None:
         """Contexts, engine and runtime, in this order; a run that has begun ends as it would."""
@@ -59,6 +64,11 @@ class PlanSession(Session):
     def _run(self, feeds: Mapping[str, Array], names: Sequence[str]) -> Sequence[Array]:
         found, _ = self.run_held(feeds, {}, names, ())
         return [found[name] for name in names]
+
+    def _require_rows(self, rows: npt.NDArray[np.int64], count: int) -> None:
+        if len(rows) and not (rows.min() >= 0 and rows.max() < count):
+            got = f"{rows.min()} to {rows.max()}"
+            raise CompexportError(describe(f"{self.name}: rows of what is held", got=got, expected=f"0 to {count - 1}"))
 
     @contextmanager
     def _lane(self) -> Iterator[Lane]:

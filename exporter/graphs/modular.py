@@ -30,7 +30,7 @@ from exporter.methods.modular import ModularModel
 from exporter.methods.modular_checkpoint import load_modular, untrained_modular
 from exporter.methods.modular_steps import CachedStep, EncoderPass, FirstStep
 from exporter.plans import PlannedGraph
-from exporter.plans.modular import GENERATION_CONFIG, SPECIAL_TOKENS, ModularPlan, Part, PlannedStack, as_stack
+from exporter.plans.modular import GENERATION_CONFIG, SPECIAL_TOKENS, USED, ModularPlan, Part, PlannedStack, as_stack
 from exporter.precision import Arithmetic, computing, tensor_of, wide
 from exporter.weights import WeightsFile, stored_places
 
@@ -58,7 +58,7 @@ class ModularFamily(Family[Seq2Seq]):
     def load(cls, plan: ModularPlan) -> ModularFamily:
         """Load base and modules; InputError as their loaders raise."""
         if plan.trained(1):
-            return cls(plan, load_modular(plan.folder))
+            return cls(plan, plan.loaded or load_modular(plan.folder))
         return cls(plan, untrained_modular(plan.base, plan.seed))
 
     # --- graphs
@@ -157,9 +157,11 @@ class ModularFamily(Family[Seq2Seq]):
         modules = sum(
             facts.stack(stack).layer_params * sum(size > 1 for size in assembly.stack(stack)) for stack in STACKS
         )
-        chosen = (
-            {"strategy": self.assembled.strategy_of(ratio)} if name == self.plan.variant(ratio) and ratio != 1 else {}
-        )
+        chosen: dict[str, object] = {}
+        if name == self.plan.variant(ratio):
+            chosen = (
+                {USED: self.assembled.used_sha256} if ratio == 1 else {"strategy": self.assembled.strategy_of(ratio)}
+            )
         return Variant(
             method=self.plan.method,
             ratio=ratio,

@@ -36,6 +36,46 @@ def even_costs(facts: ModularFacts, encoder: float, decoder: float) -> TileTable
     return TileTables(*(dict.fromkeys(each, cost) for each, cost in tiles))
 
 
+@dataclass(frozen=True)
+class LayerTimes:
+    """What one layer of either stack costs in time, for a text of usual length: the decoder's, all its tokens.
+
+    Only what a layer of the decoder is to one of the encoder counts. ``origin``: how it was measured.
+    """
+
+    decoder: float
+    origin: str
+    encoder: float = 1.0
+
+    @classmethod
+    def of_differences(cls, encoder_ms: float, decoder_ms: float, origin: str) -> LayerTimes:
+        """From measured times, to the next half power of two, so that noise seldom makes another choice.
+
+        A difference that noise made negative counts as little.
+        """
+        quotient = max(decoder_ms, 1e-6) / max(encoder_ms, 1e-6)
+        halves = round(2.0 * math.log2(min(max(quotient, 2.0**-10), 2.0**10)))
+        return cls(2.0 ** (halves / 2.0), origin)
+
+    def costs(self, facts: ModularFacts) -> TileTables:
+        return even_costs(facts, self.encoder, self.decoder)
+
+    def budget(self, facts: ModularFacts, ratio: float) -> float:
+        """1/``ratio`` of what all layers of the base cost; InputError where the fewest layers cost more."""
+        stacks = ((facts.encoder, self.encoder), (facts.decoder, self.decoder))
+        whole, least = (
+            sum(count(stack) * cost for stack, cost in stacks)
+            for count in (lambda stack: stack.layers, lambda stack: stack.counts[0])
+        )
+        if not (math.isfinite(ratio) and ratio >= 1):
+            raise InputError(describe("ratio", got=ratio, expected="a number of at least 1"))
+        budget = whole / ratio * (1 + 1e-6)  # a ratio may have been rounded to a few digits on its way here
+        if budget < least:
+            most = f"at most {whole / least:.3g} for this model, by the time of its layers"
+            raise InputError(describe("ratio", got=f"{ratio:g}", expected=most))
+        return budget
+
+
 class Cover(NamedTuple):
     """Tiles in order, what they cost and what they lose."""
 

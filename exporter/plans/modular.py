@@ -23,12 +23,14 @@ from exporter.sharing import raw_config
 if TYPE_CHECKING:
     from exporter.backbone import Seq2Seq
     from exporter.graphs.family import Family
+    from exporter.methods.modular import ModularModel
 
 Part = Literal["encoder", "first", "cached"]
 GENERATION_CONFIG = "generation_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
 MODEL_TYPES = ("t5", "bart", "mbart")
 CALIBRATED = "calibrated"  # the strategy that takes what was chosen on data
+USED = "used_sha256"  # in the settings of the variant of ratio 1
 _LONGEST_NAME = 40  # of one stack's tiles, so that both fit into a variant's name
 
 
@@ -45,13 +47,15 @@ class ModularPlan(Plan):
     """One base and its modules, and assemblies of them: for each ratio the one that ``strategy`` takes, and others.
 
     ``chosen``: the assemblies of ratios for which it does not. ``named``: more assemblies, by name. ``pairs``: variants
-    also of every other pair of an encoder and a decoder that are built anyhow, which makes no more graphs.
+    also of every other pair of an encoder and a decoder that are built anyhow, which makes no more graphs. ``loaded``:
+    base and modules, where a caller has read them already.
     """
 
     strategy: Strategy = "speed-first"
     chosen: Mapping[float, Assembly] = field(default_factory=dict)
     named: Mapping[str, Assembly] = field(default_factory=dict)
     pairs: bool = False
+    loaded: ModularModel | None = field(default=None, compare=False)
 
     method: ClassVar[str] = METHOD
     tensors: ClassVar[str] = "modules"
@@ -160,8 +164,6 @@ class ModularPlan(Plan):
             "part": part.part,
             "tiling": part.tiling,
             "modules": None if ones else self._modules_sha256,
-            # No part of the graph, but of what it is used for: others must not be taken for the same build.
-            "used by": self._used_by_sha256,
         }
 
     @cached_property
@@ -170,13 +172,17 @@ class ModularPlan(Plan):
         return self.checkpoint.sha256() if self.checkpoint and trained else f"untrained {self.seed}"
 
     @cached_property
-    def _used_by_sha256(self) -> list[str | None]:
+    def used_sha256(self) -> dict[str, str]:
+        """Hashes of the files that say how the graphs are used, and nothing of what they compute."""
         paths = [self.folder / name for name in (GENERATION_CONFIG, SPECIAL_TOKENS)]
-        return [file_sha256(path) if path.is_file() else None for path in paths]
+        return {path.name: file_sha256(path) for path in paths if path.is_file()}
 
     def describes(self, variants: Mapping[str, Variant]) -> bool:
-        """Whether the same chose for every ratio; what another one takes may have the same graphs."""
-        return all(
+        """Whether the same chose for every ratio, and texts are written by the same files.
+
+        What another one takes may have the same graphs, and other files leave them as they are.
+        """
+        return variants[self.variant(1)].settings.get(USED) == self.used_sha256 and all(
             variants[self.variant(ratio)].settings.get("strategy") == self.strategy_of(ratio)
             for ratio in self.ratios
             if ratio != 1

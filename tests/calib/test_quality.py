@@ -34,6 +34,7 @@ def family(task: str, answer: Answer, labels: Sequence[str] = (), ratios: Sequen
             members=SimpleNamespace(engines=tuple(variants), layers={}),
             bundle=SimpleNamespace(manifest=manifest),
             answers=answers,
+            too_long=lambda texts: 0,
         ),
     )
 

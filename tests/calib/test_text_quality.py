@@ -41,7 +41,11 @@ def family(written: dict[str, list[str]], **defaults: Any) -> Runtime:
     return cast(
         Runtime,
         SimpleNamespace(
-            members=members, bundle=count, answers=write, token_counts=lambda texts: [len(text) for text in texts]
+            members=members,
+            bundle=count,
+            answers=write,
+            token_counts=lambda texts: [len(text) for text in texts],
+            too_long=lambda texts: 0,
         ),
     )
 

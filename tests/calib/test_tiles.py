@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from calib.data import Examples
+from calib.layer_times import layer_times
 from calib.tiles import assemblies_on, tile_losses
 from compexport.errors import InputError
 from exporter.backbone import load_seq2seq
 from exporter.methods.assembly import Assembly
-from exporter.methods.assembly_calibrated import calibrated, even_costs
+from exporter.methods.assembly_calibrated import LayerTimes, calibrated, even_costs
 from exporter.methods.modular import ModularModel
 
 
@@ -50,10 +51,39 @@ def test_modules_that_lose_nothing_are_found_and_taken(tiny: Callable[..., Path]
     assert loss(model.assemble(shallower)) > 0
 
     texts = ["one two", "three", "four five six"] * 3
-    chosen = assemblies_on(model, Examples(texts, targets=texts[::-1]), [2, 3])
+    asked: list[tuple[int, int]] = []
+
+    def timed(read: int, written: int) -> LayerTimes:
+        asked.append((read, written))
+        return LayerTimes(4.0, "by hand")
+
+    chosen = assemblies_on(model, Examples(texts, targets=texts[::-1]), [2, 3], timed)
     for ratio, assembly in chosen.items():  # as few as lose nothing: these weights are random, and nothing is lost
-        assert assembly.require_fit(model.facts).layers <= 24 / ratio
+        tiles = assembly.require_fit(model.facts)
+        assert len(tiles.encoder) + 4 * len(tiles.decoder) <= (12 + 4 * 12) / ratio
+    (lengths,) = asked
+    assert all(1 < tokens < 40 for tokens in lengths), "tokens of these texts"
     with pytest.raises(InputError, match="ratio: got 7, expected at most 6"):
         assemblies_on(model, Examples(texts, targets=texts), [7])
     with pytest.raises(InputError, match="no target column"):
         assemblies_on(model, Examples(texts), [2])
+
+
+def test_layers_are_timed_and_compared_coarsely(tiny: Callable[..., Path]) -> None:
+    model = ModularModel(load_seq2seq(tiny("tiny-t5-twelve", "text2text-generation")))
+    times = layer_times(model, read=4, written=3)
+    assert times.origin == "in PyTorch" and 2.0**-10 <= times.decoder <= 2.0**10
+
+    def quotient(encoder_ms: float, decoder_ms: float) -> float:
+        return LayerTimes.of_differences(encoder_ms, decoder_ms, "here").decoder
+
+    assert quotient(1.0, 8.5) == quotient(1.0, 7.5) == 8.0 < quotient(1.0, 11.0)
+    assert quotient(1.0, -0.1) == 2.0**-10 and quotient(-0.1, 1.0) == 2.0**10
+
+
+def test_a_ratio_is_of_the_time_of_layers(tiny: Callable[..., Path]) -> None:
+    facts = ModularModel(load_seq2seq(tiny("tiny-t5-twelve", "text2text-generation"))).facts
+    assert LayerTimes(4.0, "here").budget(facts, 2) == pytest.approx((12 + 48) / 2)
+    assert LayerTimes(4.0, "here").budget(facts, 6) == pytest.approx(10)
+    with pytest.raises(InputError, match="ratio: got 7, expected at most 6 for this model, by the time of its layers"):
+        LayerTimes(4.0, "here").budget(facts, 7)

@@ -56,6 +56,17 @@ def test_folder_without_a_model(refused: Callable[..., str], tmp_path: Path) -> 
     (tmp_path / "empty").mkdir()
     assert "not a model: got no config.json in it, expected a Hugging Face folder" in refused("build", "empty")
     assert "no such folder" in refused("build", "nowhere")
+    (tmp_path / "empty" / "manifest.json").write_text("{}")
+    assert "not a model: got a bundle, expected" in refused("build", "empty")
+    assert "not a model: got a file, expected" in refused("build", "empty/manifest.json")
+
+
+def test_a_model_where_a_bundle_is_meant(refused: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    found = refused("run", "model", "--text", "a")
+    assert found.startswith("no bundle at ") and found.count(";") == 1
+    assert "got a model, expected a bundle; `compexport build" in found and found.endswith("makes one")
 
 
 def test_unsupported_architecture_names_the_supported_ones(refused: Callable[..., str], tmp_path: Path) -> None:
@@ -91,7 +102,7 @@ def test_output_that_is_no_bundle(refused: Callable[..., str], tmp_path: Path, t
     ("arguments", "message"),
     [
         (["--method", "costef"], "unknown method: got costef, expected variator"),
-        (["--precision", "fp8"], "unknown precision: got fp8, expected fp32"),
+        (["--precision", "fp8"], "unknown precision: got fp8, expected fp32 or fp16 or bf16"),
         (["--backend", "abacus"], "unknown backend: got 'abacus', expected one of ort"),
         (["--rato", "2"], "No such option: --rato"),
         (["--seed", "x"], "--seed"),

@@ -66,6 +66,11 @@ def test_named_assemblies_and_pairs(bundle: Path, model: Path, cli: Callable[...
         (["--assemblies", "even"], "--assemblies even: got 'even', expected a JSON file"),
         (["--assemblies", "wrong.json"], "wrong.json: even: no assembly"),
         (["--assemblies", "list.json"], "--assemblies list.json: got list"),
+        (
+            ["--assemblies", "nameless.json"],
+            "--assemblies nameless.json: got an assembly without a name, expected",
+        ),
+        (["--assemblies", "gone.json"], "--assemblies gone.json: got no such file, expected a JSON file"),
         (["--data", "x.tsv"], "--data: got the method modular, expected none; --strategy calibrated chooses on them"),
         (["--exits", "2"], "--exits: got the method modular, expected costeff or ode"),
         (["--ratio", "9"], "ratio: got 9, expected at most 4 for this model"),
@@ -74,6 +79,7 @@ def test_named_assemblies_and_pairs(bundle: Path, model: Path, cli: Callable[...
 def test_what_means_nothing(model: Path, cli: Callable[..., Done], arguments: list[str], message: str) -> None:
     Path("wrong.json").write_text(json.dumps({"even": {"encoder": [2, 2]}}))
     Path("list.json").write_text("[]")
+    Path("nameless.json").write_text(json.dumps(EVEN["even"]))
     done = cli("build", model, "--untrained", *arguments)
     assert done.code == 2 and message in done.error, done.err
     assert not Path("bundle").exists()

@@ -11,6 +11,7 @@ import pytest
 
 from compexport import api
 from compexport.errors import InputError
+from engines import backends
 from engines.bundle import Bundle
 from engines.lengths import Expected, Group, OutputLengths
 from engines.points import encoder_name, first_token_name, token_name
@@ -87,7 +88,7 @@ def test_the_whole_way(cli: Cli, bundle: Path) -> None:
     assert evaluated["metric"] == "bleu" and {row["variant"] for row in evaluated["variants"]} == NAMES
     assert all({"exact_match", "word_error_rate"} <= set(row) for row in evaluated["variants"])
     lengths = evaluated["output_tokens"]
-    assert lengths["variant"] == BASE and lengths["max_new_tokens"] == 6
+    assert lengths["variant"] == BASE and lengths["max_new_tokens"] == 6 and lengths["num_beams"] == 1
     assert sum(sum(group["counts"]) + group["cut"] for group in lengths["groups"]) == len(TEXTS)
     by_edits = cli("evaluate", *options, "--metric", "word_error_rate")
     assert by_edits.code == 0 and "outputs of modular-r1-fp32 have" in by_edits.out
@@ -102,6 +103,12 @@ def test_the_whole_way(cli: Cli, bundle: Path) -> None:
     assert written["met_budget"] and written["predicted_ms"] > 0 and written["expected_tokens"]["measured"]
     assert all(set(output) == {"text", "tokens", "why"} for output in written["outputs"])
 
+    searched = cli("evaluate", *options, "--num-beams", 2, "--json").document["output_tokens"]
+    assert searched["num_beams"] == 2 and searched["p99"] <= 6
+    arguments = ("select", "--budget-ms", HOUR_MS, "--length", 8, "--threads", 1)
+    assert "counted with 2 beams" in cli(*arguments).out
+    assert "counted" not in cli(*arguments, "--num-beams", 2).out
+
 
 def test_a_run_has_the_options_of_writing(cli: Cli, bundle: Path) -> None:
     def outputs(*options: object) -> list[dict[str, Any]]:
@@ -112,6 +119,7 @@ def test_a_run_has_the_options_of_writing(cli: Cli, bundle: Path) -> None:
     (plain,) = outputs()
     (beams,) = outputs("--num-beams", 3, "--num-return-sequences", 2, "--early-stopping", "true", "--length-penalty", 2)
     assert beams["score"] >= beams["others"][0]["score"] and len(beams["others"]) == 1
+    assert len(beams["tokens"]) <= beams["steps"] <= 5 and "steps" not in beams["others"][0]
     (forced,) = outputs("--forced-bos-id", 7, "--min-new-tokens", 3)
     assert forced["tokens"][0] == 7 and len(forced["tokens"]) >= 3
     (varied,) = outputs("--no-repeat-ngram-size", 1, "--repetition-penalty", 1.5, "--encoder-no-repeat-ngram-size", 2)
@@ -132,6 +140,12 @@ def test_a_run_has_the_options_of_writing(cli: Cli, bundle: Path) -> None:
             "--early-stopping: got 'soon', expected true, false or never",
         ),
         (("run", "--text", "a", "--num-beams", 2, "--temperature", 1), "not in beams"),
+        (("run", "--text", "a", "--text-pair", "b"), "text 0 (counted from 0) is a pair: expected one text, of which"),
+        (("run", "--text", "a", "--text", ""), "text 1 (counted from 0) is empty"),
+        (
+            ("evaluate", "--data", "pairs.tsv"),
+            "pairs.tsv: texts to read: got two columns, text = sentence1,",
+        ),
         (("run", "--text", "a", "--budget-ms", 5), "a budget needs a latency profile"),
         (
             ("evaluate", "--data", "dev.tsv", "--metric", "rouge"),
@@ -141,8 +155,25 @@ def test_a_run_has_the_options_of_writing(cli: Cli, bundle: Path) -> None:
     ],
 )
 def test_what_is_refused(cli: Cli, bundle: Path, arguments: tuple[Any, ...], error: str) -> None:
+    Path("pairs.tsv").write_text("sentence1\tsentence2\na\tb\n")
     done = cli(*arguments)
     assert done.code == 2 and error in done.error
+
+
+def test_evaluate_says_once_what_it_does(cli: Cli, bundle: Path) -> None:
+    Path("plain.txt").write_text("\n".join(["film " * 300, *TEXTS]))
+    done = cli("evaluate", "--data", "plain.txt", "--max-new-tokens", 3, "--threads", 1)
+    assert done.code == 0, done.err
+    assert done.err.count("longer than") == 1 and "1 of 4 texts are longer than the model reads" in done.err
+    assert "bleu on 4 examples, which have no targets: compared with what modular-r1-fp32 writes" in done.out
+
+
+def test_lengths_that_nobody_names_are_those_that_the_bundle_reads(cli: Cli, bundle: Path) -> None:
+    longest = Bundle.open(bundle).manifest.tokenizer.max_length  # type: ignore[union-attr]
+    done = cli("bench", "--batch", 1, "--min-runs", 3, "--threads", 1, "--json")
+    assert done.code == 0, done.err
+    assert {row["length"] for row in done.document["rows"]} == {min(one, longest) for one in (32, 128)}
+    assert "--batch is out of range: got 0" in cli("bench", "--batch", 0).error
 
 
 # --- opening and writing ----------------------------------------------------------------------------------------------
@@ -193,6 +224,26 @@ def test_a_stream_is_the_text_in_pieces(runtime: Runtime) -> None:
     pieces = list(stream)
     assert "".join(pieces) == whole.output["text"] and len(pieces) > 1
     assert isinstance(stream.result, Result) and stream.result.output == whole.output
+
+
+def test_a_stream_tells_what_its_steps_took(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("engines.writer.perf_counter", lambda: now[0])
+    generator = runtime.generator(BASE)
+    step, told = generator._step, []
+
+    def slow(*given: Any) -> Any:
+        now[0] += 0.25
+        return step(*given)
+
+    monkeypatch.setattr(generator, "_step", slow)
+    runtime.members.profile = measured({BASE: 1.0})
+    monkeypatch.setattr(runtime._anytime, "observe", lambda *given: told.append(given))
+    for _ in runtime.stream(TEXTS[0], variant=BASE, settings={"min_new_tokens": 5, "max_new_tokens": 5}):
+        now[0] += 60.0  # whoever reads it
+    ((name, expected, engine_ms),) = told
+    assert name == BASE and expected.p50_ms == pytest.approx(4 + 4) and not expected.extrapolated
+    assert engine_ms == pytest.approx(4 * 250)
 
 
 # --- budgets ----------------------------------------------------------------------------------------------------------
@@ -246,3 +297,24 @@ def test_without_measured_tokens_writing_goes_by_its_own_pace(runtime: Runtime) 
     late = runtime(TEXTS[0], budget_ms=1e-3, variant=BASE, settings=rules)
     assert late.why == "budget" and len(late.output["tokens"]) == 1 and not late.met_budget
     assert len(runtime(TEXTS[0], budget_ms=HOUR_MS, variant=BASE, settings=rules).output["tokens"]) == 20
+
+
+def test_layers_cost_what_bench_measured_of_them(bundle: Path) -> None:
+    """Of one encoder layer 1 ms, of one decoder layer 2 ms a token."""
+    from compexport.assembling import measured_layers
+
+    opened = Bundle.open(bundle)
+    sha256 = opened.manifest.backbone.sha256
+    assert measured_layers(bundle, sha256, 8, 5) is None and measured_layers("nowhere", sha256, 8, 5) is None
+    rows = []
+    for name in NAMES:
+        encoder, decoder = (len(tiles) for tiles in opened.manifest.variants[name].assembly.values())  # type: ignore[union-attr]
+        parts = {name: 9.0, encoder_name(name): 7.0 + encoder, first_token_name(name): 3.0 + 2 * decoder}
+        parts |= {token_name(name, written): 1.0 + 2 * decoder for written in (1, 64)}
+        cell = {"batch": 1, "length": 8, "runs": 3}
+        rows += [{"variant": part, "p50_ms": ms, "p99_ms": ms, **cell} for part, ms in parts.items()]
+    device = backends.load("ort").device_name({"threads": None, "provider": "cpu"})
+    opened.save_profile(device, {"device": device, "backend": "ort", "threads": None, "environment": {}, "rows": rows})
+    found = measured_layers(bundle, sha256, 8, 8)
+    assert found is not None and found.decoder == 16.0 and str(bundle) in found.origin
+    assert measured_layers(bundle, "0" * 64, 8, 8) is None, "of another model"

@@ -66,7 +66,10 @@ def test_the_same_seed_draws_the_same_text(cli: Cli, bundle: Path) -> None:
     ("arguments", "error"),
     [
         (("run", "--text", "a", "--top-k", 3), "only a temperature above 0 draws tokens: got top_k"),
-        (("run", "--text", "a", "--text-pair", "b"), "text 0 is a pair: expected one text, to be written on"),
+        (
+            ("run", "--text", "a", "--text-pair", "b"),
+            "text 0 (counted from 0) is a pair: expected one text",
+        ),
         (("run", "--text", "a", "--max-new-tokens", 99), "max_new_tokens: got 99, expected at most 48"),
         (("bench", "--length", 48), "--length is too long: got 48, expected at most 47 tokens"),
         (("run", "--text", "a", "--threshold", 0.3), "exit thresholds need a variant"),

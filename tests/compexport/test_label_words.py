@@ -95,5 +95,5 @@ def test_another_template_is_another_bundle(cli: Cli, made: tuple[Path, Path], b
     assert cli("inspect", "--json").document["label_words"]["template"] == "{text} and {text_pair}"
     assert not (bundle / "quality.json").exists()
     done = cli("run", "--text", TEXTS[0], "--json")
-    assert done.code == 2 and "text 0 is single" in done.error
+    assert done.code == 2 and "text 0 (counted from 0) is single" in done.error
     assert cli("run", "--text", TEXTS[0], "--text-pair", TEXTS[1], "--json").code == 0

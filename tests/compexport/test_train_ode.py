@@ -82,9 +82,9 @@ def test_texts_without_labels(
 def test_what_is_learnt_shows_in_fewer_steps_too(cli: Cli, tiny: Callable[..., Path], tmp_path: Path) -> None:
     model = tiny("tiny-gpt2-shared", "text-generation")
     command = ["train", "ode", model, "--data", plain_texts(tmp_path), *QUICK, "--ratio", "2,3"]
-    before, after = (
-        cli(*command, "--steps", steps, "-o", f"out{steps}", "--json").document["loss"] for steps in (1, 40)
-    )
+    documents = [cli(*command, "--steps", steps, "-o", f"out{steps}", "--json").document for steps in (1, 40)]
+    assert documents[0]["majority"] == documents[1]["majority"] and not documents[0]["learnt"]
+    before, after = (document["loss"] for document in documents)
     assert all(after[ratio] < before[ratio] - 0.5 for ratio in ("1", "2", "3")), (before, after)
 
 

@@ -1,8 +1,7 @@
-"""Families of every method as real TensorRT-RTX plans, compiled here without a GPU, from the command line on."""
+"""Families as real TensorRT-RTX plans, compiled here without a GPU, and what becomes of them in a bundle."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,89 +16,36 @@ import pytest
 
 from compexport.errors import BundleError, CompexportError
 from engines.backends import cuda, trt
-from engines.backends.trt_build import Request
-from engines.backends.trt_plan import read_record
-from engines.backends.trt_process import PlanProcess
 from engines.bundle import Bundle
+from tests.compexport.rtx_families import FOLDER, MARKS, Built, require_equal_bytes, require_plans
 
-pytestmark = [
-    pytest.mark.trt,
-    pytest.mark.slow,
-    pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed (make test-trt)"),
-]
-FOLDER = "engines/trt-rtx-sm86-sm89-sm120"
-FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "variator": ("tiny-bert", "sequence-classification", {"ratios": [2], "untrained": True}),
-    "label-words": ("tiny-t5", "label-words", {"ratios": [2], "untrained": True}),
-    "costeff": (
-        "tiny-bert",
-        "sequence-classification",
-        {"ratios": [2], "untrained": True, "method": "costeff", "exits": [1, 2], "prefix": True},
-    ),
-    "ode": ("tiny-albert", "sequence-classification", {"ratios": [2], "engine": True}),
-    "decoder": ("tiny-gpt2-shared", "text-generation", {"ratios": [2]}),
-}
+pytestmark = MARKS
+BUILDS = [(family, precision) for family in ("variator", "label-words", "costeff") for precision in ("fp32", "fp16")]
+BUILDS += [(family, "bf16") for family in ("variator", "costeff")]
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Path]) -> Callable[[str], Path]:
-    """``bundles("ode")``: a bundle of real plans for short texts, built once. Do not write into it."""
-    from compexport import api
-    from engines.backends.trt_options import PlanOptions, Range
-
-    made: dict[str, Path] = {}
-    plans = PlanOptions(batch=Range(1, 2, 4), length=Range(4, 16, 40))
-
-    def get(family: str) -> Path:
-        if family not in made:
-            name, task, options = FAMILIES[family]
-            steps = api.Steps(engine=bool(options.get("engine")))
-            given = {key: value for key, value in options.items() if key != "engine"}
-            folder = tmp_path_factory.mktemp("rtx") / family
-            model = tiny(name, task)
-            api.build_document(model, output=folder, backend="trt-rtx", plans=plans, steps=steps, **given)
-            made[family] = folder
-        return made[family]
-
-    return get
+def bundles(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Path]) -> Built:
+    return Built(tmp_path_factory.mktemp("rtx"), tiny)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_graph_of_every_method_becomes_a_plan(bundles: Callable[[str], Path], family: str) -> None:
-    bundle = Bundle.open(bundles(family))
-    assert not bundle.verify()
-    manifest = bundle.manifest
-    assert {engine.graph for engine in manifest.engines.values()} == manifest.graphs.keys()
-    for engine in manifest.engines.values():
-        assert (engine.backend, engine.device) == ("trt-rtx", "sm86,sm89,sm120")
-        record = read_record(bundle.path / FOLDER / f"{engine.graph}.json")
-        assert record.plugins == [] and record.graph_key == manifest.graphs[engine.graph].key
-        assert len(record.profiles) == (2 if family == "decoder" else 1)
-        assert record.sha256 == manifest.files[engine.path].sha256
+@pytest.mark.parametrize(("family", "precision"), BUILDS)
+def test_every_graph_becomes_a_plan(bundles: Built, family: str, precision: str) -> None:
+    assert {len(record.profiles) for record in require_plans(bundles(family, precision), precision)} == {1}
 
 
 @pytest.mark.parametrize(
-    ("family", "graph"), [("variator", "r2"), ("costeff", "costeff-r2-s1"), ("ode", "ode-r2"), ("decoder", "ode-r2")]
+    ("family", "precision", "graph"),
+    [("variator", "fp32", "r2"), ("variator", "bf16", "r4"), ("costeff", "fp16", "costeff-r2-s1")],
 )
 def test_a_second_build_gives_the_same_bytes(
-    bundles: Callable[[str], Path], tmp_path: Path, family: str, graph: str
+    bundles: Built, tmp_path: Path, family: str, precision: str, graph: str
 ) -> None:
-    """In another folder, whose path is longer."""
-    first = bundles(family)
-    again = tmp_path / "of another length" / "bundle"
-    shutil.copytree(first, again)
-    record = read_record(again / FOLDER / f"{graph}.json")
-    plan = again / FOLDER / f"{graph}.plan"
-    plan.unlink()
-    request = Request(
-        "tensorrt_rtx", str(again / f"graphs/{graph}.onnx"), str(plan), record.profiles, ["sm86", "sm89", "sm120"]
-    )
-    PlanProcess(request, "TensorRT-RTX").run()
-    assert hashlib.sha256(plan.read_bytes()).hexdigest() == record.sha256
+    require_equal_bytes(bundles(family, precision), graph, tmp_path)
 
 
 def test_recipes_are_finished_by_ourselves_and_by_polygraphy(
-    bundles: Callable[[str], Path], tiny: Callable[..., Path], tmp_path: Path
+    bundles: Built, tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     """As plans they are what a build without recipes makes."""
     from compexport import api
@@ -110,18 +56,18 @@ def test_recipes_are_finished_by_ourselves_and_by_polygraphy(
     shutil.copytree(direct, bundle)
     plans = PlanOptions(batch=Range(1, 2, 4), length=Range(4, 16, 40), recipe=True)
     model = tiny("tiny-bert", "sequence-classification")
-    api.build_document(model, ratios=[2], untrained=True, output=bundle, backend="trt-rtx", plans=plans)
+    api.build_document(model, ratios=[2, 4], untrained=True, output=bundle, backend="trt-rtx", plans=plans)
     shutil.rmtree(tmp_path / "elsewhere", ignore_errors=True)
     # The machine with the GPU has the bundle alone, and neither torch nor the model.
     code = "import sys; sys.modules['torch'] = None; from compexport.cli import main; sys.exit(main(sys.argv[1:]))"
     done = _python("-c", code, "build", "--from-recipe", bundle, "--json")
     assert done.returncode == 0, done.stderr
     backends = {(row["graph"], row["backend"]) for row in json.loads(done.stdout)["engines"]}
-    assert backends == {(graph, name) for graph in ("r1", "r2") for name in ("trt-rtx", "trt-rtx-recipe")}
+    assert backends == {(graph, name) for graph in ("r1", "r2", "r4") for name in ("trt-rtx", "trt-rtx-recipe")}
     opened = Bundle.open(bundle)
     assert not opened.verify()
     expected = Bundle.open(direct).manifest.files
-    for graph in ("r1", "r2"):
+    for graph in ("r1", "r2", "r4"):
         plan = f"{FOLDER}/{graph}.plan"
         assert opened.manifest.files[plan] == expected[plan]
     if find_spec("polygraphy") is None:
@@ -145,7 +91,7 @@ def _python(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_plans_are_checked_before_they_are_opened(
-    bundles: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundles: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = Bundle.open(bundles("variator"))
     ada, hopper = cuda.Device(0, "an RTX card", "sm89"), cuda.Device(0, "another", "sm90")
@@ -195,9 +141,7 @@ def _children() -> list[str]:
     return found
 
 
-def test_a_failed_plan_leaves_the_bundle_as_it_was(
-    bundles: Callable[[str], Path], tiny: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_failed_plan_leaves_the_bundle_as_it_was(bundles: Built, tiny: Callable[..., Path], tmp_path: Path) -> None:
     from compexport import api
     from engines.backends.trt_options import PlanOptions
 

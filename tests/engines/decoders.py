@@ -84,14 +84,14 @@ class _Nodes:
         return name
 
 
-def decoder(steps: Sequence[float]) -> onnx.ModelProto:
-    """``steps``: their sizes; of size 1, the layer as it is."""
+def decoder(steps: Sequence[float], kept: str = "float32") -> onnx.ModelProto:
+    """``steps``: their sizes; of size 1, the layer as it is. ``kept``: the type of what is kept of each."""
     w = {name: value.detach().numpy() for name, value in model().state_dict().items()}
     o = _Nodes()
     h = o.Add(o.Gather(w["transformer.wte.weight"], "input_ids"), o.Gather(w["transformer.wpe.weight"], "position_ids"))
     allowed = _allowed(o)
     for step, size in enumerate(steps):
-        done = _layer(o, w, h, allowed, step)
+        done = _layer(o, w, h, allowed, step, kept)
         if size != 1:
             done = o.Add(o.Mul(h, np.float32(1 - size)), o.Mul(done, np.float32(size)))
         h = done
@@ -102,8 +102,8 @@ def decoder(steps: Sequence[float]) -> onnx.ModelProto:
     outputs = [_spec("logits", "float32", "batch", "sequence", V)]
     for step in range(len(steps)):
         for kind in ("key", "value"):
-            inputs.append(_spec(cache_name(PAST, step, kind), "float32", "batch", HEADS, "past", WIDTH))
-            outputs.append(_spec(cache_name(PRESENT, step, kind), "float32", "batch", HEADS, "total", WIDTH))
+            inputs.append(_spec(cache_name(PAST, step, kind), kept, "batch", HEADS, "past", WIDTH))
+            outputs.append(_spec(cache_name(PRESENT, step, kind), kept, "batch", HEADS, "total", WIDTH))
     graph = helper.make_graph(
         o.nodes,
         "decoder",
@@ -127,7 +127,7 @@ def _allowed(o: _Nodes) -> str:
     return str(o.And(o.Unsqueeze(causal, np.array([0, 1])), there))
 
 
-def _layer(o: _Nodes, w: dict[str, np.ndarray], h: str, allowed: str, step: int) -> str:
+def _layer(o: _Nodes, w: dict[str, np.ndarray], h: str, allowed: str, step: int, kept: str) -> str:
     def linear(x: str, name: str) -> str:
         product = o.MatMul(x, w[f"transformer.h.0.{name}.weight"])
         return str(o.Add(product, w[f"transformer.h.0.{name}.bias"]))
@@ -140,10 +140,15 @@ def _layer(o: _Nodes, w: dict[str, np.ndarray], h: str, allowed: str, step: int)
         return str(o.Transpose(o.Reshape(x, np.array([0, 0, HEADS, WIDTH])), perm=[0, 2, 1, 3]))
 
     query, key, value = o.Split(linear(norm(h, "ln_1"), "attn.c_attn"), axis=2, num_outputs=3, outputs=3)
-    key, value = (
-        o.Concat(cache_name(PAST, step, kind), heads(one), axis=2, name=cache_name(PRESENT, step, kind))  # type: ignore[arg-type]
-        for kind, one in (("key", key), ("value", value))
-    )
+
+    def grown(kind: Any, one: str) -> str:
+        past, present = cache_name(PAST, step, kind), cache_name(PRESENT, step, kind)
+        if kept == "float32":
+            return str(o.Concat(past, heads(one), axis=2, name=present))
+        whole = o.Concat(o.Cast(past, to=TensorProto.FLOAT), heads(one), axis=2)
+        return str(o.Cast(o.Cast(whole, to=toys.DTYPES[kept], name=present), to=TensorProto.FLOAT))
+
+    key, value = grown("key", key), grown("value", value)
     scores = o.Div(o.MatMul(heads(query), o.Transpose(key, perm=[0, 1, 3, 2])), np.float32(WIDTH**0.5))
     shares = o.Softmax(o.Where(allowed, scores, np.float32(-1e9)), axis=-1)
     mixed = o.Reshape(o.Transpose(o.MatMul(shares, value), perm=[0, 2, 1, 3]), np.array([0, 0, H]))
@@ -171,13 +176,13 @@ def save_tokenizer(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def make_bundle(folder: Path, ratios: Sequence[int] = (1, 2, 4)) -> Bundle:
-    """The ratios into ``folder``, with engines."""
+def make_bundle(folder: Path, ratios: Sequence[int] = (1, 2, 4), kept: str = "float32") -> Bundle:
+    """The ratios into ``folder``, with engines. ``kept``: the type of what is kept of a text."""
     graphs, variants = {}, {}
     for ratio in ratios:
         name, steps = f"ode-r{ratio}", [float(ratio)] * (LAYERS // ratio)
         cost = Cost(per_token=12 * H * H * len(steps) + H * V, per_pair=2 * H * len(steps))
-        graphs[name] = (decoder(steps), cost)
+        graphs[name] = (decoder(steps, kept), cost)
         variants[NAMES[ratio]] = toys.variant("ode", ratio, {DECODER: name}, steps=[steps])
     inputs = ["input_ids", "attention_mask"]
     return toys.make_bundle(

@@ -127,6 +127,7 @@ class Context:
 
     def update_device_memory_size_for_shapes(self) -> int:
         self._told()
+        self.memory = (0, 0)  # its parts lie elsewhere from now on
         self._needed = 256 + SCRATCH_PER_ELEMENT * sum(prod(shape) for shape in self._shapes.values())
         return self._needed
 
@@ -224,7 +225,7 @@ class Engine:
         """Of the double alone: found by running zeros."""
         key = tuple(shapes[spec.name] for spec in self.inputs)
         if key not in self._output_shapes:
-            zeros = {spec.name: np.zeros(shapes[spec.name], widened(spec)) for spec in self.inputs}
+            zeros = {spec.name: np.zeros(shapes[spec.name], self._types[spec.name]) for spec in self.inputs}
             found = self._session.run([spec.name for spec in self.outputs], zeros)
             self._output_shapes[key] = {s.name: a.shape for s, a in zip(self.outputs, found, strict=True)}
         return self._output_shapes[key]
@@ -232,10 +233,16 @@ class Engine:
     def execute(self, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int]) -> None:
         """Of the double alone: read, compute, write."""
         arrays = {n: self.cuda.array(addresses[n], shapes[n], stored(self.spec(n))) for n in shapes}
-        given = {spec.name: _widen(arrays[spec.name], spec).copy() for spec in self.inputs}
+        given = {s.name: _widen(arrays[s.name], s).astype(self._types[s.name]) for s in self.inputs}
         found = self._session.run([spec.name for spec in self.outputs], given)
         for spec, array in zip(self.outputs, found, strict=True):
             arrays[spec.name][...] = _narrow(array, spec)
+
+    @cached_property
+    def _types(self) -> dict[str, str]:
+        """Of the graph's inputs, which is in float32 where it stands in for one in halves."""
+        names = {"tensor(float)": "float32"}
+        return {one.name: names.get(one.type, one.type[len("tensor(") : -1]) for one in self._session.get_inputs()}
 
     @cached_property
     def _session(self) -> Any:
@@ -297,15 +304,10 @@ def stored(spec: TensorSpec) -> str:
     return DTYPES.get(spec.dtype, spec.dtype)
 
 
-def widened(spec: TensorSpec) -> str:
-    """As the graph has it that stands in for one in bfloat16 or float16."""
-    return "float32" if spec.dtype in ("bfloat16", "float16") else spec.dtype
-
-
 def _widen(array: Any, spec: TensorSpec) -> Any:
     if spec.dtype == "bfloat16":
         return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return array.astype(widened(spec))
+    return array
 
 
 def _narrow(array: Any, spec: TensorSpec) -> Any:

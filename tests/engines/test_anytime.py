@@ -79,7 +79,22 @@ def test_the_margin_has_two_ends() -> None:
     assert margin.share == Margin.WIDEST
     for _ in range(10_000):
         margin.observe(late=False)
-    assert margin.share == 0.0
+    assert margin.lasting == 0.0 and margin.share == pytest.approx(0.0)
+
+
+def test_a_burst_is_soon_over() -> None:
+    """Interference with twenty requests in 5,000: soon afterwards the margin is that of the calm."""
+    random, margin = np.random.default_rng(0), Margin()
+    late, shares = [], []
+    for number, delay in enumerate(random.exponential(0.01, 40_000)):
+        shares.append(margin.share)
+        late.append(delay + (0.6 if number % 5000 < 20 else 0.0) > margin.share)
+        margin.observe(late[-1])
+    by_place = np.array(shares).reshape(-1, 5000)[2:]
+    assert by_place[:, 20].mean() > 0.4, "a burst is answered at once"
+    assert by_place[:, 400:].mean() < 0.15 < by_place[:, 40].mean()
+    calm = np.array(late).reshape(-1, 5000)[2:, 20:]
+    assert calm.mean() < Margin.LATE
 
 
 def test_a_generation_goes_by_its_slowest_step_of_late() -> None:

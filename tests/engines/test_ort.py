@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import threading
@@ -15,9 +16,9 @@ import onnx
 import onnxruntime
 import pytest
 
-from compexport.errors import BundleError, DependencyError, InputError
+from compexport.errors import BundleError, CompexportError, DependencyError, InputError
 from engines import backends
-from engines.backends import ort
+from engines.backends import cuda, ort, ort_build, ort_provider
 from engines.bundle import Bundle
 
 RATIOS = (1, 2, 4)
@@ -77,6 +78,20 @@ def test_engines_share_one_weights_file_with_every_blob_once(folder: Path) -> No
     assert mentions > 2 * len(places), "the ratios share next to nothing"
     # ... and nothing else is in the file.
     assert len(data) <= sum(-(-len(blob) // 4096) * 4096 for blob in blobs)
+
+
+def test_a_full_disk_is_told_as_such(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not as what goes wrong while the error is on its way."""
+
+    def full(self: Any, data: memoryview) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    graphs = Bundle.open(folder).manifest.graphs
+    shutil.copytree(folder / "graphs", tmp_path / "graphs")
+    monkeypatch.setattr(ort_build._PackedWeights, "_place", full)
+    with ort.EngineBuilder(tmp_path, "engines") as builder, pytest.raises(OSError, match="No space left"):
+        builder.add(NAMES[0], next(iter(graphs.values())))
+        builder.finish()
 
 
 def test_weights_are_packed_for_the_processor(folder: Path) -> None:
@@ -287,18 +302,36 @@ def test_cuda_where_there_is_none(bundle: Bundle) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(
-    "CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="onnxruntime-gpu is not installed"
-)
-def test_cuda_agrees_with_the_processor(bundle: Bundle) -> None:
-    here: dict[str, Any] = ort.open_sessions(bundle)
-    for name, session in ort.open_sessions(bundle, provider="cuda").items():
-        expected = here[name].run(feed(3, 17))["logits"]
-        np.testing.assert_allclose(session.run(feed(3, 17))["logits"], expected, atol=1e-3)
-
-
 def test_device_name_tells_threads_and_provider() -> None:
     one, two = (ort.device_name({"threads": threads}) for threads in (1, 2))
     assert one.startswith("cpu-") and one.endswith("-1t") and two == one[:-2] + "2t"
     assert ort.device_name({}) == ort.device_name({"threads": ort.usable_cores()})
+
+
+def test_the_profile_on_cuda_names_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(cuda, "devices", lambda: [cuda.Device(0, "NVIDIA GeForce RTX 4090", "sm89")])
+    names = [ort.device_name({"provider": provider}) for provider in ("cuda", "cuda-graphs")]
+    assert names == ["cuda-nvidia-geforce-rtx-4090", "cuda-graphs-nvidia-geforce-rtx-4090"]
+    monkeypatch.setattr(cuda, "devices", list)
+    with pytest.raises(DependencyError, match="^--provider cuda-graphs needs a CUDA device: got none; run it on"):
+        ort.device_name({"provider": "cuda-graphs"})
+
+
+@pytest.mark.parametrize(("op", "allowed"), [("Concat", True), ("Add", True), ("MatMul", False), ("Tanh", False)])
+def test_nodes_on_the_processor_are_allowed_for_shapes_only(op: str, allowed: bool) -> None:
+    """Of a session on the processor, all are there."""
+    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [2, 2])
+    y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)
+    attributes = {"axis": 0} if op == "Concat" else {}
+    node = onnx.helper.make_node(op, ["x"] if op == "Tanh" else ["x", "x"], ["y"], **attributes)
+    graph = onnx.helper.make_graph([node], op, [x], [y])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    if allowed:
+        ort_provider.require_on_device("tiny", session)
+        return
+    with pytest.raises(CompexportError, match=f"^tiny: .* on the processor: got {op}, expected arithmetic of"):
+        ort_provider.require_on_device("tiny", session)

@@ -124,9 +124,9 @@ def test_a_template_longer_than_the_model_is_refused(tokenizer_path: Path) -> No
 
 
 def test_texts_and_pairs_must_be_what_the_template_reads(tokenizer_path: Path) -> None:
-    with pytest.raises(InputError, match=r"text 1 is a pair: got the \{text\}, expected one text"):
+    with pytest.raises(InputError, match=r"text 1 \(counted from 0\) is a pair: got the \{text\}, expected one text"):
         encoder(tokenizer_path, "the {text}").encode(["a", ("a", "film")])
-    with pytest.raises(InputError, match="text 0 is single: got .*, expected a pair"):
+    with pytest.raises(InputError, match=r"text 0 \(counted from 0\) is single: got .*, expected a pair"):
         encoder(tokenizer_path, "{text} or {text_pair}").encode(["a"])
 
 
@@ -135,7 +135,7 @@ def test_a_text_without_a_token_is_refused(tmp_path: Path, text: str) -> None:
     """Whatever the template says around it; BERT's tokenizer drops control characters."""
     path = tmp_path / "tokenizer.json"
     MODELS["tiny-bert"].tokenizer().save(str(path))
-    with pytest.raises(InputError, match="text 1 is empty"):
+    with pytest.raises(InputError, match=r"text 1 \(counted from 0\) is empty"):
         encoder(path, "the {text} film").encode(["a", text])
 
 
@@ -145,5 +145,5 @@ def test_too_long_without_truncation(tokenizer_path: Path) -> None:
 
 
 def test_bad_unicode_is_one_line(tokenizer_path: Path) -> None:
-    with pytest.raises(InputError, match="text 1 is not valid Unicode"):
+    with pytest.raises(InputError, match=r"text 1 \(counted from 0\) is not valid Unicode"):
         encoder(tokenizer_path, "the {text}").encode(["a", "b\ud800"])

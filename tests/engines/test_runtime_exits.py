@@ -246,7 +246,7 @@ def test_the_correction_makes_the_clock_strict(open_runtime: Open) -> None:
 @pytest.mark.parametrize(("share", "budget_ms", "why"), [(0.0, 1.5e5, "last"), (0.5, 1.5e5, "out of time")])
 def test_the_margin_makes_the_clock_strict(open_runtime: Open, share: float, budget_ms: float, why: str) -> None:
     runtime = open_runtime(profile(later_ms=1e5))
-    runtime._anytime.margin.share = share
+    runtime._anytime.margin.lasting = share
     assert {one for _, one in exits_of(runtime, variant=R1, budget_ms=budget_ms)} == {why}
 
 

@@ -146,18 +146,21 @@ def test_any_text_is_tokens_or_one_clear_error(encoder: TextEncoder, text: str, 
 
 @pytest.mark.parametrize("text", ["", " ", " \t\n ", "\u00a0\u2003", ("a", ""), (" ", "a")])
 def test_empty_text(encoder: TextEncoder, text: Any) -> None:
-    with pytest.raises(InputError, match="text 1 is empty: expected at least one visible character"):
+    with pytest.raises(InputError, match=r"text 1 \(counted from 0\) is empty: expected at least one"):
         encoder.encode(["a", text])
 
 
 def test_text_that_is_empty_to_the_tokenizer(minilm_path: Path) -> None:
-    with pytest.raises(InputError, match="text 0 is empty to the tokenizer"):
+    with pytest.raises(InputError, match=r"text 0 \(counted from 0\) is empty to the tokenizer"):
         make_encoder(minilm_path).encode(["\0\u200b"])
 
 
 @pytest.mark.parametrize("text", [None, 3, b"a", ("a",), ("a", "b", "c"), ["a", 3], {"text": "a"}, []])
 def test_wrong_types(encoder: TextEncoder, text: Any) -> None:
-    with pytest.raises(InputError, match=r"text 1 has the wrong type: got .*, expected a string or a pair of strings"):
+    with pytest.raises(
+        InputError,
+        match=r"text 1 \(counted from 0\) has the wrong type: got .*, expected a string or",
+    ):
         encoder.encode(["a", text])
 
 
@@ -173,7 +176,7 @@ def test_no_text(encoder: TextEncoder) -> None:
 
 
 def test_lone_surrogates(encoder: TextEncoder) -> None:
-    with pytest.raises(InputError, match="text 1 is not valid Unicode"):
+    with pytest.raises(InputError, match=r"text 1 \(counted from 0\) is not valid Unicode"):
         encoder.encode(["a", "film \ud800"])
 
 
@@ -212,7 +215,7 @@ def test_questions_are_never_cut(tokenizer_path: Path) -> None:
 
 
 def test_questions_need_a_context(tokenizer_path: Path) -> None:
-    with pytest.raises(InputError, match="text 0 is single: expected a pair: the question and its context"):
+    with pytest.raises(InputError, match=r"text 0 \(counted from 0\) is single: expected a pair: the question and"):
         make_encoder(tokenizer_path, "question-answering").encode(["who made it ?"])
 
 

@@ -15,14 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compexport.errors import BundleError, CompexportError, InputError
-from engines.backends import trt_runner
+from engines.backends import cuda_pool, trt_graphs, trt_tensors
 from engines.backends.cuda_lanes import Lanes
 from engines.backends.cuda_memory import CudaMemory, DeviceLost, OutOfMemory
 from engines.backends.cuda_pool import size_class
 from engines.backends.trt_engine import Plan
 from engines.backends.trt_product import TENSORRT, TENSORRT_RTX, Product
-from engines.backends.trt_runner import HeldTensor, runs_of
 from engines.backends.trt_session import PlanSession
+from engines.backends.trt_tensors import HeldTensor, runs_of
 from engines.manifest import Cost, Graph, Parity, TensorSpec
 from tests.engines import toys
 from tests.engines.fake_cuda import FakeCuda, Misuse, Work
@@ -116,23 +116,25 @@ def feeds(batch: int = 2, width: int = 4, seed: int = 0) -> dict[str, np.ndarray
 
 def test_runs_that_come_again_are_captured_and_replayed(device: Device) -> None:
     """The first is run, the second captured, and all later ones replayed, with what is fed to them."""
-    session = device.open()
+    session, pinned = device.open(), set()
     for seed in range(5):
         given = feeds(seed=seed)
         np.testing.assert_array_equal(session.run(given)["y"], given["x"] + given["z"])
+        pinned.add(device.count("cudaHostAlloc"))
     assert (device.count("cudaStreamBeginCapture"), device.count("cudaGraphLaunch")) == (1, 3)
+    assert len(pinned) == 1
     session.close()
 
 
 def test_each_shape_has_a_graph_and_the_longest_unused_go(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trt_runner, "MOST_GRAPHS", 2)
+    monkeypatch.setattr(trt_graphs, "MOST_GRAPHS", 2)
     session = device.open()
     for _ in range(3):
         for batch in (2, 1):
             session.run(feeds(batch))
     assert (device.count("cudaStreamBeginCapture"), device.count("cudaGraphLaunch")) == (2, 2)
     session.run(feeds(2))  # so that the graph of one row is the one that was not used for longest
-    for _ in range(2):
+    for _ in range(3):
         session.run({"x": numbers(2, 3), "z": numbers(2, 3)})
     assert device.cuda.left["graphs"] == 2
     launched = device.count("cudaGraphLaunch")
@@ -142,6 +144,40 @@ def test_each_shape_has_a_graph_and_the_longest_unused_go(device: Device, monkey
     assert device.count("cudaGraphLaunch") == launched + 1
     given = feeds(1, seed=8)
     np.testing.assert_array_equal(session.run(given)["y"], given["x"] + given["z"])
+    session.close()
+
+
+def test_a_graph_goes_only_for_a_run_that_comes_as_often(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trt_graphs, "MOST_GRAPHS", 1)
+    session = device.open()
+    for _ in range(6):
+        session.run(feeds(2))
+    assert (device.count("cudaStreamBeginCapture"), device.count("cudaGraphLaunch")) == (1, 4)
+    for runs in range(1, 5):
+        session.run(feeds(1))
+        assert device.count("cudaStreamBeginCapture") == 1, runs
+    session.run(feeds(1))
+    session.run(feeds(1))
+    assert (device.count("cudaStreamBeginCapture"), device.count("cudaGraphLaunch")) == (2, 5)
+    session.close()
+
+
+def test_a_graph_that_is_under_way_ends_before_it_goes(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trt_graphs, "MOST_GRAPHS", 1)
+    session = device.open()
+    for batch in (3, 2, 3, 2):
+        for _ in range(12):
+            session.run_held(feeds(batch), {}, (), ("y",))  # nothing waits
+    assert device.count("cudaStreamBeginCapture") > 2 and device.cuda.left["graphs"] == 1
+    session.close()
+
+
+def test_arrays_on_their_way_are_waited_for_at_last(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_pool, "_STAGED_PIECES", 8)
+    session = device.open(cuda_graphs=False)
+    for _ in range(20):
+        session.run_held(feeds(), {}, (), ("y",))
+    assert device.cuda.left["pinned"] == 8 and device.count("cudaStreamSynchronize") == 4
     session.close()
 
 
@@ -247,6 +283,21 @@ def test_memory_of_what_is_dropped_is_used_again(device: Device) -> None:
     session.close()
 
 
+def test_rows_of_the_last_axis_come_out_alone(device: Device) -> None:
+    session = device.open()
+    given = feeds(4)
+    _, held = session.run_held(given, {}, (), ("y",))
+    before = device.cuda.downloaded
+    np.testing.assert_array_equal(
+        session.fetch_rows(held["y"], np.array([3, 0, 1])), (given["x"] + given["z"])[[3, 0, 1]]
+    )
+    assert device.cuda.downloaded - before == 3 * 4 * 4
+    with pytest.raises(CompexportError, match="g: rows of what is held: got 0 to 4, expected 0 to 3"):
+        session.fetch_rows(held["y"], np.array([0, 4]))
+    del held
+    session.close()
+
+
 @given(st.integers(1, 1 << 34))
 def test_classes_of_sizes(size: int) -> None:
     found = size_class(size)
@@ -289,7 +340,7 @@ def test_rounding_to_bfloat16_is_to_the_nearest_even(value: float) -> None:
 
     array = np.array([value], np.float32)
     expected = torch.tensor(array).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
-    found = trt_runner._stored(array, "bfloat16")
+    found = trt_tensors.stored(array, "bfloat16")
     both = [float((bits.astype(np.uint32) << 16).view(np.float32)[0]) for bits in (found, expected)]
     np.testing.assert_equal(*both)
 
@@ -332,6 +383,17 @@ def test_threads_run_on_lanes_of_their_own(device: Device) -> None:
     session.close()
 
 
+def test_a_thread_has_the_lane_that_it_had(device: Device) -> None:
+    """Where its graphs are."""
+    session = device.open()
+    with device.lanes.lent(), device.lanes.lent():
+        pass
+    for _ in range(5):
+        session.run(feeds())
+    assert (device.count("cudaStreamBeginCapture"), device.count("cudaGraphLaunch")) == (1, 3)
+    session.close()
+
+
 def test_what_one_thread_holds_another_may_use(device: Device) -> None:
     """On another lane, which waits for it; and its memory is handed out again only after that."""
     session = device.open(cuda_graphs=False)
@@ -347,6 +409,22 @@ def test_what_one_thread_holds_another_may_use(device: Device) -> None:
             found, _ = session.run_held({"z": zeros}, {"x": value}, ("y",), ())
             np.testing.assert_array_equal(found["y"], expected)
     del moved, taken, other, value
+    session.close()
+
+
+def test_memory_that_moved_on_is_handed_out_after_all_work_with_it(device: Device) -> None:
+    """An output that lies where an input does, of a run on another lane than the input's."""
+    session = device.open(cuda_graphs=False, aliases={"y": "x"})
+    given, ones = feeds(), np.ones((2, 4), np.float32)
+    _, held = session.run_held(given, {}, (), ("y",))
+    with device.lanes.lent() as home:
+        _, held = session.run_held({"z": ones}, {"x": held["y"]}, (), ("y",))
+        _, other = session.run_held({"z": ones}, {"x": held["y"]}, (), ("y",))  # where ``held`` is, of its home's pool
+        del held, other
+        blocks = [home.pool.take(32) for _ in range(8)]
+        for block in blocks:
+            device.cuda.give(home.stream, Work(lambda: None, (), [(block.address, 32)]))
+    del blocks, block
     session.close()
 
 
@@ -469,6 +547,26 @@ def test_a_full_device_gives_back_what_is_not_used_and_then_says_so(tmp_path: Pa
     given = feeds(4, 8)
     np.testing.assert_array_equal(session.run(given)["y"], given["x"] + given["z"])
     session.close()
+    assert not any(device.cuda.left.values())
+
+
+def test_lanes_that_nobody_has_give_back_what_they_keep(tmp_path: Path) -> None:
+    """For a lane that is short of memory."""
+    device = Device(tmp_path, limit=1 << 22)
+    wide = {"x": [[1, 1], [2, 4], [512, 256]], "z": [[1, 1], [2, 4], [512, 256]]}
+    session, other = (device.open(profiles=[wide], cuda_graphs=False) for _ in range(2))
+    with device.lanes.lent(), device.lanes.lent():
+        pass
+    session.run(feeds(200, 64))
+    session.close()
+    given = feeds(400, 64)
+
+    def work(number: int) -> None:
+        np.testing.assert_array_equal(other.run(given)["y"], given["x"] + given["z"])
+
+    in_threads(1, work)  # on the other lane, which is unused for longer
+    assert device.count("cudaFree") > 0
+    other.close()
     assert not any(device.cuda.left.values())
 
 

@@ -9,30 +9,31 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from compexport.errors import BundleError, InputError
 from engines import causal
 from engines.backends import ort
 from engines.backends.trt_options import PlanOptions, Range
-from engines.beam import Beams
+from engines.backends.trt_product import TENSORRT_RTX
 from engines.bundle import Bundle
-from engines.cascade import Cascade
-from engines.causal import CausalGenerator
-from engines.exit_rule import ExitRule
-from engines.options import Options
 from engines.runtime import Runtime
-from engines.sampling import Sampling
-from tests.engines import decoders, exits, plans, steps
+from tests.engines import decoders, exits, plans
+from tests.engines.plan_checks import (
+    CASCADES,
+    ENCODERS,
+    WAYS,
+    check_exits,
+    check_logits,
+    check_texts,
+    check_variants,
+    close_all,
+    generators,
+    make,
+)
 from tests.engines.plans import Machine
 
-SAMPLED = Options(10, sampling=Sampling(temperature=0.9, top_k=40, top_p=0.95, seed=7))
-WAYS = {
-    "greedy": Options(10),
-    "beams": Options(10, beams=Beams(num_beams=3, num_return_sequences=2)),
-    "sampled": SAMPLED,
-}
+TOLERANCE = 2e-5
 
 
 @pytest.fixture
@@ -43,99 +44,55 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     assert not any(there.cuda.left.values()), there.cuda.left
 
 
-def made(name: str, folder: Path) -> Bundle:
+def planned(name: str, folder: Path) -> Bundle:
     with pytest.MonkeyPatch.context() as patch:
-        return plans.with_plans(BUNDLES[name](folder), plans.machine(patch))
-
-
-BUNDLES: dict[str, Any] = {
-    "exits": exits.make_bundle,
-    "steps": lambda folder: steps.make_bundle(folder, with_exits=False),
-    "steps with exits": lambda folder: steps.make_bundle(folder, with_exits=True),
-    "decoders": lambda folder: decoders.make_bundle(folder, ratios=(1, 2)),
-}
+        return plans.with_plans(make(name, folder), plans.machine(patch))
 
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """``bundles(name)``: one of BUNDLES with plans, made once."""
+    """``bundles(name)``: one of the bundles with plans, made once."""
     there: dict[str, Bundle] = {}
 
     def bundle(name: str) -> Bundle:
         if name not in there:
-            there[name] = made(name, tmp_path_factory.mktemp("plans") / name.replace(" ", "-"))
+            there[name] = planned(name, tmp_path_factory.mktemp("plans") / name.replace(" ", "-"))
         return there[name]
 
     return bundle
 
 
-def close_all(sessions: dict[str, Any]) -> None:
-    for session in sessions.values():
-        session.close()
-
-
-def same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    assert found.keys() == expected.keys()
-    for name in found:
-        np.testing.assert_allclose(found[name], expected[name], atol=2e-5, err_msg=name)
-
-
-@pytest.mark.parametrize("kind", ["exits", "steps", "steps with exits"])
+@pytest.mark.parametrize("kind", ENCODERS)
 def test_variants_say_what_ort_says(bundles: Any, gpu: Machine, kind: str) -> None:
-    bundle = bundles(kind)
-    expected, found = ort.open_sessions(bundle, threads=1), gpu.backend().open_sessions(bundle)
-    assert found.keys() == expected.keys() == bundle.manifest.variants.keys()
-    for name in found:
-        for batch in (1, 5, 3, 5):
-            feeds = exits.feeds(batch, seed=batch)
-            same(found[name].run(feeds), expected[name].run(feeds))
-    close_all(found)
+    check_variants(bundles(kind), gpu.backend(), TOLERANCE)
 
 
-@pytest.mark.parametrize("kind", ["exits", "steps with exits"])
+@pytest.mark.parametrize("kind", CASCADES)
 def test_rows_leave_where_they_leave_with_ort(bundles: Any, gpu: Machine, kind: str) -> None:
-    """Which compacts the batch on the device: of what is held, nothing goes through the host."""
-    bundle = bundles(kind)
-    expected, found = ort.open_sessions(bundle, threads=1), gpu.backend().open_sessions(bundle)
-    left = set()
-    for name, cascade in found.items():
-        other = expected[name]
-        assert isinstance(cascade, Cascade) and isinstance(other, Cascade)
-        for seed, threshold in enumerate((0.3, 0.6, 0.9)):
-            feeds, rule = exits.feeds(7, seed), ExitRule(threshold)
-            run, wanted = cascade.run_exits(feeds, rule), other.run_exits(feeds, rule)
-            np.testing.assert_allclose(run.logits, wanted.logits, atol=2e-5)
-            assert (run.exit_layer.tolist(), run.why) == (wanted.exit_layer.tolist(), wanted.why)
-            left |= set(run.exit_layer.tolist())
-        feeds = exits.feeds(4)
-        same(cascade.every_exit().run(feeds), other.every_exit().run(feeds))
-        for call in cascade.segment_calls(feeds):
-            call()
-    assert len(left) > 2
-    close_all(found)
-
-
-def generators(bundle: Bundle, backend: Any) -> tuple[dict[str, CausalGenerator], dict[str, Any]]:
-    """By variant, and their sessions."""
-    generation, sessions = bundle.manifest.generation, backend.open_sessions(bundle)
-    assert generation is not None
-    return {name: CausalGenerator(name, session, generation) for name, session in sessions.items()}, sessions
+    check_exits(bundles(kind), gpu.backend(), TOLERANCE)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_texts_are_those_of_ort(bundles: Any, gpu: Machine, way: str) -> None:
-    """Padded prompts, rows that end at different times, beams that change places."""
-    bundle = bundles("decoders")
-    ids, mask = decoders.prompts(5)
-    expected, _ = generators(bundle, ort)
-    found, sessions = generators(bundle, gpu.backend())
-    for name in found:
-        texts = found[name].generate(ids, mask, options=WAYS[way])
-        wanted = expected[name].generate(ids, mask, options=WAYS[way])
-        for one, other in zip(texts, wanted, strict=True):
-            assert [text.tokens for text in (one, *one.others)] == [text.tokens for text in (other, *other.others)]
-        assert len({tuple(one.tokens) for one in texts}) > 1
-    close_all(sessions)
+    check_texts(bundles("decoders"), gpu.backend(), way)
+
+
+@pytest.mark.parametrize("kind", ["decoders", "decoders that keep halves"])
+def test_logits_are_those_of_ort(bundles: Any, gpu: Machine, kind: str) -> None:
+    check_logits(bundles(kind), gpu.backend(), TOLERANCE)
+
+
+def test_rtx_runs_the_same_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    there = plans.machine(monkeypatch, TENSORRT_RTX)
+    bundle = plans.with_plans(make("steps with exits", tmp_path / "bundle"), there)
+    check_variants(bundle, there.backend(), TOLERANCE)
+    assert not any(there.cuda.left.values())
+
+
+def test_stripped_plans_get_their_weights_before_they_run(gpu: Machine, tmp_path: Path) -> None:
+    options = PlanOptions(batch=Range(1, 4, 8), length=Range(1, 8, 16), strip=True)
+    bundle = plans.with_plans(make("steps", tmp_path / "bundle"), gpu, options)
+    check_variants(bundle, gpu.backend(), TOLERANCE)
 
 
 def test_a_second_text_asks_cuda_for_no_memory(bundles: Any, gpu: Machine) -> None:
@@ -148,8 +105,8 @@ def test_a_second_text_asks_cuda_for_no_memory(bundles: Any, gpu: Machine) -> No
     downloaded = gpu.cuda.downloaded
     generator.generate(ids, mask, options=WAYS["beams"])
     assert [gpu.cuda.calls[name] - before[name] for name in ("cudaMalloc", "cudaHostAlloc")] == [0, 0]
-    # One row of logits for each token of the prompts, and for each beam of each text one a step.
-    rows = ids.size + 9 * 3 * 4
+    # One row of logits for each prompt, and for each beam of each text one a step.
+    rows = len(ids) + 9 * 3 * 4
     assert gpu.cuda.downloaded - downloaded <= rows * decoders.V * 4
     close_all(sessions)
 
@@ -173,9 +130,7 @@ def test_a_runtime_answers_from_plans(bundles: Any, gpu: Machine) -> None:
 def test_texts_shorter_than_plans_are_padded(kind: str, tmp_path: Path, gpu: Machine) -> None:
     """Plans for 6 tokens and more, or for a fixed number of them, also warm up and read what is shorter."""
     lengths = Range(6, 8, 40) if kind == "decoders" else Range(10, 10, 10)
-    bundle = plans.with_plans(
-        BUNDLES[kind](tmp_path / "bundle"), gpu, PlanOptions(batch=Range(1, 2, 4), length=lengths)
-    )
+    bundle = plans.with_plans(make(kind, tmp_path / "bundle"), gpu, PlanOptions(batch=Range(1, 2, 4), length=lengths))
     outputs = []
     for backend in ("ort", "trt"):
         with Runtime(bundle, backend=backend) as runtime:

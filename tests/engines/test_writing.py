@@ -105,8 +105,8 @@ def test_an_empty_text_begins_with_the_first_token(runtime: Runtime) -> None:
 @pytest.mark.parametrize(
     ("text", "options", "match"),
     [
-        (("a", "b"), {}, "text 0 is a pair: expected one text, to be written on"),
-        ("   ", {}, "text 0 is empty"),
+        (("a", "b"), {}, r"text 0 \(counted from 0\) is a pair: expected one text, to be written on"),
+        ("   ", {}, r"text 0 \(counted from 0\) is empty"),
         ("a", {"max_new_tokens": 0}, "max_new_tokens is out of range: got 0, expected a whole number >= 1"),
     ],
 )

@@ -14,7 +14,7 @@ from engines.backends import ort
 from engines.bundle import Bundle, BundleWriter
 from engines.manifest import Backbone, Cost, Graph, Manifest, Parity, TensorSpec, Tokenizer, Variant
 
-DTYPES = {"int64": TensorProto.INT64, "float32": TensorProto.FLOAT}
+DTYPES = {"int64": TensorProto.INT64, "float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
 
 
 def info(spec: TensorSpec) -> onnx.ValueInfoProto:

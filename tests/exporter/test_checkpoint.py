@@ -140,6 +140,8 @@ def test_changed_weights_no_longer_fit(saved: Path, tmp_path: Path) -> None:
     other = models.make("tiny-bert", tmp_path / "other", seed=1)
     shutil.copy(other / "model.safetensors", saved / "model.safetensors")
     assert "the variator tensors are of other weights; train them for this backbone" in refusal(saved)
+    (saved / "tokenizer.json").unlink()
+    assert "no usable tokenizer: expected tokenizer.json; put the files back" in refusal(saved)
 
 
 @pytest.mark.parametrize(

@@ -294,7 +294,9 @@ def test_a_rebuild_makes_only_what_changed(
         json.dumps({"num_beams": 3, "no_repeat_ngram_size": 2, "max_length": 20, "eos_token_id": 1, "pad_token_id": 0,
                     "decoder_start_token_id": 0, "forced_bos_token_id": 9, "diversity_penalty": 0.5})
     )  # fmt: skip
-    changed = family.build(trained, [4, 1.6], tmp_path / "b").manifest.generation
+    other = family.build(trained, [4, 1.6], tmp_path / "b")
+    changed = other.manifest.generation
+    assert other.reused == set(more.manifest.graphs), "no graph depends on how texts are written"
     assert changed is not None and changed.defaults == {"num_beams": 3, "no_repeat_ngram_size": 2, "max_length": 20}
     assert changed.forced_bos_id == 9
     assert (tmp_path / "b/graphs/model/special_tokens_map.json").read_text() == "{}"
@@ -313,6 +315,8 @@ def test_a_plan_knows_what_another_strategy_chose(trained: Path) -> None:
     variants: Any = {f"modular-r{ratio}-fp32": SimpleNamespace(settings=found) for ratio, found in
                      ((1, {}), (2, {"strategy": "calibrated"}), (4, {"strategy": "size-first"}))}  # fmt: skip
     plan = ModularPlan(trained, (1, 2, 4), strategy="size-first", chosen={2: Assembly((2, 2), (2, 2))})
+    assert not plan.describes(variants), "of a generation_config.json that is not this one"
+    variants["modular-r1-fp32"].settings["used_sha256"] = plan.used_sha256
     assert plan.describes(variants)
     assert not replace(plan, chosen={}).describes(variants)
     assert not replace(plan, strategy="speed-first").describes(variants)

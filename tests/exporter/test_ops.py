@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -206,6 +207,17 @@ def test_body_in_half_precision(op: Op) -> None:
     got = _run(_session(_model(op, 3, TensorProto.FLOAT16)), op, halves)
     assert got.dtype == np.float16
     np.testing.assert_allclose(got, _eager(op, inputs, 3), atol=3e-2)
+
+
+@pytest.mark.parametrize("op", [TOKEN_MERGE, MASKED_TOKEN_MERGE], ids=lambda op: op.name)
+def test_weights_in_fp32_cost_an_fp32_graph_nothing(op: Op, tmp_path: Path) -> None:
+    """ONNX Runtime drops the casts that are none."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(_model(op, 3).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    operators = {node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node}
+    assert "Softmax" in operators and not operators & {"Cast", "CastLike"}
 
 
 @pytest.mark.parametrize("length", [1, 4, 6])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from compexport.errors import ParityError
-from exporter.parity import Arrays, compare, probe_feeds
+from exporter.parity import ROUNDING, Arrays, Tolerance, compare, compare_rounding, probe_feeds
 
 FEEDS = probe_feeds(("input_ids", "attention_mask"), 2, 50, 16)
 
@@ -114,3 +115,48 @@ def test_probe_keeps_to_the_models_limits() -> None:
     feeds = probe_feeds(("input_ids", "attention_mask"), 8, 100, 20)
     assert max(feed["input_ids"].shape[1] for feed in feeds) == 20
     assert all(set(feed) == {"input_ids", "attention_mask"} for feed in feeds)
+
+
+# --- precisions below fp32
+
+FP16 = ROUNDING["fp16"]
+
+
+def _rounding(
+    wanted: np.ndarray, found: np.ndarray, output: str = "logits", tolerance: Tolerance = FP16
+) -> tuple[float, float | None]:
+    made = compare_rounding("r2", [output], [[wanted]], [[found]], tolerance)
+    return made.max_relative, made.same_choice
+
+
+def test_rounding_is_relative_to_the_largest_magnitude_of_all_feeds() -> None:
+    wanted = [[np.array([[1.0, 2.0]])], [np.array([[-50.0, 10.0]])]]
+    found = [[np.array([[1.0, 2.5]])], [np.array([[-50.0, 10.25]])]]
+    made = compare_rounding("r2", ["logits"], wanted, found, FP16)
+    assert (made.max_relative, made.same_choice, made.tolerance) == (0.01, 1.0, 2e-2)
+    with pytest.raises(ParityError, match=r"r2 .*: logits differs from fp32: got 0.025 of its largest.*<= 0.02;"):
+        compare_rounding("r2", ["logits"], wanted[:1], [[np.array([[1.0, 2.05]])]], FP16)
+
+
+def test_probabilities_and_nats_are_not_divided() -> None:
+    wanted, found = np.array([0.01, 0.02]), np.array([0.02, 0.02])
+    assert _rounding(wanted, found, "margin") == (pytest.approx(0.01), None)
+    with pytest.raises(ParityError, match="hidden differs from fp32"):
+        _rounding(wanted, found, "hidden")
+
+
+def test_choices_count_unless_they_are_ties() -> None:
+    """Of three rows one is a tie; of the two others one is chosen otherwise."""
+    wanted = np.array([[100.0, 99.9, 0.0], [100.0, 99.0, 0.0], [100.0, 0.0, 0.0]])
+    found = np.array([[99.9, 100.0, 0.0], [99.0, 99.5, 0.0], [100.0, 0.0, 0.0]])
+    with pytest.raises(ParityError, match=r"chooses as fp32: got in 50.0% of 2 rows, expected at least 99%"):
+        _rounding(wanted, found)
+    assert _rounding(wanted, found, tolerance=replace(FP16, same_choice=0.5))[1] == 0.5
+    assert _rounding(wanted[:1], found[:1])[1] is None
+    assert _rounding(wanted[:1, :1], found[:1, :1])[1] is None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_in_a_precision(value: float) -> None:
+    with pytest.raises(ParityError, match=r"a value that is not finite, .*build it with --precision fp32"):
+        _rounding(np.array([[1.0, 2.0]]), np.array([[1.0, value]]))
