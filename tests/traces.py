@@ -28,8 +28,7 @@ class Traces:
         self.made: dict[tuple[Any, ...], onnx.ModelProto] = {}
         self.calls: list[tuple[Any, ...]] = []
         self._folder = folder
-        self._onnx_from_inputs = trace.onnx_from_inputs
-        self._torchlib = cache(_registration.onnxscript_apis.get_torchlib_ops)
+        self._trace = trace.onnx_from_inputs
 
     def of_ids(self, module: Any, input_names: Sequence[str], output_names: Sequence[str]) -> onnx.ModelProto:
         """``trace.onnx_from_module``."""
@@ -42,12 +41,6 @@ class Traces:
         key = (*identity(module), *inputs, *output_names)
         return self._remembered(key, lambda: self._trace(module, inputs, output_names))
 
-    def _trace(self, module: Any, inputs: Sequence[trace.TracedInput], output_names: Sequence[str]) -> onnx.ModelProto:
-        """Without reading the source of 500 functions anew each time, a third of a small trace."""
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_registration.onnxscript_apis, "get_torchlib_ops", self._torchlib)
-            return self._onnx_from_inputs(module, inputs, output_names)
-
     def _remembered(self, key: tuple[Any, ...], make: Callable[[], onnx.ModelProto]) -> onnx.ModelProto:
         self.calls.append(key)
         if key not in self.made:
@@ -59,8 +52,17 @@ class Traces:
 
     def replace(self, patch: pytest.MonkeyPatch) -> None:
         """Let the exporter use the memory."""
+        remember_translations(patch)
         patch.setattr(trace, "onnx_from_module", self.of_ids)
         patch.setattr(trace, "onnx_from_inputs", self.of_inputs)
+
+
+def remember_translations(patch: pytest.MonkeyPatch) -> None:
+    """Read PyTorch's translations to ONNX once: for each trace anew, their source takes a third of a small one."""
+    patch.setattr(_registration.onnxscript_apis, "get_torchlib_ops", _translations)
+
+
+_translations = cache(_registration.onnxscript_apis.get_torchlib_ops)
 
 
 def _written(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:

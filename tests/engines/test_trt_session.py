@@ -5,6 +5,7 @@ What is shown is that our code asks both for the right things in the right order
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from engines.backends import ort
 from engines.backends.trt_options import PlanOptions, Range
 from engines.backends.trt_product import TENSORRT_RTX
 from engines.bundle import Bundle
+from engines.bundle_manifest import seal_of
+from engines.bundle_reader import sha256_of
 from engines.runtime import Runtime
 from tests.engines import decoders, exits, plans
 from tests.engines.plan_checks import (
@@ -177,6 +180,23 @@ def test_an_engine_that_cannot_be_opened_leaves_none_open(bundles: Any, gpu: Mac
     ):
         gpu.backend().open_sessions(bundle)
     assert len(gpu.library.engines) == 1
+
+
+def test_a_record_of_another_graph_is_refused(tmp_path: Path, gpu: Machine) -> None:
+    """Whichever it names: one of the bundle, or none."""
+    bundle = plans.with_plans(make("steps", tmp_path / "bundle"), gpu)
+    graph, engine = next((e.graph, e) for e in bundle.manifest.engines.values() if e.backend == "trt")
+    path = engine.path.removesuffix(".plan") + ".json"
+    record = json.loads((bundle.path / path).read_text())
+    (bundle.path / path).write_text(json.dumps({**record, "graph": "r9", "graph_key": "another"}))
+    manifest = json.loads((bundle.path / "manifest.json").read_bytes())
+    entry = {"size_bytes": (bundle.path / path).stat().st_size, "sha256": sha256_of(bundle.path / path)}
+    manifest["files"][path] = entry
+    raw = json.dumps(manifest).encode()
+    (bundle.path / "manifest.json").write_bytes(raw)
+    (bundle.path / "manifest.sha256").write_bytes(seal_of(raw))
+    with pytest.raises(BundleError, match=f"the engine of {graph}: got a plan of another graph"):
+        gpu.backend().checked_plan(Bundle.open(bundle.path), graph, plans.ADA)
 
 
 def test_unknown_providers(bundles: Any, gpu: Machine) -> None:

@@ -14,7 +14,7 @@ from exporter import family
 from exporter.backbone import Backbone, load_backbone
 from exporter.checkpoint import save_checkpoint
 from exporter.methods.variator import VariatorPlugins
-from tests.traces import Traces
+from tests.traces import Traces, remember_translations
 
 RATIOS = (2, 4)
 
@@ -25,6 +25,13 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _remembered_translations() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        remember_translations(patch)
+        yield
 
 
 @pytest.fixture(scope="session")
