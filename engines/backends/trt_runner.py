@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from math import prod
 
 import numpy as np
@@ -19,6 +20,7 @@ from engines.backends.trt_tensors import HeldTensor, as_array, item_bytes, runs_
 from engines.manifest import PAST, TensorSpec
 from engines.session import Array
 
+_ALIGNMENT = 256  # bytes between the beginnings of outputs that come out together
 _REMEMBERED = 256  # shapes of inputs, with those of the outputs
 _BUFFER_MOST = 1 << 26  # bytes of a buffer for the largest shapes of a profile; a larger one is as large as needed
 
@@ -216,16 +218,23 @@ class Runner:
 
     def _fetched(self, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int]) -> dict[str, Array]:
         """Outputs as arrays of this process, which waits for them."""
-        lane, rooms = self._lane, {}
-        for name, shape in shapes.items():
-            rooms[name] = lane.staging.room(self._size(name, shape))
-            lane.memory.download(rooms[name].address, addresses[name], self._size(name, shape), lane.stream)
-        if rooms:
-            lane.wait()
+        if not shapes:
+            return {}
+        lane, sizes = self._lane, {name: self._size(name, shape) for name, shape in shapes.items()}
+        starts = dict(zip(sizes, accumulate(map(_aligned, sizes.values()), initial=0), strict=False))
+        # One piece for all: asking for a second one may wait for the stream, and then the first may be handed out again.
+        room = lane.staging.room(sum(map(_aligned, sizes.values())))
+        for name, size in sizes.items():
+            lane.memory.download(room.address + starts[name], addresses[name], size, lane.stream)
+        lane.wait()
         return {
-            name: as_array(rooms[name].bytes[: self._size(name, shape)], shape, self._outputs[name].dtype)
+            name: as_array(room.bytes[starts[name] :][: sizes[name]], shape, self._outputs[name].dtype)
             for name, shape in shapes.items()
         }
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def _within(shape: Sequence[int], low: Sequence[int], high: Sequence[int]) -> bool:

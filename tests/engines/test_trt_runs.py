@@ -181,6 +181,19 @@ def test_arrays_on_their_way_are_waited_for_at_last(device: Device, monkeypatch:
     session.close()
 
 
+def test_outputs_that_fill_what_may_be_on_its_way_come_out_as_they_are(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wait between two copies out must not hand the memory of the first to the second."""
+    session, given = device.open(cuda_graphs=False), feeds()
+    for pieces in (1, 2, 3, 4):
+        monkeypatch.setattr(cuda_pool, "_STAGED_PIECES", pieces)
+        found = session.run(given)
+        np.testing.assert_array_equal(found["y"], given["x"] + given["z"])
+        np.testing.assert_array_equal(found["total"], (given["x"] + given["z"]).sum(axis=1))
+    session.close()
+
+
 def test_steps_over_what_is_held_find_their_addresses_again(device: Device) -> None:
     """A loop that gives each step what the last one made, as step engines do."""
     session = device.open()
