@@ -25,7 +25,8 @@ class BoundSession(OrtSession):
 
     def __init__(self, name: str, graph: Graph, inner: Any, memory: str, captures: Captures | None = None) -> None:
         """``memory``: where ``inner`` computes. ``captures``: of the same session, if its runs are captured."""
-        super().__init__(name, graph, inner)
+        # Those with captures may go on in another session, and then nothing keeps this one.
+        super().__init__(name, graph, inner if captures is None else captures)
         self._memory = memory
         self._captures = captures
         self._types = {spec.name: element_type(spec.dtype) for spec in graph.inputs}

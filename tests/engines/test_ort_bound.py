@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -231,6 +233,10 @@ def test_a_capture_that_fails_is_said_once_and_the_run_goes_on(caplog: pytest.Lo
         "double: runs without CUDA graphs; got CUDA failure 900: operation not permitted when stream is capturing"
     )
     assert spy.ids == ["-1", "1"] and plain[0].ids == ["-1"] * 4 and session.captured == 0
+    gone = weakref.ref(spy)
+    del spy
+    gc.collect()
+    assert gone() is None, "it has weights on the device"
 
 
 def test_threads_take_turns() -> None:
