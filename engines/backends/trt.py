@@ -10,10 +10,11 @@ from __future__ import annotations
 import importlib
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from compexport.errors import BundleError, DependencyError, InputError, describe
+from compexport.errors import BundleError, CompexportError, DependencyError, InputError, describe
 from engines.backends import cuda
 from engines.backends.cuda_lanes import Lanes
 from engines.backends.cuda_memory import CudaMemory
@@ -140,11 +141,25 @@ class Backend:
         library, source = importlib.import_module(self.product.module), bundle.file(facts.path)
         plan = Plan(library, self.product, name, path, source, record, cuda_graphs)
         captured = cuda_graphs and not self.product.captures
+        lanes = self._joined_lanes()
+        try:
+            return PlanSession(name, facts, plan, record.profiles, lanes, cuda_graphs=captured)
+        finally:
+            lanes.leave()
+
+    def _joined_lanes(self) -> Lanes:
+        """What all that is open at a time shares, so that a ratio more needs no scratch memory of its own.
+
+        It is joined, because another thread may close the last engine that uses it; whoever asked has to leave.
+        """
         with self._lock:
-            # All that is open at a time shares lanes, so that a ratio more needs no scratch memory of its own.
-            if self._lanes is None or not self._lanes.is_open:
-                self._lanes = Lanes(CudaMemory())
-            return PlanSession(name, facts, plan, record.profiles, self._lanes, cuda_graphs=captured)
+            if self._lanes is not None:
+                with suppress(CompexportError):  # closed
+                    self._lanes.join()
+                    return self._lanes
+            self._lanes = Lanes(CudaMemory())
+            self._lanes.join()
+            return self._lanes
 
     def checked_plan(self, bundle: Bundle, graph: str, device: cuda.Device) -> tuple[Path, PlanRecord]:
         """The plan of a graph for this library and device; BundleError says what the bundle has instead."""

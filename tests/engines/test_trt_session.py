@@ -14,9 +14,10 @@ import pytest
 
 from compexport.errors import BundleError, InputError
 from engines import causal
-from engines.backends import ort
+from engines.backends import ort, trt
 from engines.backends.trt_options import PlanOptions, Range
 from engines.backends.trt_product import TENSORRT_RTX
+from engines.backends.trt_session import PlanSession
 from engines.bundle import Bundle
 from engines.bundle_manifest import seal_of
 from engines.bundle_reader import sha256_of
@@ -169,6 +170,23 @@ def test_all_ratios_share_scratch_memory(bundles: Any, gpu: Machine) -> None:
     assert len(places) > 4 and len(set(places)) == 1
     for session in opened:
         session.close()
+
+
+def test_lanes_stay_while_one_engine_is_opened_and_the_last_other_closed(
+    bundles: Any, gpu: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, backend = bundles("steps"), gpu.backend()
+    first, second = list(bundle.manifest.variants)[:2]
+    before = backend.open_sessions(bundle, [first])[first]
+
+    def made(*arguments: Any, **options: Any) -> PlanSession:
+        before.close()  # as another thread may, after the lanes were chosen
+        return PlanSession(*arguments, **options)
+
+    monkeypatch.setattr(trt, "PlanSession", made)
+    session = backend.open_sessions(bundle, [second])[second]
+    session.run(exits.feeds(2))
+    session.close()
 
 
 def test_an_engine_that_cannot_be_opened_leaves_none_open(bundles: Any, gpu: Machine) -> None:
