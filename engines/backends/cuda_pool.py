@@ -46,11 +46,11 @@ class Moment:
 
 @dataclass(slots=True)
 class Place:
-    """Memory of the device. ``users``: work of other streams with it, which has to be waited for."""
+    """Memory of the device. ``users``: the newest work of each other stream with it, which has to be waited for."""
 
     address: int
     size: int
-    users: list[Moment] = field(default_factory=list)
+    users: dict[int, Moment] = field(default_factory=dict)
 
 
 class Block:
@@ -95,7 +95,7 @@ class Pool:
         size = size_class(size)
         if self._free[size]:
             place = self._free[size].pop()
-            for moment in place.users:
+            for moment in place.users.values():
                 self._memory.wait_for(self._stream, moment.event)
             place.users.clear()
         else:
@@ -114,7 +114,7 @@ class Pool:
         self._collect()
         idle = [place for places in self._free.values() for place in places]
         self._free.clear()
-        for moment in (moment for place in idle for moment in place.users):
+        for moment in (moment for place in idle for moment in place.users.values()):
             self._memory.wait_for(self._stream, moment.event)
         if idle:
             self._memory.wait(self._stream)

@@ -108,10 +108,10 @@ class Context:
         changed = {name: shape for name, shape in inputs.items() if self._shapes.get(name) != shape}
         if not changed:
             return
+        self._shapes = {}  # where one is refused, all are told again, and nothing that was inferred before is believed
         for name, shape in changed.items():
             if not self._inner.set_input_shape(name, shape):
                 raise self._error(f"{name} {list(shape)} is refused")
-            self._shapes[name] = shape
         if unknown := self._inner.infer_shapes():
             raise self._error("shapes that do not follow from the inputs", got=", ".join(unknown))
         self.outputs = {name: tuple(self._inner.get_tensor_shape(name)) for name in outputs}
@@ -119,6 +119,7 @@ class Context:
             raise self._error("shapes that depend on values", got=", ".join(unknown))
         self.scratch_bytes = int(self._inner.update_device_memory_size_for_shapes())
         self._scratch = (0, 0)  # its parts lie elsewhere now, so it is told anew
+        self._shapes = dict(inputs)
 
     def largest_output(self, name: str) -> int:
         """Bytes of an output of the profile's largest shapes, or -1 where that is not known."""

@@ -86,7 +86,7 @@ class Runner:
         if others:
             moment = self._lane.moment()
             for value in others:
-                value.block.place.users.append(moment)
+                value.block.place.users[self._lane.stream] = moment
 
     def take_rows(self, value: HeldTensor, rows: npt.NDArray[np.int64]) -> HeldTensor:
         """These rows of a value, in this order, copied on the device."""
@@ -222,7 +222,7 @@ class Runner:
             return {}
         lane, sizes = self._lane, {name: self._size(name, shape) for name, shape in shapes.items()}
         starts = dict(zip(sizes, accumulate(map(_aligned, sizes.values()), initial=0), strict=False))
-        # One piece for all: asking for a second one may wait for the stream, and then the first may be handed out again.
+        # One piece for all: asking for a second one may wait for the stream, and then the first is handed out again.
         room = lane.staging.room(sum(map(_aligned, sizes.values())))
         for name, size in sizes.items():
             lane.memory.download(room.address + starts[name], addresses[name], size, lane.stream)

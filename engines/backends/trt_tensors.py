@@ -48,7 +48,7 @@ def runs_of(rows: npt.NDArray[np.int64]) -> list[tuple[int, int, int]]:
 def stored(array: Array, dtype: str) -> Array:
     """As the device has it: bfloat16 is the upper half of a float32, rounded to the nearest, ties to even."""
     if dtype != "bfloat16":
-        return array
+        return array.astype(dtype, copy=False)  # float16 comes out as float32, and may go in again
     bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     return np.where(np.isnan(array), np.uint32(0x7FC0), rounded).astype(np.uint16)

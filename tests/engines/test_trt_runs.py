@@ -26,6 +26,7 @@ from engines.backends.trt_tensors import HeldTensor, runs_of
 from engines.manifest import Cost, Graph, Parity, TensorSpec
 from tests.engines import toys
 from tests.engines.fake_cuda import FakeCuda, Misuse, Work
+from tests.engines.fake_trt import Context as FakeContext
 from tests.engines.fake_trt import Engine, Library, plan_bytes
 from tests.engines.test_trt import record
 
@@ -336,6 +337,9 @@ def test_halves_stay_on_the_device_and_come_out_as_float32(device: Device, dtype
     fed = np.float32 if dtype == "bfloat16" else np.float16
     given = {name: array.astype(fed) for name, array in feeds().items()}
     expected = (given["x"] + given["z"]).astype(np.float32)  # whole numbers, exact in both
+    for again in (given, {name: array.astype(np.float32) for name, array in given.items()}):  # as it came out
+        found, held = session.run_held(again, {}, ("total",), ("y",))
+        np.testing.assert_array_equal(found["total"], expected.sum(axis=1))
     _, held = session.run_held(given, {}, (), ("y",))
     assert held["y"].dtype == dtype and held["y"].size_bytes == 2 * 8
     taken = session.take_rows(held["y"], np.array([1, 0]))
@@ -422,6 +426,17 @@ def test_what_one_thread_holds_another_may_use(device: Device) -> None:
             found, _ = session.run_held({"z": zeros}, {"x": value}, ("y",), ())
             np.testing.assert_array_equal(found["y"], expected)
     del moved, taken, other, value
+    session.close()
+
+
+def test_a_value_that_others_use_often_keeps_one_event_for_each_lane(device: Device) -> None:
+    session = device.open(cuda_graphs=False)
+    _, held = session.run_held(feeds(), {}, (), ("y",))
+    with device.lanes.lent():  # the lane that made it
+        for _ in range(50):
+            session.run_held({"z": numbers(2, 4)}, {"x": held["y"]}, ("total",), ())
+    assert len(held["y"].block.place.users) == 1 and device.cuda.left["events"] < 8
+    del held
     session.close()
 
 
@@ -613,6 +628,20 @@ def test_what_is_held_of_closed_engines_is_refused(device: Device, tmp_path: Pat
     with pytest.raises(CompexportError, match="g: what is held belongs to engines that are closed"):
         later.run_held({"z": numbers(2, 4)}, {"x": held["y"]}, ("y",), ())
     later.close()
+
+
+def test_shapes_that_were_refused_are_asked_for_again(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was inferred for those before them says nothing of these."""
+    session = device.open()
+    session.run(feeds(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeContext, "infer_shapes", lambda self: ["z"])
+        for _ in range(2):
+            with pytest.raises(CompexportError, match="^g: shapes that do not follow from the inputs: got z$"):
+                session.run(feeds(8))
+    given = feeds(8)
+    np.testing.assert_array_equal(session.run(given)["y"], given["x"] + given["z"])
+    session.close()
 
 
 def test_shapes_that_depend_on_values_are_refused(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
