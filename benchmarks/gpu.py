@@ -19,7 +19,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,8 @@ PARTS = ("kernels", "encoder", "decoder")
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     device = Device(options.device)
-    ledger = Ledger(options.work / f"gpu-{device.name}{'-quick' if options.quick else ''}.json", device.card)
+    name = f"gpu-{device.name}{'-quick' if options.quick else ''}.json"
+    ledger = Ledger(options.work / name, {"card": device.card, "tokens": options.tokens})
     until = time.monotonic() + options.max_seconds
     ceilings = _ceilings(device, options)
     left = 0
@@ -98,24 +99,28 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 class Ledger:
     """Rows of the cells that are measured, in a file that a later run goes on with."""
 
-    def __init__(self, path: Path, card: str) -> None:
-        """SystemExit for one that another card filled."""
-        self._path, self._card = path, card
+    def __init__(self, path: Path, facts: Mapping[str, Any]) -> None:
+        """``facts``: the same of all rows that no row has. SystemExit for a file with others."""
+        self._path, self._facts = path, dict(facts)
         self.rows: dict[str, list[Row]] = {}
         if path.exists():
             kept = json.loads(path.read_text(encoding="utf-8"))
-            if kept["card"] != card:
-                raise SystemExit(f"{path}: of {kept['card']}, not of {card}; name another --work")
-            self.rows = kept["rows"]
+            self.rows = kept.pop("rows")
+            if kept != self._facts:
+                raise SystemExit(f"{path}: of {_said(kept)}, not of {_said(self._facts)}; name another --work")
 
     def add(self, key: str, rows: list[Row]) -> None:
         """Keep a cell."""
         self.rows[key] = rows
-        save(self._path, {"card": self._card, "rows": self.rows})
+        save(self._path, {**self._facts, "rows": self.rows})
 
     def of(self, *parts: str) -> list[Row]:
         """All rows of these parts."""
         return [row for rows in self.rows.values() for row in rows if row["part"] in parts]
+
+
+def _said(facts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in facts.items())
 
 
 def _ceilings(device: Device, options: argparse.Namespace) -> Ceilings:

@@ -130,12 +130,17 @@ def test_every_cell_has_a_name_of_its_own() -> None:
 
 
 def test_a_ledger_goes_on(tmp_path: Path) -> None:
-    gpu.Ledger(tmp_path / "gpu.json", "a card").add("one", [{"part": "kernels"}])
-    again = gpu.Ledger(tmp_path / "gpu.json", "a card")
+    path, facts = tmp_path / "gpu.json", {"card": "H200", "tokens": 32}
+    gpu.Ledger(path, facts).add("one", [{"part": "kernels"}])
+    again = gpu.Ledger(path, facts)
     again.add("two", [{"part": "encoder"}])
-    assert gpu.Ledger(tmp_path / "gpu.json", "a card").of("kernels", "decoder") == [{"part": "kernels"}]
-    with pytest.raises(SystemExit, match=r"gpu.json: of a card, not of another card; name another --work"):
-        gpu.Ledger(tmp_path / "gpu.json", "another card")
+    assert gpu.Ledger(path, facts).of("kernels", "decoder") == [{"part": "kernels"}]
+    for others in ({"card": "A100", "tokens": 32}, {"card": "H200", "tokens": 8}):
+        said = (
+            f"gpu.json: of card H200, tokens 32, not of card {others['card']}, tokens {others['tokens']}; name another"
+        )
+        with pytest.raises(SystemExit, match=said):
+            gpu.Ledger(path, others)
 
 
 class Measure:
