@@ -193,10 +193,17 @@ class Staging:
     def close(self) -> None:
         """Give all back; nothing is under way."""
         self.settle()
+        self._trim()
+
+    def _trim(self) -> None:
         for pinned in (pinned for there in self._free.values() for pinned in there):
             self._memory.free_pinned(pinned.address)
         self._free.clear()
 
     def _allocated(self, size: int) -> Pinned:
-        address = self._memory.allocate_pinned(size)
+        try:
+            address = self._memory.allocate_pinned(size)
+        except OutOfMemory:
+            self._trim()
+            address = self._memory.allocate_pinned(size)
         return Pinned(address, np.ctypeslib.as_array((ctypes.c_ubyte * size).from_address(address)))

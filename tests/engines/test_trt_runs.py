@@ -18,7 +18,7 @@ from compexport.errors import BundleError, CompexportError, InputError
 from engines.backends import cuda_pool, trt_graphs, trt_tensors
 from engines.backends.cuda_lanes import Lanes
 from engines.backends.cuda_memory import CudaMemory, DeviceLost, OutOfMemory
-from engines.backends.cuda_pool import size_class
+from engines.backends.cuda_pool import Staging, size_class
 from engines.backends.trt_engine import Plan
 from engines.backends.trt_product import TENSORRT, TENSORRT_RTX, Product
 from engines.backends.trt_session import PlanSession
@@ -85,10 +85,6 @@ class Device:
 
     def count(self, name: str) -> int:
         return self.cuda.calls.get(name, 0)
-
-
-def _typed(spec: TensorSpec, dtypes: dict[str, str]) -> TensorSpec:
-    return spec.model_copy(update={"dtype": dtypes.get(spec.name, spec.dtype)})
 
 
 def graph(inputs: list[TensorSpec], outputs: list[TensorSpec]) -> Graph:
@@ -576,6 +572,26 @@ def test_a_full_device_gives_back_what_is_not_used_and_then_says_so(tmp_path: Pa
     np.testing.assert_array_equal(session.run(given)["y"], given["x"] + given["z"])
     session.close()
     assert not any(device.cuda.left.values())
+
+
+def test_pinned_memory_that_is_idle_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda()
+    memory = CudaMemory(cuda)
+    staging = Staging(memory, lambda: staging.settle())
+    staging.room(1024)
+    staging.settle()
+
+    def allocated(size: int) -> int:
+        if cuda.left["pinned"]:
+            raise OutOfMemory("pinned memory of the host is full")
+        return CudaMemory.allocate_pinned(memory, size)
+
+    monkeypatch.setattr(memory, "allocate_pinned", allocated)
+    staging.room(4096)
+    with pytest.raises(OutOfMemory):
+        staging.room(1024)  # the other piece is under way
+    staging.close()
+    assert not cuda.left["pinned"]
 
 
 def test_lanes_that_nobody_has_give_back_what_they_keep(tmp_path: Path) -> None:
