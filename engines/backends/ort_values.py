@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from compexport.errors import InputError, describe
+from engines.backends.bfloat16 import bits_of, floats_of
 from engines.manifest import TensorSpec
 from engines.session import Array, Held
 
@@ -77,13 +78,4 @@ def array_of(value: Held) -> Array:
         return array
     shape = value.shape()
     room = (ctypes.c_uint16 * int(np.prod(shape))).from_address(value.data_ptr())
-    return (np.array(room, np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32).reshape(shape)
-
-
-def bits_of(array: Array) -> Array:
-    """An array as bfloat16, two bytes an element: rounded to the nearest, ties to even, if it is not of it already."""
-    if array.dtype.name == "bfloat16":  # of a package that teaches NumPy the type
-        return np.ascontiguousarray(array).view(np.uint16)
-    bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    return np.where(np.isnan(array), np.uint32(0x7FC0), rounded).astype(np.uint16)
+    return floats_of(np.array(room, np.uint16)).reshape(shape)

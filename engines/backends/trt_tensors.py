@@ -8,6 +8,7 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 
+from engines.backends.bfloat16 import bits_of, floats_of
 from engines.backends.cuda_lanes import Lane
 from engines.backends.cuda_pool import Block, Moment
 from engines.session import Array
@@ -46,17 +47,13 @@ def runs_of(rows: npt.NDArray[np.int64]) -> list[tuple[int, int, int]]:
 
 
 def stored(array: Array, dtype: str) -> Array:
-    """As the device has it: bfloat16 is the upper half of a float32, rounded to the nearest, ties to even."""
-    if dtype != "bfloat16":
-        return array.astype(dtype, copy=False)  # float16 comes out as float32, and may go in again
-    bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    return np.where(np.isnan(array), np.uint32(0x7FC0), rounded).astype(np.uint16)
+    """As the device has it; float16 comes out as float32, and may go in again."""
+    return bits_of(array) if dtype == "bfloat16" else array.astype(dtype, copy=False)
 
 
 def as_array(stored: Array, shape: tuple[int, ...], dtype: str) -> Array:
     """An array of its own from bytes; halves become float32."""
     if dtype == "bfloat16":
-        return (stored.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32).reshape(shape)
+        return floats_of(stored.view(np.uint16)).reshape(shape)
     array = stored.view(dtype).reshape(shape)
     return array.astype(np.float32) if dtype == "float16" else array.copy()

@@ -18,10 +18,11 @@ from onnx import TensorProto, helper
 
 from compexport.errors import CompexportError
 from engines.backends import ort
+from engines.backends.bfloat16 import bits_of
 from engines.backends.ort_bound import BoundSession
 from engines.backends.ort_captured import Captures
 from engines.backends.ort_rows import gather_model, rows_taken
-from engines.backends.ort_values import array_of, bits_of, element_type, empty_value, stored, value_of
+from engines.backends.ort_values import array_of, element_type, empty_value, stored, value_of
 from engines.beam import Beams
 from engines.bundle import Bundle
 from engines.cascade import Cascade
