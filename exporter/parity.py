@@ -29,8 +29,9 @@ class Tolerance:
     """How far a precision may take an output from fp32, relative to its largest magnitude; the share of choices kept.
 
     ``epsilon`` is the distance of 1 from the next number. Logits of a row that differ by less than ``TIE`` times that,
-    relative to the row's largest, are equal as far as the precision can tell. A graph whose types are widened to fp32
-    may differ by ``epsilon``: its constants, such as what attention scores are scaled by, are rounded too.
+    relative to the row's largest, are equal as far as the precision can tell. By as much may a graph whose types are
+    widened to fp32 differ: its constants are rounded too, such as the scale of attention scores, and whatever can be
+    computed from weights alone (what a decoder reads before a text) is computed in half while tracing.
     """
 
     relative: float

@@ -17,7 +17,8 @@ from compexport.errors import InputError, describe
 BACKENDS = {"ort": "engines.backends.ort", "trt": "engines.backends.trt:TRT", "trt-rtx": "engines.backends.trt:RTX"}
 # (backend, precision) that cannot be, and why not.
 _LACKING = {
-    ("ort", "bf16"): "ONNX Runtime's CPU provider multiplies no bf16; build engines of it with --backend trt-rtx"
+    ("ort", "bf16"): "ONNX Runtime's CPU provider multiplies no bf16; build it with --backend trt-rtx, or with"
+    " --backend trt --recipe, and run its graphs with --provider cuda"
 }
 
 

@@ -176,7 +176,7 @@ class Family(ABC, Generic[Loaded]):
             for kind in ("rounded", "rounded exact", "half")
         )
         largest = max(float(np.max(np.abs(output), initial=0.0)) for outputs in expected for output in outputs)
-        tolerance = max(parity.TOLERANCE["fp32"], allowed.epsilon * largest)
+        tolerance = max(parity.TOLERANCE["fp32"], parity.TIE * allowed.epsilon * largest)
         widened = self._what_is_read(graph, session.run)
         found = parity.compare(f"{graph.name}, widened,", rounded, widened, feeds, tolerance, exact)
         with WideSums():
