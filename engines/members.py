@@ -6,6 +6,7 @@ need, so that a damaged one can be replaced by measuring again.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -169,4 +170,19 @@ class Members:
         for name in self.engines:
             if not set(manifest.variants[name].graphs.values()) <= built:
                 what = f"variant {name} has no engine for backend {self._backend}"
-                raise BundleError(describe(what, hint=f"run `compexport build --backend {self._backend}` again"))
+                raise BundleError(describe(what, got=self._elsewhere(name), hint=self._how_to_build(name)))
+
+    def _elsewhere(self, name: str) -> str | None:
+        """Backends that the variant is whole for, recipes of theirs among them; None where there are none."""
+        manifest, built = self._bundle.manifest, defaultdict(set)
+        for engine in manifest.engines.values():
+            built[engine.backend].add(engine.graph)
+        needed = set(manifest.variants[name].graphs.values())
+        there = sorted(backend for backend, graphs in built.items() if needed <= graphs)
+        return f"engines for {', '.join(there)}" if there else None
+
+    def _how_to_build(self, name: str) -> str:
+        """The command that makes the missing engines and keeps the others: a build has one precision, fp32 untold."""
+        precision = self._bundle.manifest.variants[name].precision
+        options = f"--backend {self._backend}" + ("" if precision == "fp32" else f" --precision {precision}")
+        return f"run `compexport build {options}` again"

@@ -460,6 +460,17 @@ def test_a_missing_engine(make_runtime: MakeRuntime) -> None:
     assert make_runtime(manifest={"engines": engines}, variants=[R1])("a").variant == R1
 
 
+def test_a_missing_engine_of_another_backend_and_precision(make_runtime: MakeRuntime) -> None:
+    """Without its precision the command would replace what is there."""
+    there = make_manifest("feature-extraction").model_dump()
+    engines = {name: {**engine, "backend": "trt-rtx"} for name, engine in there["engines"].items()}
+    variants = {name: {**variant, "precision": "fp16"} for name, variant in there["variants"].items()}
+    command = "`compexport build --backend fake --precision fp16`"
+    match = f"{R1} has no engine for backend fake: got engines for trt-rtx; run {command} again"
+    with pytest.raises(BundleError, match=match):
+        make_runtime(manifest={"engines": engines, "variants": variants})
+
+
 def test_a_bundle_without_a_tokenizer(make_runtime: MakeRuntime) -> None:
     runtime = make_runtime(manifest={"tokenizer": None})
     assert runtime.select(budget_ms=500).variant == R2
