@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from compexport.errors import BundleError, InputError, describe
+from engines import backends
 from engines.bundle import Bundle
 from engines.exit_rule import ExitRule
 from engines.forecast import Forecast, Rung
@@ -169,20 +170,18 @@ class Members:
         built = {engine.graph for engine in manifest.engines.values() if self._backend in ("", engine.backend)}
         for name in self.engines:
             if not set(manifest.variants[name].graphs.values()) <= built:
-                what = f"variant {name} has no engine for backend {self._backend}"
-                raise BundleError(describe(what, got=self._elsewhere(name), hint=self._how_to_build(name)))
+                raise BundleError(self._missing_engine(name))
 
-    def _elsewhere(self, name: str) -> str | None:
-        """Backends that the variant is whole for, recipes of theirs among them; None where there are none."""
+    def _missing_engine(self, name: str) -> str:
+        """What there is instead, and the command that adds what is missing; untold, its precision would be fp32."""
         manifest, built = self._bundle.manifest, defaultdict(set)
         for engine in manifest.engines.values():
             built[engine.backend].add(engine.graph)
-        needed = set(manifest.variants[name].graphs.values())
-        there = sorted(backend for backend, graphs in built.items() if needed <= graphs)
-        return f"engines for {', '.join(there)}" if there else None
-
-    def _how_to_build(self, name: str) -> str:
-        """The command that makes the missing engines and keeps the others: a build has one precision, fp32 untold."""
-        precision = self._bundle.manifest.variants[name].precision
-        options = f"--backend {self._backend}" + ("" if precision == "fp32" else f" --precision {precision}")
-        return f"run `compexport build {options}` again"
+        precision, needed = manifest.variants[name].precision, set(manifest.variants[name].graphs.values())
+        there = [backend for backend, graphs in sorted(built.items()) if needed <= graphs]
+        ways = [f"choose --backend {backend}" for backend in there if not backend.endswith("-recipe")]
+        if not backends.lacking(self._backend, precision):
+            option = "" if precision == "fp32" else f" --precision {precision}"
+            ways.append(f"run `compexport build --backend {self._backend}{option}` again")
+        what = f"variant {name} has no engine for backend {self._backend}"
+        return describe(what, got=f"engines for {', '.join(there)}" if there else None, hint=", or ".join(ways))
