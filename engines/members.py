@@ -6,11 +6,13 @@ need, so that a damaged one can be replaced by measuring again.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 from compexport.errors import BundleError, InputError, describe
+from engines import backends
 from engines.bundle import Bundle
 from engines.exit_rule import ExitRule
 from engines.forecast import Forecast, Rung
@@ -168,5 +170,18 @@ class Members:
         built = {engine.graph for engine in manifest.engines.values() if self._backend in ("", engine.backend)}
         for name in self.engines:
             if not set(manifest.variants[name].graphs.values()) <= built:
-                what = f"variant {name} has no engine for backend {self._backend}"
-                raise BundleError(describe(what, hint=f"run `compexport build --backend {self._backend}` again"))
+                raise BundleError(self._missing_engine(name))
+
+    def _missing_engine(self, name: str) -> str:
+        """What there is instead, and the command that adds what is missing; untold, its precision would be fp32."""
+        manifest, built = self._bundle.manifest, defaultdict(set)
+        for engine in manifest.engines.values():
+            built[engine.backend].add(engine.graph)
+        precision, needed = manifest.variants[name].precision, set(manifest.variants[name].graphs.values())
+        there = [backend for backend, graphs in sorted(built.items()) if needed <= graphs]
+        ways = [f"choose --backend {backend}" for backend in there if not backend.endswith("-recipe")]
+        if not backends.lacking(self._backend, precision):
+            option = "" if precision == "fp32" else f" --precision {precision}"
+            ways.append(f"run `compexport build --backend {self._backend}{option}` again")
+        what = f"variant {name} has no engine for backend {self._backend}"
+        return describe(what, got=f"engines for {', '.join(there)}" if there else None, hint=", or ".join(ways))

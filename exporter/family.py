@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,6 +122,8 @@ def build(
         previous = writer.previous
         if previous is not None and _is_current(previous, plan, keys, runtime):
             return BuildReport(previous.path, time.perf_counter() - started, previous.manifest, set(keys))
+        if previous is not None and (lost := _lost(previous, keys, runtime)):
+            _log.warning(f"{previous.path} holds {lost}, which go: their graphs are replaced; build for these again")
         manifest, reused = _write(writer, plan, keys, runtime, command, progress)
         progress("writing the bundle", None, None)
         bundle = writer.commit(manifest)
@@ -270,18 +273,28 @@ def _own_engines(bundle: Bundle, runtime: Any) -> dict[str, Engine]:
     return {name: engine for name, engine in bundle.manifest.engines.items() if engine.path.startswith(place)}
 
 
+def _split_others(bundle: Bundle, keys: Mapping[str, str], runtime: Any) -> tuple[dict[str, Engine], dict[str, Engine]]:
+    """The bundle's engines of other backends and devices: those whose graphs stay, and those whose graphs do not."""
+    manifest, own = bundle.manifest, _own_engines(bundle, runtime)
+    same = {name for name, graph in manifest.graphs.items() if keys.get(name) == graph.key}
+    others = {name: engine for name, engine in manifest.engines.items() if name not in own}
+    staying = {name: engine for name, engine in others.items() if engine.graph in same}
+    return staying, {name: engine for name, engine in others.items() if name not in staying}
+
+
+def _lost(bundle: Bundle, keys: Mapping[str, str], runtime: Any) -> str:
+    """What a build throws away that it does not make anew, in words; empty where there is nothing."""
+    _, going = _split_others(bundle, keys, runtime)
+    places = Counter((engine.backend, engine.device) for engine in going.values())
+    return ", ".join(f"{count} engine(s) of {backend} ({device})" for (backend, device), count in places.items())
+
+
 def _other_engines(writer: BundleWriter, keys: Mapping[str, str], runtime: Any) -> dict[str, Engine]:
     """The previous engines of other backends and devices, brought along where they are whole and of the same graphs."""
     if writer.previous is None:
         return {}
-    manifest = writer.previous.manifest
-    same = {name for name, graph in manifest.graphs.items() if keys.get(name) == graph.key}
-    own = _own_engines(writer.previous, runtime)
-    kept = {
-        name: engine
-        for name, engine in manifest.engines.items()
-        if name not in own and engine.graph in same and all(map(writer.reusable, engine.files))
-    }
+    staying, _ = _split_others(writer.previous, keys, runtime)
+    kept = {name: engine for name, engine in staying.items() if all(map(writer.reusable, engine.files))}
     for file in sorted({file for engine in kept.values() for file in engine.files}):
         writer.reuse(file)
     return kept

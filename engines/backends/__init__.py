@@ -41,11 +41,16 @@ def builder(name: str, options: Any = None, precision: str = "fp32") -> Any:
     the backend does not compute in.
     """
     backend = _backend(name)
-    if hint := _LACKING.get((name, precision)):
+    if hint := lacking(name, precision):
         raise InputError(
             describe(f"--backend {name} with --precision", got=precision, expected="fp32 or fp16", hint=hint)
         )
     return backend.builder(options)
+
+
+def lacking(name: str, precision: str) -> str:
+    """Why the backend builds no engines of this precision, or an empty text."""
+    return _LACKING.get((name, precision), "")
 
 
 def _backend(name: str) -> Any:

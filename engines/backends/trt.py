@@ -23,6 +23,7 @@ from engines.backends.trt_engine import Plan
 from engines.backends.trt_maker import PlanMaker, Progress
 from engines.backends.trt_options import PLAN_OPTIONS, PlanOptions
 from engines.backends.trt_plan import PlanRecord, read_record
+from engines.backends.trt_process import require_targets
 from engines.backends.trt_product import TENSORRT, TENSORRT_RTX, Product, this_platform
 from engines.backends.trt_profiles import shortest_text
 from engines.backends.trt_recipe import RecipeMaker, finish
@@ -86,6 +87,8 @@ class Backend:
         if options.strip and not cuda.devices():
             what = f"--strip-weights: {self.product.title} leaves weights out only where it finds a CUDA device"
             raise DependencyError(describe(what, hint="build without it, or with --recipe for a machine with a GPU"))
+        if options.targets:
+            require_targets(self.product.module, f"{self.product.title} {self.version()}", options.targets)
         return PlanMaker(self.product, options)
 
     # --- running

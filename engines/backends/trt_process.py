@@ -9,11 +9,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO
 
-from compexport.errors import CompexportError, describe
+from compexport.errors import CompexportError, InputError, describe
 from engines.backends.trt_build import Built, Request
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -99,6 +100,20 @@ class PlanProcess:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def require_targets(module: str, title: str, targets: Sequence[str]) -> None:
+    """InputError for a compute capability that the library has no name for, before anything is traced for it.
+
+    The library is asked in a process of its own, which it may take down; what is wrong with it then, the build says.
+    """
+    code = f"import {module} as trt; print(*(name for name in dir(trt.ComputeCapability) if name.startswith('SM')))"
+    asked = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, env=_environment())
+    known = asked.stdout.lower().split()
+    wrong = [target for target in targets if target not in known]
+    if wrong and asked.returncode == 0:
+        listed = ", ".join(sorted(known, key=lambda name: int(name[2:])))
+        raise InputError(describe(f"--target: {title} does not know it", got=wrong[0], expected=f"one of {listed}"))
 
 
 def _line(request: Request) -> str:

@@ -114,6 +114,19 @@ def test_all_builds_share_one_timing_cache(
     assert (kept / "engines/trt-sm89/timing.cache").read_text() == "r1 r2 r4 "
 
 
+def test_what_another_graph_throws_away_is_said(cli: Cli, model: Path, bundle: Path, elsewhere: None) -> None:
+    """Not what stays, and not what this build makes anew."""
+    done = build(cli, model, "--seed", "1")  # other random plugins
+    assert done.code == 0, done.err
+    assert "bundle holds 2 engine(s) of ort (cpu-" in done.err
+    assert "which go: their graphs are replaced; build for these again" in done.err
+    assert [e.graph for e in Bundle.open(bundle).manifest.engines.values() if e.backend == "ort"] == ["r1"]
+    done = build(cli, model, "--seed", "2")
+    assert done.code == 0 and "which go" not in done.err
+    done = cli("build", model, "--ratio", "2,4", "--untrained", "--seed", "2")
+    assert done.code == 0 and "which go" not in done.err
+
+
 def test_recipes_with_plugins_register_them(cli: Cli, model: Path, bundle: Path, elsewhere: None) -> None:
     done = build(cli, model, "--recipe", "--plugins")
     assert done.code == 0, done.err

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from compexport.errors import BundleError, CompexportError
+from compexport.errors import BundleError, CompexportError, InputError
 from engines.backends import cuda, trt
 from engines.bundle import Bundle
 from tests.compexport.rtx_families import FOLDER, MARKS, Built, require_equal_bytes, require_plans
@@ -141,7 +141,9 @@ def _children() -> list[str]:
     return found
 
 
-def test_a_failed_plan_leaves_the_bundle_as_it_was(bundles: Built, tiny: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_failed_plan_leaves_the_bundle_as_it_was(
+    bundles: Built, tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from compexport import api
     from engines.backends.trt_options import PlanOptions
 
@@ -150,6 +152,9 @@ def test_a_failed_plan_leaves_the_bundle_as_it_was(bundles: Built, tiny: Callabl
     before = (bundle / "manifest.json").read_bytes()
     model = tiny("tiny-bert", "sequence-classification")
     options: dict[str, Any] = {"ratios": [2], "untrained": True, "backend": "trt-rtx"}
+    with pytest.raises(InputError, match=r"--target: TensorRT-RTX 1.* does not know it: got sm90, expected one of"):
+        api.build_document(model, output=bundle, plans=PlanOptions(targets=("sm90",)), **options)
+    monkeypatch.setattr("engines.backends.trt.require_targets", lambda *asked: None)
     with pytest.raises(CompexportError, match=r"r1.onnx: TensorRT-RTX 1.* cannot build it: got no compute capability"):
         api.build_document(model, output=bundle, plans=PlanOptions(targets=("sm90",)), **options)
     assert (bundle / "manifest.json").read_bytes() == before

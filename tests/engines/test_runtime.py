@@ -460,6 +460,26 @@ def test_a_missing_engine(make_runtime: MakeRuntime) -> None:
     assert make_runtime(manifest={"engines": engines}, variants=[R1])("a").variant == R1
 
 
+@pytest.mark.parametrize(
+    ("backend", "precision", "ways"),
+    [
+        ("fake", "fp16", "choose --backend trt-rtx, or run `compexport build --backend fake --precision fp16` again"),
+        ("ort", "bf16", "choose --backend trt-rtx"),  # which it computes nothing in
+    ],
+)
+def test_a_missing_engine_of_another_backend_and_precision(
+    make_runtime: MakeRuntime, monkeypatch: pytest.MonkeyPatch, backend: str, precision: str, ways: str
+) -> None:
+    """Without its precision the command would replace what is there."""
+    there = make_manifest("feature-extraction").model_dump()
+    engines = {name: {**engine, "backend": "trt-rtx"} for name, engine in there["engines"].items()}
+    variants = {name: {**variant, "precision": precision} for name, variant in there["variants"].items()}
+    monkeypatch.setattr(FakeBackend, "NAME", backend)
+    with pytest.raises(BundleError) as raised:
+        make_runtime(manifest={"engines": engines, "variants": variants})
+    assert str(raised.value) == f"variant {R1} has no engine for backend {backend}: got engines for trt-rtx; {ways}"
+
+
 def test_a_bundle_without_a_tokenizer(make_runtime: MakeRuntime) -> None:
     runtime = make_runtime(manifest={"tokenizer": None})
     assert runtime.select(budget_ms=500).variant == R2

@@ -170,6 +170,20 @@ def test_weights_are_left_out_only_where_there_is_a_device(installed: None, monk
     assert backends.builder("trt-rtx", PlanOptions(strip=True)).options.strip
 
 
+def test_targets_are_checked_before_anything_is_traced(
+    installed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trt_modules.write(tmp_path, "tensorrt_rtx", "class ComputeCapability:\n    SM120 = SM86 = SM89 = 0\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    match = "--target: TensorRT-RTX 11.* does not know it: got sm999, expected one of sm86, sm89, sm120"
+    with pytest.raises(InputError, match=match):
+        backends.builder("trt-rtx", PlanOptions(targets=("sm89", "sm999")))
+    assert backends.builder("trt-rtx", PlanOptions(targets=("sm89",))).targets == ["sm89"]
+    # A library that cannot even be asked is told of by its first build.
+    trt_modules.write(tmp_path, "tensorrt_rtx", trt_modules.MISSING_LIBRARY)
+    assert backends.builder("trt-rtx", PlanOptions(targets=("sm999",))).targets == ["sm999"]
+
+
 def test_missing_and_old_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engines.backends.trt_product.find_spec", lambda name: None)
     with pytest.raises(DependencyError, match=r"tensorrt_rtx is missing; pip install 'compexport\[rtx\]'"):
