@@ -173,15 +173,16 @@ class Members:
                 raise BundleError(self._missing_engine(name))
 
     def _missing_engine(self, name: str) -> str:
-        """What there is instead, and the command that adds what is missing; untold, its precision would be fp32."""
+        """What there is instead, and the command that adds what is missing."""
         manifest, built = self._bundle.manifest, defaultdict(set)
         for engine in manifest.engines.values():
             built[engine.backend].add(engine.graph)
         precision, needed = manifest.variants[name].precision, set(manifest.variants[name].graphs.values())
         there = [backend for backend, graphs in sorted(built.items()) if needed <= graphs]
         ways = [f"choose --backend {backend}" for backend in there if not backend.endswith("-recipe")]
-        if not backends.lacking(self._backend, precision):
-            option = "" if precision == "fp32" else f" --precision {precision}"
-            ways.append(f"run `compexport build --backend {self._backend}{option}` again")
+        if f"{self._backend}-recipe" in there:
+            ways.append("run `compexport build --from-recipe` with the bundle")
+        elif not backends.lacking(self._backend, precision):
+            ways.append(f"run `{backends.build_command(self._backend, precision)}` again")
         what = f"variant {name} has no engine for backend {self._backend}"
         return describe(what, got=f"engines for {', '.join(there)}" if there else None, hint=", or ".join(ways))

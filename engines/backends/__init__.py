@@ -53,6 +53,11 @@ def lacking(name: str, precision: str) -> str:
     return _LACKING.get((name, precision), "")
 
 
+def build_command(name: str, precision: str) -> str:
+    """The command that adds the backend's engines to a bundle of this precision; untold, fp32 would replace it."""
+    return f"compexport build --backend {name}" + ("" if precision == "fp32" else f" --precision {precision}")
+
+
 def _backend(name: str) -> Any:
     if name not in BACKENDS:
         raise InputError(describe("unknown backend", got=repr(name), expected=f"one of {', '.join(BACKENDS)}"))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from compexport.errors import BundleError, CompexportError, DependencyError, InputError, describe
-from engines.backends import cuda
+from engines.backends import build_command, cuda
 from engines.backends.cuda_lanes import Lanes
 from engines.backends.cuda_memory import CudaMemory
 from engines.backends.family import known_variants, needed_graphs, opened_graphs, opened_variants
@@ -167,7 +167,8 @@ class Backend:
     def checked_plan(self, bundle: Bundle, graph: str, device: cuda.Device) -> tuple[Path, PlanRecord]:
         """The plan of a graph for this library and device; BundleError says what the bundle has instead."""
         engines = [e for e in bundle.manifest.engines.values() if e.graph == graph and e.backend == self.NAME]
-        hint = f"build it here with `compexport build --backend {self.NAME}`"
+        precision = next(iter(bundle.manifest.variants.values())).precision
+        hint = f"build it here with `{build_command(self.NAME, precision)}`"
         if not engines:
             recipes = any(e.backend == f"{self.NAME}-recipe" for e in bundle.manifest.engines.values())
             hint = f"`compexport build --from-recipe {bundle.path}` builds it here" if recipes else hint

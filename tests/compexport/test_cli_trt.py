@@ -9,7 +9,8 @@ import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -180,6 +181,17 @@ def test_a_recipe_is_no_engine(cli: Cli, model: Path, bundle: Path, elsewhere: N
         BundleError, match=r"no trt engine of r1: got a recipe; `compexport build --from-recipe .* here"
     ):
         trt.TRT.open_sessions(Bundle.open(bundle))
+    done = cli("run", bundle, "--backend", "trt", "--text", "a film")
+    there = (
+        "got engines for ort, trt-recipe; choose --backend ort, or run `compexport build --from-recipe` with the bundle"
+    )
+    assert (done.code, done.error) == (2, f"variant variator-r1-fp32 has no engine for backend trt: {there}")
+    # Another card; a build that names no precision would replace the bundle by one in fp32.
+    manifest = Bundle.open(bundle).manifest
+    halves = {name: one.model_copy(update={"precision": "fp16"}) for name, one in manifest.variants.items()}
+    half = SimpleNamespace(path=bundle, manifest=manifest.model_copy(update={"variants": halves, "engines": {}}))
+    with pytest.raises(BundleError, match="no trt engine of r1; .* `compexport build --backend trt --precision fp16`"):
+        trt.TRT.checked_plan(cast(Bundle, half), "r1", cuda.devices()[0])
 
 
 def test_nothing_else_is_said_beside_from_recipe(cli: Cli, bundle: Path) -> None:
