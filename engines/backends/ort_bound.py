@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from compexport.errors import CompexportError, describe
 from engines.backends.ort_captured import Captures
+from engines.backends.ort_library import first_line
 from engines.backends.ort_rows import rows_taken
 from engines.backends.ort_run import run_bound
 from engines.backends.ort_session import OrtSession
@@ -45,11 +47,16 @@ class BoundSession(OrtSession):
     ) -> tuple[dict[str, Array], dict[str, Held]]:
         """As ``engines.session.HoldingSession``; each output is copied once, those to hold not at all."""
         inner = self._open()
-        arrays = {name: stored(array, self._types[name]) for name, array in feeds.items()}
-        given = {name: value_of(array, self._types[name]) for name, array in arrays.items()} | dict(held)
-        if self._captures is not None:
-            return self._captures.run(given, {**arrays, **held}, outputs, hold)
-        values = run_bound(inner, given, outputs, hold, self._memory)
+        try:
+            arrays = {name: stored(array, self._types[name]) for name, array in feeds.items()}
+            given = {name: value_of(array, self._types[name]) for name, array in arrays.items()} | dict(held)
+            if self._captures is not None:
+                return self._captures.run(given, {**arrays, **held}, outputs, hold)
+            values = run_bound(inner, given, outputs, hold, self._memory)
+        except CompexportError:
+            raise
+        except Exception as error:  # of a type for each status of ONNX Runtime; a device that is full is one of them
+            raise CompexportError(describe(f"{self.name}: ONNX Runtime failed", got=first_line(error))) from error
         return {name: array_of(values[name]) for name in outputs}, {name: values[name] for name in hold}
 
     def take_rows(self, held: Held, rows: npt.NDArray[np.int64]) -> Held:

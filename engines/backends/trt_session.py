@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
@@ -28,7 +29,7 @@ class PlanSession(Session):
         """``cuda_graphs``: whether runs that come again are captured. The plan is the session's from now on."""
         super().__init__(name, graph.inputs, graph.outputs)
         self._plan, self._profiles, self._lanes, self._cuda_graphs = plan, list(profiles), lanes, cuda_graphs
-        self._is_open = True
+        self._is_open, self._closing = True, threading.Lock()
         lanes.join()
 
     def run_held(
@@ -54,9 +55,10 @@ class PlanSession(Session):
 
     def close(self) -> None:
         """Contexts, engine and runtime, in this order; a run that has begun ends as it would."""
-        if not self._is_open:
-            return
-        self._is_open = False
+        with self._closing:
+            if not self._is_open:
+                return
+            self._is_open = False
         self._lanes.evict(self)
         self._plan.close()
         self._lanes.leave()

@@ -240,6 +240,15 @@ def test_a_capture_that_fails_is_said_once_and_the_run_goes_on(caplog: pytest.Lo
     assert gone() is None, "it has weights on the device"
 
 
+@pytest.mark.parametrize("captures", [True, False])
+def test_a_run_that_fails_is_one_line(captures: bool) -> None:
+    inner, facts = doubling()
+    kept = Captures("double", inner, "cpu", lambda: inner) if captures else None
+    session = BoundSession("double", facts, inner, "cpu", kept)
+    with pytest.raises(CompexportError, match="^double: ONNX Runtime failed: got [^\n]*Invalid rank[^\n]*$"):
+        session.run_held({"x": np.ones(3, np.float32)}, {}, ("y",), ())
+
+
 def test_threads_take_turns() -> None:
     session, spy, _ = captured_session()
     wrong: list[int] = []
