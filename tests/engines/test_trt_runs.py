@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from tests.engines.fake_cuda import FakeCuda, Misuse, Work
 from tests.engines.fake_trt import Context as FakeContext
 from tests.engines.fake_trt import Engine, Library, plan_bytes
 from tests.engines.test_trt import record
+from tests.threads import in_threads
 
 HEAD = '<ir_version: 10, opset_import: ["" : 18]>\n'
 # What is held of x is x + z, and what is asked for is its sum by row.
@@ -359,28 +359,6 @@ def test_rounding_to_bfloat16_is_to_the_nearest_even(value: float) -> None:
 
 
 # --- threads -------------------------------------------------------------------------------------------------------
-
-
-def in_threads(count: int, work: Callable[[int], None]) -> None:
-    """Run ``work`` in threads that begin together; the first error of any is raised."""
-    failed: list[BaseException] = []
-    together = threading.Barrier(count)
-
-    def run(number: int) -> None:
-        together.wait()
-        try:
-            work(number)
-        except BaseException as error:
-            failed.append(error)
-
-    threads = [threading.Thread(target=run, args=[number]) for number in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive()
-    if failed:
-        raise failed[0]
 
 
 def test_threads_run_on_lanes_of_their_own(device: Device) -> None:

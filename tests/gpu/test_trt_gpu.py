@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 
 from compexport.errors import CompexportError
-from engines import backends
 from engines.backends.cuda import Device
 from engines.backends.cuda_lanes import Lanes
 from engines.backends.cuda_memory import CudaMemory
@@ -28,6 +26,7 @@ from tests.engines import plan_checks, plans
 from tests.engines.fake_trt import ExecutionContextAllocationStrategy, ILogger
 from tests.engines.plan_checks import CASCADES, ENCODERS
 from tests.engines.test_trt import record
+from tests.threads import in_threads
 
 # TensorRT multiplies fp32 matrices in TF32, which keeps ten bits.
 TOLERANCE = 2e-2
@@ -36,28 +35,19 @@ TOLERANCE = 2e-2
 # --- plans ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["trt", "trt-rtx"])
-def backend(request: pytest.FixtureRequest, device: Device) -> Any:
-    """A backend whose library is here and knows the device."""
-    reason = backends.available()[request.param]
-    if reason:
-        pytest.skip(reason)
-    if request.param == "trt-rtx" and device.capability in ("sm90", "sm100"):
-        pytest.skip(f"TensorRT-RTX has nothing for {device.name} ({device.capability})")
-    return backends.load(request.param)
-
-
 @pytest.fixture(scope="module")
-def bundles(backend: Any, device: Device, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
+def bundles(plan_backend: Any, device: Device, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
     """``bundles(name)``: one of ``plan_checks``, with plans for this device, made once."""
     there: dict[str, Bundle] = {}
     options = PlanOptions(
-        batch=Range(1, 4, 16), length=Range(1, 8, 48), targets=(device.capability,) if backend.product.targets else None
+        batch=Range(1, 4, 16),
+        length=Range(1, 8, 48),
+        targets=(device.capability,) if plan_backend.product.targets else None,
     )
 
     def bundle(name: str) -> Bundle:
         if name not in there:
-            maker = backend.builder(options)
+            maker = plan_backend.builder(options)
             assert isinstance(maker, PlanMaker)
             made = plan_checks.make(name, tmp_path_factory.mktemp("plans") / name.replace(" ", "-"))
             there[name] = plans.planned(made, maker)
@@ -67,14 +57,14 @@ def bundles(backend: Any, device: Device, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
-def test_variants_say_what_ort_says(bundles: Any, backend: Any, kind: str) -> None:
-    plan_checks.check_variants(bundles(kind), backend, TOLERANCE)
+def test_variants_say_what_ort_says(bundles: Any, plan_backend: Any, kind: str) -> None:
+    plan_checks.check_variants(bundles(kind), plan_backend, TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", CASCADES)
-def test_rows_leave_on_the_device(bundles: Any, backend: Any, kind: str) -> None:
+def test_rows_leave_on_the_device(bundles: Any, plan_backend: Any, kind: str) -> None:
     """Every exit's answers; which rows leave where depends on rounding."""
-    found = backend.open_sessions(bundles(kind))
+    found = plan_backend.open_sessions(bundles(kind))
     for cascade in found.values():
         feeds = plan_checks.exits.feeds(7)
         run = cascade.run_exits(feeds, plan_checks.ExitRule(0.6))
@@ -85,14 +75,14 @@ def test_rows_leave_on_the_device(bundles: Any, backend: Any, kind: str) -> None
 
 
 @pytest.mark.parametrize("kind", ["decoders", "decoders that keep halves"])
-def test_logits_are_those_of_ort(bundles: Any, backend: Any, kind: str) -> None:
-    plan_checks.check_logits(bundles(kind), backend, 10 * TOLERANCE)
+def test_logits_are_those_of_ort(bundles: Any, plan_backend: Any, kind: str) -> None:
+    plan_checks.check_logits(bundles(kind), plan_backend, 10 * TOLERANCE)
 
 
 @pytest.mark.parametrize("way", plan_checks.WAYS)
-def test_texts_are_whole(bundles: Any, backend: Any, way: str) -> None:
+def test_texts_are_whole(bundles: Any, plan_backend: Any, way: str) -> None:
     """The same again, and of the length that was asked for or ended; which tokens depends on rounding."""
-    found, sessions = plan_checks.generators(bundles("decoders"), backend)
+    found, sessions = plan_checks.generators(bundles("decoders"), plan_backend)
     ids, mask = plan_checks.decoders.prompts(5)
     for generator in found.values():
         once, again = (generator.generate(ids, mask, options=plan_checks.WAYS[way]) for _ in range(2))
@@ -101,9 +91,9 @@ def test_texts_are_whole(bundles: Any, backend: Any, way: str) -> None:
     plan_checks.close_all(sessions)
 
 
-def test_cuda_graphs_change_nothing(bundles: Any, backend: Any) -> None:
+def test_cuda_graphs_change_nothing(bundles: Any, plan_backend: Any) -> None:
     bundle = bundles("steps")
-    with_graphs, without = backend.open_sessions(bundle), backend.open_sessions(bundle, provider="cuda")
+    with_graphs, without = plan_backend.open_sessions(bundle), plan_backend.open_sessions(bundle, provider="cuda")
     for name in with_graphs:
         for seed in range(5):
             feeds = plan_checks.exits.feeds(4, seed, longest=6)
@@ -111,8 +101,8 @@ def test_cuda_graphs_change_nothing(bundles: Any, backend: Any) -> None:
     plan_checks.close_all({**with_graphs, "without": next(iter(without.values()))})
 
 
-def test_threads_run_together(bundles: Any, backend: Any) -> None:
-    sessions = backend.open_sessions(bundles("exits"))
+def test_threads_run_together(bundles: Any, plan_backend: Any) -> None:
+    sessions = plan_backend.open_sessions(bundles("exits"))
     name, session = next(iter(sessions.items()))
     feeds = [plan_checks.exits.feeds(1 + number, number) for number in range(4)]
     expected = [session.run(given) for given in feeds]
@@ -125,8 +115,8 @@ def test_threads_run_together(bundles: Any, backend: Any) -> None:
     plan_checks.close_all({name: session, **sessions})
 
 
-def test_a_runtime_answers_from_plans(bundles: Any, backend: Any) -> None:
-    with Runtime(bundles("exits"), backend=backend.NAME) as runtime:
+def test_a_runtime_answers_from_plans(bundles: Any, plan_backend: Any) -> None:
+    with Runtime(bundles("exits"), backend=plan_backend.NAME) as runtime:
         assert len(runtime(["w1 w2", "w3"])) == 2
 
 
@@ -219,24 +209,6 @@ def copying(device: Device, tmp_path: Path) -> Iterator[PlanSession]:
 
 def numbers(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def in_threads(count: int, work: Callable[[int], None]) -> None:
-    failed: list[BaseException] = []
-
-    def run(number: int) -> None:
-        try:
-            work(number)
-        except BaseException as error:
-            failed.append(error)
-
-    threads = [threading.Thread(target=run, args=[number]) for number in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failed:
-        raise failed[0]
 
 
 def test_graphs_replay_what_is_fed(copying: PlanSession) -> None:
